@@ -1,0 +1,38 @@
+"""Score a trained model on a split: IoU and Dice by class.
+
+python jobs/evaluate.py --model RUN_NAME --data synthetic --split test
+"""
+
+import json
+from pathlib import Path
+
+from unet import cli
+from unet.config import EvaluateSettings
+
+
+def run(settings: EvaluateSettings) -> None:
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from unet.classes import CLASSES
+    from unet.evaluation import evaluate
+    from unet.report import score_table
+    from unet.session import ray_session
+    from unet.terminal import Display
+
+    part, display = settings.evaluate, Display()
+    with ray_session(settings.door.debug):
+        try:
+            result = evaluate(settings, display)
+        finally:
+            display.close()
+    display.console.print(score_table(f"{part.model} on {part.split}", result, CLASSES))
+    if part.output:
+        Path(part.output).mkdir(parents=True, exist_ok=True)
+        target = Path(part.output) / "metrics.json"
+        target.write_text(json.dumps(result, indent=2))
+        display.say(f"Written: {target}")
+
+
+if __name__ == "__main__":
+    cli.main(EvaluateSettings, run, __doc__)

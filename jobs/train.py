@@ -1,0 +1,29 @@
+"""Train a U-Net on several workers of Ray, tracked in MLflow.
+
+python jobs/train.py --data synthetic --num-workers 2          on this machine
+python jobs/train.py --resume RUN_NAME                         continue a run
+ray job submit --working-dir . -- python jobs/train.py …       on a cluster
+"""
+
+import time
+
+STARTED = time.time()
+
+from unet import cli  # noqa: E402
+from unet.config import TrainSettings  # noqa: E402
+
+
+def run(settings: TrainSettings) -> int:
+    from unet.session import ray_session
+    from unet.terminal import Display
+    from unet.training.driver import train
+    from unet.training.run import open_run
+
+    opened = open_run(settings)
+    with ray_session(settings.door.debug):
+        summary = train(opened, Display(), started=STARTED)
+    return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
+
+
+if __name__ == "__main__":
+    cli.main(TrainSettings, run, __doc__)

@@ -1,0 +1,136 @@
+"""What the tests share: one Ray cluster, pets in the layout of the official archives, one trained run."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_PETS = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_pets() -> Path:
+    """A folder of real pets; it does not exist on users' machines."""
+    if not REAL_PETS.is_dir():
+        pytest.skip("the real pets are not beside this checkout (../shared/data)")
+    return REAL_PETS
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """A local cluster of two CPUs for the whole session; its address is where submitted jobs go."""
+    import ray
+
+    from unet.session import ray_session
+
+    # The environment reaches the workers: the checkout wins over whatever is installed.
+    os.environ["PYTHONPATH"] = str(ROOT)
+    # Its own cluster, whatever else runs on this machine.
+    context = ray.init("local", num_cpus=2, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
+    with ray_session():
+        yield context
+    ray.shutdown()
+
+
+def write_archives(folder: Path, trainval: int, test: int, size: int = 40) -> Path:
+    """Drawn pets in the official layout: photos a little larger than the network, trimaps of 1, 2, 3."""
+    from unet.data.synthetic import draw_pet
+
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations" / "trimaps").mkdir(parents=True)
+    names = []
+    for i in range(trainval + test):
+        image, mask = draw_pet(i, size, seed=7)
+        names.append(f"{'Abyssinian' if i % 2 else 'beagle'}_{i}")
+        wide = size + 8 * (i % 3)  # photos of several shapes
+        Image.fromarray(image).resize((wide, size)).save(folder / "images" / f"{names[-1]}.jpg", quality=95)
+        trimap = Image.fromarray(mask + 1).resize((wide, size), Image.Resampling.NEAREST)
+        trimap.save(folder / "annotations" / "trimaps" / f"{names[-1]}.png")
+    lists = {"trainval": names[:trainval], "test": names[trainval:]}
+    for split, members in lists.items():
+        lines = "".join(f"{name} 1 1 1\n" for name in members)
+        (folder / "annotations" / f"{split}.txt").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory) -> Path:
+    """An extracted archive folder: 90 trainval and 21 test pets."""
+    return write_archives(tmp_path_factory.mktemp("archives") / "pets", 90, 21)
+
+
+@pytest.fixture(scope="session")
+def packed(archives, tmp_path_factory) -> Path:
+    """The same, packed as the official archives are."""
+    folder = tmp_path_factory.mktemp("packed")
+    for name in ("images", "annotations"):
+        with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as tar:
+            tar.add(archives / name, arcname=name)
+    return folder
+
+
+TINY = {"image_size": 32, "base_filters": 8, "depth": 2, "batch_size": 8, "epochs": 10}
+TINY |= {"learning_rate": 0.005, "dropout": 0.1}
+
+
+def tiny_settings(storage: Path, data: Path, **changes):
+    """Settings of a run that takes seconds."""
+    from unet.config import TrainSettings, unflat
+
+    values = TINY | {"storage_path": str(storage), "data": str(data), "num_workers": 2, "threads": 1}
+    return unflat(TrainSettings, values | changes)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def trained(ray_cluster, storage, packed):
+    """One whole run on two workers: its folder and its summary. 75 or so training samples: the tail is short."""
+    return storage / "trained", train(storage, packed, run_name="trained")
+
+
+def train(storage: Path, data: Path, as_trial: bool = False, **changes) -> dict:
+    """Train in this process, on the session's cluster; the summary."""
+    from unet.training import driver
+    from unet.training.run import open_run
+
+    return driver.train(open_run(tiny_settings(storage, data, **changes)), as_trial=as_trial)
+
+
+def job(name: str, *flags, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """Run a job as a user does; stdout and stderr together in `stdout`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+        **options,
+    )
+
+
+def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:
+    """The weights of a checkpoint, read from the file without the project's code."""
+    import h5py
+
+    arrays = {}
+    with h5py.File(run / "checkpoints" / checkpoint / "model.weights.h5") as file:
+        file.visititems(lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return arrays
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())

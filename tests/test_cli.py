@@ -1,0 +1,109 @@
+"""The doors: help, precedence, and one sentence with exit code 2 for what cannot work."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, job
+
+from unet.cli import parse
+from unet.config import TrainSettings, flat, load_yaml, parse_bytes, parse_interval, unflat
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate"])
+def test_help_is_there_without_ray_or_tensorflow(name):
+    done = job(name, "--help")
+    assert done.returncode == 0 and "--debug" in done.stdout and "default" in done.stdout
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}", "--help"]
+try:
+    runpy.run_path("{ROOT}/jobs/{name}.py", run_name="__main__")
+except SystemExit:
+    pass
+sys.exit(str({{"ray", "tensorflow", "mlflow"}} & set(sys.modules) or "") or 0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path):
+    (tmp_path / "some.yaml").write_text("dropout: 0.1\nepochs: 7\n")
+    settings = parse(TrainSettings, "", ["--config", str(tmp_path / "some.yaml"), "--epochs", "3"])
+    assert (settings.model.dropout, settings.training.epochs, settings.training.batch_size) == (0.1, 3, 64)
+    assert flat(unflat(TrainSettings, flat(settings))) == flat(settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dropout", "1.5"], "--dropout 1.5"),
+        (["--image-size", "100"], "96 and 112"),
+        (["--num-workers", "9", "--batch-size", "4"], "--num-workers 9 is more than --batch-size 4"),
+        (["--grad-shards", "3", "--num-workers", "2"], "--grad-shards 3"),
+        (["--memory-budget", "much"], "8GB"),
+        (["--checkpoint-every", "3h"], "10m"),
+        (["--data", "/nowhere"], "There is no data at /nowhere"),
+        (["--data", "EMPTY"], "is not a folder with data"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--resume", "nix", "--storage-path", "EMPTY"], "There is no run nix"),
+        (["--run-name", "../up"], "--run-name"),
+        (["--run-name", "data"], "keeps for itself"),
+        (["--storage-path", "s3://bucket/x"], "--tracking-uri"),
+        (["--tracking-uri", "http://127.0.0.1:9", "--storage-path", "EMPTY"], "does not answer"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(flags, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = [str(tmp_path / "empty") if f == "EMPTY" else f for f in flags]
+    done = job("train", *flags, env={"UNET_STORAGE_PATH": str(tmp_path / "storage")})
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0] and "Traceback" not in done.stdout
+    assert list((tmp_path / "empty").iterdir()) == [] and not (tmp_path / "storage").exists()
+
+
+def test_a_mistyped_flag_or_name_meets_its_nearest(tmp_path):
+    done = job("train", "--dropuot", "0.5")
+    assert done.returncode == 2 and "--dropout" in done.stdout
+    (tmp_path / "some.yaml").write_text("dropuot: 0.1\n")
+    done = job("train", "--config", tmp_path / "some.yaml")
+    assert done.returncode == 2 and "did you mean dropout?" in done.stdout
+    (tmp_path / "space.yaml").write_text("learning_rat: {uniform: [0.1, 0.2]}\n")
+    done = job("tune", "--space", tmp_path / "space.yaml")
+    assert done.returncode == 2 and "did you mean learning_rate?" in done.stdout
+    (tmp_path / "space.yaml").write_text("dropout: {uniform: 0.3}\n")
+    done = job("tune", "--space", tmp_path / "space.yaml")
+    assert done.returncode == 2 and "[low, high]" in done.stdout
+
+
+def test_a_password_is_neither_shown_nor_saved(tmp_path):
+    from unet.training.run import Folder, Run
+
+    settings = unflat(TrainSettings, {"tracking_uri": "http://me:secret@127.0.0.1:9", "storage_path": str(tmp_path)})
+    run = Run("named", settings, Folder(tmp_path / "named"))
+    run.start()
+    assert "secret" not in (tmp_path / "named" / "config.yaml").read_text() + run.where()
+    done = job("train", f"--tracking-uri={settings.run.tracking_uri}", f"--storage-path={tmp_path}")
+    assert done.returncode == 2 and "secret" not in done.stdout and "does not answer" in done.stdout
+    done = job("train", "--resume=named", f"--storage-path={tmp_path}")
+    assert done.returncode == 2 and "Give --tracking-uri again" in done.stdout
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in job("train", "--data", "/nowhere", "--debug").stdout
+
+
+def test_sizes_and_intervals():
+    assert [parse_bytes(t) for t in ("8GB", "1.5 MiB", "12")] == [8_000_000_000, 1_572_864, 12]
+    assert parse_interval("200") == ("steps", 200) and parse_interval("1.5m") == ("seconds", 90)
+    for bad in ("0", "0m", "-3", "m"):
+        with pytest.raises(ValueError):
+            parse_interval(bad)
+
+
+def test_every_space_fits_the_settings():
+    from unet.tuning import SPACES, load_space
+
+    for path in SPACES.glob("*.yaml"):
+        space, _ = load_space(path.stem, TrainSettings())
+        assert set(space) == set(load_yaml(path)) >= {"dropout", "base_filters", "learning_rate"}

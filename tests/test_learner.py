@@ -1,0 +1,127 @@
+"""The step and the evaluation of a single worker, against plain NumPy and each other."""
+
+import numpy as np
+import pytest
+
+from unet.config import TrainSettings, unflat
+from unet.data.synthetic import draw_pet
+from unet.training.learner import Learner
+
+SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def pets():
+    drawn = [draw_pet(i, 32) for i in range(6)]
+    return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
+
+
+def learner(**changes):
+    return Learner(unflat(TrainSettings, SMALL | changes))
+
+
+def bits(one) -> bytes:
+    return b"".join(w.numpy().tobytes() for w in one.model.weights)
+
+
+def test_padding_changes_nothing(pets):
+    """A short batch, padded and ignored, gives the gradients of the batch alone."""
+    images, masks = pets
+    padded_images, padded_masks = images.copy(), masks.copy()
+    padded_images[4:], padded_masks[4:] = 0, 255
+    padded = learner().gradients(padded_images, padded_masks, 1)
+    alone = learner(batch_size=4).gradients(images[:4], masks[:4], 1)
+    for a, b in zip(padded, alone, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_loss_and_confusion_are_those_of_numpy(pets):
+    images, masks = pets
+    masks = masks.copy()
+    masks[0, :9] = 255
+    one = learner(precision="mixed_bfloat16")
+    one.train_step(images, masks, 1)
+    one.refresh_float32()
+    confusion, loss_sum = one.evaluate(images, masks)
+    logits = one.float32_model(images.astype(np.float32) / np.float32(255)).numpy().astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    valid = masks != 255
+    expected = -np.take_along_axis(log_p, np.where(valid, masks, 0)[..., None], -1)[..., 0][valid].sum()
+    assert loss_sum == pytest.approx(expected, rel=1e-5)
+    predicted, counts = logits.argmax(-1), np.zeros((3, 3), np.int64)
+    np.add.at(counts, (masks[valid], predicted[valid]), 1)
+    np.testing.assert_array_equal(confusion, counts)
+    assert confusion.dtype == np.int64
+    np.testing.assert_array_equal(one.predict(images[:3]), predicted[:3])
+
+
+def test_evaluation_of_a_mixed_model_runs_in_float32(pets):
+    """The same weights give the very numbers of a float32 model, which a bfloat16 graph would not."""
+    mixed, plain = learner(precision="mixed_bfloat16"), learner()
+    for weight, source in zip(plain.model.weights, mixed.model.weights, strict=True):
+        weight.assign(source)
+    mixed.refresh_float32()
+    assert mixed.evaluate(*pets)[1] == plain.evaluate(*pets)[1]
+
+
+def test_equal_seeds_are_bit_equal_and_others_are_not(pets):
+    digests = []
+    for seed in (1, 1, 2):
+        one = learner(seed=seed, dropout=0.3)
+        for step in range(3):
+            one.train_step(*pets, step + 1)
+        digests.append(bits(one))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_float16_halves_its_loss_scale_when_numbers_overflow(pets):
+    one = learner(precision="mixed_float16")
+    one.loss_scale.assign(2.0**127)
+    before = bits(one)
+    assert not one.train_step(*pets, 1).finite
+    assert bits(one) == before and float(one.loss_scale.numpy()) == 2.0**126
+    one.loss_scale.assign(2.0**10)
+    assert one.train_step(*pets, 2).finite and bits(one) != before
+
+
+def test_counts_stay_exact_past_what_float32_can_count():
+    """More than 2**24 pixels in one batch, an odd number of them in one cell."""
+    one = learner(image_size=128, base_filters=1, depth=1, batch_size=1028)
+    images, masks = np.zeros((1028, 128, 128, 3), np.uint8), np.ones((1028, 128, 128), np.uint8)
+    masks[0, 0, :3] = (255, 0, 2)
+    confusion, _ = one.evaluate(images, masks)
+    assert confusion[1].sum() == 1028 * 128 * 128 - 3 > 2**24
+    assert np.float32(confusion[1].sum()) != confusion[1].sum()  # a float32 counter would not have held it
+    assert confusion[0].sum() == confusion[2].sum() == 1
+
+
+class _Weights:
+    """Stands for a learner where only the bookkeeping of checkpoints matters; writes real files."""
+
+    def __init__(self):
+        self.model = learner().model
+
+    def optimizer_variables(self):
+        return {}
+
+
+def test_checkpoints_keep_the_best_and_the_last_and_pass_over_damage(tmp_path):
+    from unet.storage import Folder
+    from unet.training.checkpoint import Checkpoints, State
+
+    checkpoints, one = Checkpoints(Folder(tmp_path)), _Weights()
+    for step, score in ((1, 0.5), (2, 0.7), (3, None), (4, 0.6), (5, None)):
+        checkpoints.save(one, State(0, "digest", {}, {}, step=step, score=score))
+    checkpoints.prune(keep_best=2)
+    assert checkpoints.whole() == ["step_00000002", "step_00000004", "step_00000005"]
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000005" / "state.json").write_text("{")
+    assert checkpoints.latest()[0] == "step_00000004"
+    (folder / "step_00000004" / "model.weights.h5").unlink()
+    (folder / "step_00000002" / "COMMIT").unlink()
+    assert checkpoints.latest() is None
+    checkpoints.save(one, State(0, "digest", {}, {}, step=2, score=0.7))  # written over, whole again
+    (folder / "notes.txt").write_text("mine")
+    checkpoints.prune(keep_best=1)
+    assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", "step_00000002"]

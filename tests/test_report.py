@@ -1,0 +1,178 @@
+"""Tests of the report: the numbers written into pictures and tables, and that every picture decodes."""
+
+import io
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from unet import report
+
+
+class Item(NamedTuple):
+    name: str
+    colour: tuple[int, int, int]
+
+
+PETS = [Item("pet", (230, 97, 1)), Item("background", (128, 115, 172)), Item("outline", (255, 221, 85))]
+MANY = [Item(f"class {index}", (12 * index, 255 - 12 * index, 128)) for index in range(21)]
+
+
+def size_of(path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert np.asarray(picture.convert("L")).std() > 5, "the picture is blank"
+        return picture.size
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """Collect figures instead of saving them, so that a test can read what was drawn."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    return figures
+
+
+def test_import_loads_neither_matplotlib_nor_rich():
+    program = "import sys, unet.report; print(sorted({'matplotlib', 'rich'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_image_iou_and_its_caption_by_hand():
+    truth = np.array([[0, 0, 0, 255], [1, 1, 1, 255]], np.uint8)
+    predicted = np.array([[0, 0, 1, 2], [1, 1, 1, 0]], np.uint8)
+    # Pet shares 2 of 3 pixels, background 3 of 4. The ignored column must neither add a pet nor call up an outline.
+    assert report.image_iou(truth, predicted, 3) == [pytest.approx(2 / 3), 0.75, None]
+    caption = report.iou_caption(truth, predicted, PETS).replace("\N{NO-BREAK SPACE}", " ")
+    assert caption == "pet 0.67 · background 0.75 · outline –"
+    caption = report.iou_caption(truth, predicted, MANY).replace("\N{NO-BREAK SPACE}", " ")
+    assert caption == "class 0 0.67 · class 1 0.75"
+    predicted[0, 0] = 2  # A class found where it is not scores zero; it is not absent.
+    assert report.image_iou(truth, predicted, 3) == [pytest.approx(1 / 3), 0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "row_total", "expected"),
+    [
+        (0, 0, ("–", "")),
+        (0, 50, ("0.0 %", "0")),
+        (50, 50, ("100.0 %", "50")),
+        (1, 1_000_000, ("<0.1 %", "1")),
+        (999_999, 1_000_000, (">99.9 %", "1.0 M")),
+        (1_234, 4_936, ("25.0 %", "1.2 k")),
+        (9_960, 19_920, ("50.0 %", "10 k")),
+        (np.int64(52_000_000), np.int64(60_000_000), ("86.7 %", "52 M")),
+    ],
+)
+def test_cell_text(pixels, row_total, expected):
+    assert report.cell_text(pixels, row_total) == expected
+
+
+def test_best_epoch_is_the_earliest_highest_mean():
+    values = [float("nan"), None, 0.7, 0.2, 0.7, 0.6]
+    history = [{"epoch": 1 + index, "val_mean_iou": value} for index, value in enumerate(values)]
+    assert report.best_epoch([*history, {"epoch": 7}]) == (3, 0.7)
+    assert report.best_epoch([{"epoch": 1}]) is None
+
+
+def test_curves_show_each_class_and_mark_the_best_epoch(drawn):
+    history = [
+        {"epoch": 1, "train_loss": 2.0, "val_loss": 3.0, "val_mean_iou": 0.3, "val_iou_pet": 0.4, "val_dice_pet": 0.5},
+        {"epoch": 2, "train_loss": 1.0, "val_loss": None, "val_mean_iou": 0.7, "val_iou_pet": 0.8},
+        {"epoch": 3, "train_loss": 0.5, "val_loss": 1.5, "val_mean_iou": 0.6, "val_iou_pet": 0.6, "val_dice_pet": 0.9},
+    ]
+    report.training_curves(history, PETS, "curves.png")
+    loss, iou, dice = ({line.get_label(): line for line in axes.get_lines()} for axes in drawn[0].axes)
+    assert loss["training"].get_xydata().tolist() == [[1, 2], [2, 1], [3, 0.5]]
+    assert loss["validation"].get_xydata().tolist() == [[1, 3], [3, 1.5]]
+    assert iou["mean"].get_xydata().tolist() == [[1, 0.3], [2, 0.7], [3, 0.6]]
+    assert iou["pet"].get_xydata().tolist() == [[1, 0.4], [2, 0.8], [3, 0.6]]
+    assert dice["pet"].get_xydata().tolist() == [[1, 0.5], [3, 0.9]]
+    assert iou["pet"].get_color() == pytest.approx((230 / 255, 97 / 255, 1 / 255))
+    assert [text.get_text() for text in drawn[0].axes[1].texts] == ["best mean 0.700\nepoch 2"]
+
+
+@pytest.mark.parametrize(("classes", "epochs"), [(PETS[:2], 1), (PETS, 100), (MANY, 3)])
+def test_training_curves(tmp_path, classes, epochs):
+    history = [{"epoch": 1 + index, "train_loss": 1 / (1 + index), "val_loss": None} for index in range(epochs)]
+    for record in history:
+        record["val_mean_iou"] = 0.5
+        record |= {f"val_iou_{item.name}": 0.5 for item in classes[1:]}
+    path = report.training_curves(history, classes, tmp_path / "curves.png")
+    assert path == tmp_path / "curves.png"
+    assert size_of(path)[0] == 1690
+
+
+def test_training_curves_need_an_epoch(tmp_path):
+    with pytest.raises(ValueError, match="history is empty"):
+        report.training_curves([], PETS, tmp_path / "curves.png")
+
+
+def test_confusion_cells_are_shares_of_their_row(drawn):
+    report.confusion_picture(np.array([[900, 100, 0], [0, 0, 0], [0, 1500, 500]]), PETS, "confusion.png")
+    axes = drawn[0].axes[0]
+    cells = {(round(text.get_position()[1]), text.get_position()[0]): text.get_text() for text in axes.texts[::2]}
+    assert [cells[0, column] for column in range(3)] == ["90.0 %", "10.0 %", "0.0 %"]
+    assert [cells[1, column] for column in range(3)] == ["–", "–", "–"]
+    assert [cells[2, column] for column in range(3)] == ["0.0 %", "75.0 %", "25.0 %"]
+    assert np.allclose(axes.images[0].get_array(), [[0.9, 0.1, 0], [0, 0, 0], [0, 0.75, 0.25]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["pet", "background", "outline"]
+
+
+@pytest.mark.parametrize("classes", [PETS[:2], PETS, MANY])
+def test_confusion_picture(tmp_path, classes):
+    confusion = np.diag(np.arange(len(classes), dtype=np.int64) * 1000)  # The first class has no pixels.
+    width, height = size_of(report.confusion_picture(confusion, classes, tmp_path / "confusion.png"))
+    assert width > 400 and height > 400
+    with pytest.raises(ValueError, match="classes need"):
+        report.confusion_picture(confusion[1:], classes, tmp_path / "confusion.png")
+
+
+def test_gallery_tints_masks_and_greys_ignored_pixels(tmp_path):
+    images = np.full((1, 32, 32, 3), 128, np.uint8)
+    truth = np.full((1, 32, 32), 255, np.uint8)
+    predicted = np.zeros((1, 32, 32), np.uint8)
+    path = report.gallery(images, truth, predicted, ["cat"], PETS, tmp_path / "gallery.png")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    middle = pixels[pixels.shape[0] * 6 // 10]
+    photo, ignored, pet = (middle[pixels.shape[1] * sixth // 6] for sixth in (1, 3, 5))
+    assert np.allclose(photo, 128, atol=2)
+    assert np.ptp(ignored) == 0, "an ignored pixel must be grey"
+    assert pet[0] > pet[1] > pet[2], "a pet must look orange"
+
+
+@pytest.mark.parametrize(("count", "classes"), [(4, PETS[:2]), (5, PETS), (5, MANY)])
+def test_gallery_sets_more_than_four_samples_two_abreast(tmp_path, count, classes):
+    masks = np.random.default_rng(0).integers(0, len(classes), (2, count, 24, 32)).astype(np.uint8)
+    images = np.zeros((count, 24, 32, 3), np.uint8)
+    width, _ = size_of(report.gallery(images, *masks, ["cat"] * count, classes, tmp_path / "gallery.png"))
+    assert (width > 1500) == (count > 4)
+
+
+def test_score_table():
+    scores = {
+        "iou": {"pet": 0.84127, "background": 0.93, "outline": None},
+        "dice": {"pet": 0.91, "background": 0.96372, "outline": None},
+        "mean_iou": 0.8856,
+        "mean_dice": 0.9369,
+        "accuracy": 0.94217,
+        "loss": None,
+        "images": 3669,
+    }
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(report.score_table("Test set", scores, PETS))
+    text = console.export_text()
+    rows = [line.split() for line in text.splitlines()]
+    assert ["pet", "0.8413", "0.9100"] in rows
+    assert ["background", "0.9300", "0.9637"] in rows
+    assert ["outline", "–", "–"] in rows
+    assert ["mean", "0.8856", "0.9369"] in rows
+    assert "Test set" in text and "accuracy 0.9422 · loss –" in text and "3,669 images" in text

@@ -1,0 +1,64 @@
+"""What a run asks and what a cluster has: pure arithmetic."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unet.config import TrainSettings, unflat
+from unet.errors import InputError
+from unet.training.resources import Node, check_free, plan
+
+
+def settings(**changes):
+    return unflat(TrainSettings, {"base_filters": 8, "image_size": 64} | changes)
+
+
+def laptop(cpus=2, **changes):
+    return [Node(cpus, **({"memory": 16e9, "object_store": 6e9} | changes))]
+
+
+def test_two_workers_run_on_two_cpus_beside_the_readers():
+    found = plan(settings(num_workers=2), laptop(), 10**6)
+    assert found.cpus_per_worker == 0.75 and found.threads == 1 and found.kept
+    assert plan(settings(), laptop(), 10**6).threads == 2
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=4), st.integers(1, 12))
+def test_what_is_planned_fits_every_node_and_leaves_room_to_read(cpus, workers):
+    nodes = [Node(c, memory=1e12, object_store=1e11) for c in cpus]
+    if workers > sum(cpus):
+        with pytest.raises(InputError, match=f"at most {sum(cpus)}"):
+            plan(settings(num_workers=workers), nodes, 0)
+        return
+    share = plan(settings(num_workers=workers), nodes, 0).cpus_per_worker
+    assert sum(int((c - 0.5 + 1e-9) // share) for c in cpus) >= workers
+
+
+def test_data_beyond_the_budget_or_the_object_store_are_streamed():
+    assert plan(settings(), laptop(), int(3e9)).kept
+    assert not plan(settings(), laptop(), int(5e9)).kept
+    assert not plan(settings(memory_budget="1GB"), laptop(), int(3e9)).kept
+    assert not plan(settings(memory_budget="10GB"), laptop(object_store=1e9), int(3e9)).kept
+
+
+def test_too_little_memory_is_refused_with_a_batch_that_fits():
+    with pytest.raises(InputError, match=r"try --batch-size (\d+)") as error:
+        plan(settings(base_filters=64, image_size=128, batch_size=256), laptop(memory=8e9), 0)
+    fitting = int(str(error.value).split("--batch-size ")[1].rstrip("."))
+    plan(settings(base_filters=64, image_size=128, batch_size=fitting), laptop(memory=8e9), 0)
+
+
+def test_gpus_are_taken_when_there_is_one_for_each():
+    assert plan(settings(num_workers=2), laptop(8, gpus=2), 0).use_gpu
+    assert not plan(settings(num_workers=2), laptop(8, gpus=1), 0).use_gpu
+
+
+def test_a_cluster_whose_workers_have_not_joined_is_refused():
+    with pytest.raises(InputError, match="no CPUs yet"):
+        plan(settings(), laptop(0), 0)
+
+
+def test_busy_cpus_are_refused_with_what_would_fit():
+    with pytest.raises(InputError, match=r"leave 1 free.*--num-workers 1"):
+        check_free(2, 0.75, 1.0)
+    check_free(2, 0.75, 1.5)

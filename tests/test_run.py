@@ -1,0 +1,359 @@
+"""A whole run on two workers: its folder, scores, MLflow and packaged model; repeating, stopping, continuing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT, TINY, job, read_json, train, weights_of
+from PIL import Image
+
+from unet.errors import InputError, RunFailed
+
+CLASSES = ("pet", "background", "outline")
+SCORES = {f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES} | {
+    "loss",
+    "accuracy",
+    "mean_iou",
+    "mean_dice",
+}
+
+
+def test_the_folder_holds_what_the_design_says(trained):
+    folder, summary = trained
+    assert read_json(folder / "summary.json") == summary
+    assert summary["status"] == "finished" and summary["run_name"] == "trained" and summary["restarts"] == 0
+    assert summary["seconds_to_first_step"] > 0 and summary["images_per_second"] > 0
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["base_filters"] == 8 and config["run_name"] == "trained" and config["seed"] == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 11))
+    steps = -(-read_manifest(summary, folder)["counts"]["train"] // TINY["batch_size"])
+    assert [line["step"] for line in lines] == [steps * epoch for epoch in range(1, 11)]
+    expected = {f"val_{s}" for s in SCORES} | {"train_loss", "learning_rate", "images_per_second"}
+    assert expected | {"data_wait_fraction", "best_val_mean_iou", "best_epoch", "time"} <= set(lines[-1])
+    best = max(lines, key=lambda line: line["val_mean_iou"])
+    assert summary["best_epoch"] == best["epoch"] == lines[-1]["best_epoch"]
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert f"step_{lines[-1]['step']:08d}" in kept and summary["best_checkpoint"].split("/")[1] in kept
+    assert all((folder / "checkpoints" / k / "COMMIT").exists() for k in kept)
+    for picture in ("training_curves.png", "confusion_test.png", "gallery.png"):
+        Image.open(folder / picture).verify()
+
+
+def read_manifest(summary, folder):
+    (manifest,) = [
+        m
+        for m in map(read_json, (folder.parent / "data").glob("*/manifest.json"))
+        if m["data_digest"] == summary["data_digest"]
+    ]
+    return manifest
+
+
+def rows_of(folder, summary, split):
+    for manifest in (folder.parent / "data").glob("*/manifest.json"):
+        if read_json(manifest)["data_digest"] == summary["data_digest"]:
+            rows = [
+                r for f in read_json(manifest)["files"][split] for r in pq.read_table(manifest.parent / f).to_pylist()
+            ]
+    images = np.stack([np.frombuffer(r["image"], np.uint8).reshape(32, 32, 3) for r in rows])
+    return images, np.stack([np.frombuffer(r["mask"], np.uint8).reshape(32, 32) for r in rows])
+
+
+def oracle_network(folder, checkpoint):
+    """The network written down again with plain Keras layers, and the checkpoint's weights."""
+    layers = keras.layers
+
+    def block(x, filters):
+        return layers.Conv2D(filters, 3, padding="same", activation="relu")(
+            layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+        )
+
+    inputs = layers.Input((32, 32, 3))
+    first = block(inputs, 8)
+    second = block(layers.MaxPooling2D()(first), 16)
+    x = block(layers.MaxPooling2D()(second), 32)
+    x = layers.Conv2DTranspose(16, 3, strides=2, padding="same")(x)
+    x = block(layers.Concatenate()([x, second]), 16)
+    x = layers.Conv2DTranspose(8, 3, strides=2, padding="same")(x)
+    x = block(layers.Concatenate()([x, first]), 8)
+    model = keras.Model(inputs, layers.Conv2D(3, 1, activation="softmax")(x))
+    weights = weights_of(folder, checkpoint)
+
+    def number(path):  # the order in which Keras names layers: conv2d, conv2d_1, …
+        layer = path.split("/")[-3]
+        kind, _, index = layer.rpartition("_") if layer[-1].isdigit() and "_" in layer else (layer, "", "0")
+        return kind, int(index) if index.isdigit() else 0, path
+
+    found = {"conv2d": [], "conv2d_transpose": []}
+    for path in sorted((p for p in weights if "/vars/" in p), key=number):
+        kind = "conv2d_transpose" if "transpose" in path else "conv2d"
+        found[kind].append(weights[path])
+    for layer in model.layers:
+        if layer.weights:
+            kind = "conv2d_transpose" if isinstance(layer, layers.Conv2DTranspose) else "conv2d"
+            layer.set_weights([found[kind].pop(0), found[kind].pop(0)])
+    assert not any(found.values())
+    return model
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_scores_are_those_of_an_oracle_over_every_image(trained, split):
+    """Another network, another reader, sets of pixels: the confusion matrix agrees integer for integer."""
+    folder, summary = trained
+    images, masks = rows_of(folder, summary, split)
+    model = oracle_network(folder, summary["best_checkpoint"].split("/")[1])
+    predicted = model.predict(images / np.float32(255), verbose=0).argmax(-1)
+    confusion = [[int(((masks == t) & (predicted == p)).sum()) for p in range(3)] for t in range(3)]
+    assert summary[split]["confusion"] == confusion
+    assert summary[split]["images"] == len(images) and np.sum(confusion) == masks.size
+    union = [sum(confusion[i]) + sum(row[i] for row in confusion) - confusion[i][i] for i in range(3)]
+    for i, name in enumerate(CLASSES):
+        assert summary[split]["iou"][name] == pytest.approx(confusion[i][i] / union[i], abs=1e-12)
+
+
+def test_it_learned(trained):
+    """Better than any constant answer."""
+    folder, summary = trained
+    _, masks = rows_of(folder, summary, "test")
+    constant = max((masks == i).mean() for i in range(3)) / 3
+    assert summary["test"]["mean_iou"] > 1.2 * constant
+
+
+def test_mlflow_holds_the_run(trained, storage):
+    import mlflow
+
+    folder, summary = trained
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED" and run.info.run_name == "trained"
+    assert run.data.params["base_filters"] == "8" and run.data.params["data_digest"] == summary["data_digest"]
+    assert {f"{split}_{s}" for split in ("val", "test") for s in SCORES} <= set(run.data.metrics)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("val_mean_iou", "train_loss", "val_iou_outline", "best_epoch"):
+        history = client.get_metric_history(summary["mlflow_run_id"], name)
+        assert [(m.step, m.value, m.timestamp) for m in history] == [(r["epoch"], r[name], r["time"]) for r in lines]
+    assert run.data.tags["best_checkpoint"] == summary["best_checkpoint"]
+    assert run.data.tags["mlflow.source.git.commit"]
+    artifacts = {a.path for a in client.list_artifacts(summary["mlflow_run_id"])}
+    assert {
+        "config.yaml",
+        "training_curves.png",
+        "confusion_test.png",
+        "gallery.png",
+        "best_checkpoint",
+        "model",
+    } <= artifacts
+    assert str(storage) in client.get_experiment(run.info.experiment_id).artifact_location
+    (data,) = run.inputs.dataset_inputs
+    assert summary["data_digest"].startswith(data.dataset.digest)
+
+
+def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, storage):
+    import mlflow
+
+    folder, summary = trained
+    mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
+    model = mlflow.pyfunc.load_model(summary["model_uri"])
+    shown = np.load(folder / "gallery.npz")
+    masks = model.predict(shown["images"])
+    assert masks.dtype == np.uint8 and (masks == shown["predicted"]).mean() >= 0.999
+    assert len(np.unique(masks)) > 1
+    odd = np.random.default_rng(0).integers(0, 256, (2, 45, 70, 3), np.uint8)
+    assert model.predict(odd).shape == (2, 45, 70)
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        model.predict(odd.astype(np.float32))
+    requirements = mlflow.pyfunc.get_model_dependencies(summary["model_uri"])
+    assert "tensorflow==" in Path(requirements).read_text()
+
+
+def test_a_streamed_run_whose_worker_is_killed_ends_bit_equal(trained, storage, packed):
+    """The same settings from new processes, reading in the other way, with a worker lost on the way."""
+    folder, summary = trained
+
+    def kill():
+        wait_for(lambda: len(list((storage / "again").glob("checkpoints/step_*/COMMIT"))) >= 2)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        workers[-1].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    # A budget of 10 kB does not hold the data, so this one streams.
+    again = train(storage, packed, as_trial=True, run_name="again", memory_budget="10kB", checkpoint_every="3")
+    killer.join()
+    assert again["restarts"] == 1
+    assert again["val"] == summary["val"] and again["best_checkpoint"] == summary["best_checkpoint"]
+    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
+    before, after = weights_of(folder, last), weights_of(storage / "again", last)
+    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
+    one, other = (
+        [(r["epoch"], r["train_loss"], r["val_loss"]) for r in map(json.loads, (f / "metrics.jsonl").open())]
+        for f in (folder, storage / "again")
+    )
+    assert one == other
+
+
+def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, tmp_path):
+    folder, summary = trained
+    address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    flags = [f"--data={packed}", f"--storage-path={storage}", f"--output={tmp_path}"]
+    done = job("evaluate", "--model=trained", *flags, env=address)
+    assert done.returncode == 0, done.stdout
+    assert read_json(tmp_path / "metrics.json")["confusion"] == summary["test"]["confusion"]
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    done = job("evaluate", f"--model={last}", "--split=val", *flags, env=address)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert read_json(tmp_path / "metrics.json")["mean_iou"] == lines[-1]["val_mean_iou"]
+    refused = job("evaluate", "--model=nobody", *flags, env=address)
+    assert refused.returncode == 2 and "'nobody' is neither" in refused.stdout
+
+
+def test_mlflow_away_loses_and_doubles_nothing(tmp_path):
+    """A store that refuses for a while, files for good: metrics arrive, in order, once."""
+    from unet.storage import Folder
+    from unet.tracking import Tracker
+
+    tracker = Tracker(Folder(tmp_path), "outage")
+    tracker.start("run", None, {"a": 1}, {})
+    whole, refusals = tracker.client.log_batch, iter(range(3))
+
+    def refusing(*args, **kwargs):
+        if next(refusals, None) is not None:
+            raise ConnectionError("away")
+        return whole(*args, **kwargs)
+
+    tracker.client.log_batch = refusing
+    tracker.client.log_artifacts = lambda *args: (_ for _ in ()).throw(OSError("read-only"))
+    tracker.artifacts("", {"some.txt": b"text"})
+    for epoch in (1, 2, 3, 4):
+        tracker.epoch({"epoch": epoch, "step": epoch, "time": 1000 + epoch, "val_loss": 1 / epoch})
+    tracker.epoch({"epoch": 4, "step": 4, "time": 1004, "val_loss": 1 / 4})  # sent again, as after a resume
+    assert not tracker.deliver()  # the file is still here
+    tracker.status("finished")
+    history = tracker.client.get_metric_history(tracker.run_id, "val_loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_finished_run_answers_so_and_other_settings_are_refused(trained, storage, packed):
+    folder, summary = trained
+    stamp = (folder / "summary.json").stat().st_mtime_ns
+    assert train(storage, packed, run_name="trained") == summary
+    assert (folder / "summary.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"--dropout \(was 0.1, is 0.2\)"):
+        train(storage, packed, run_name="trained", dropout=0.2)
+
+
+def start_job(*flags, **env):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_cluster, storage, packed):
+    import mlflow
+
+    folder, summary = trained
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    flags += ["--num-workers=2", "--threads=1", f"--data={packed}", f"--storage-path={storage}", "--run-name=stopped"]
+    address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    process = start_job(*flags, "--checkpoint-every=1", **address)
+    checkpoints = storage / "stopped" / "checkpoints"
+    wait_for(lambda: checkpoints.exists() and list(checkpoints.glob("step_*/COMMIT")))
+    os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "--resume stopped" in output and "Traceback" not in output and "\x1b" not in output
+    stopped = read_json(storage / "stopped" / "summary.json")
+    assert stopped["status"] == "stopped"
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert client.get_run(stopped["mlflow_run_id"]).info.status == "KILLED"
+    steps = [int(p.name.split("_")[1]) for p in checkpoints.glob("step_*")]
+    assert max(steps) < read_json(checkpoints / f"step_{max(steps):08d}" / "state.json")["settings"]["epochs"] * 10, (
+        "the run was to stop before its end"
+    )
+
+    done = job("train", "--resume=stopped", f"--storage-path={storage}", env=address)
+    assert done.returncode == 0, done.stdout
+    finished = read_json(storage / "stopped" / "summary.json")
+    assert finished["mlflow_run_id"] == stopped["mlflow_run_id"]
+    assert finished["val"] == summary["val"] and finished["test"] == summary["test"]
+    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
+    before, after = weights_of(folder, last), weights_of(storage / "stopped", last)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    history = client.get_metric_history(stopped["mlflow_run_id"], "val_mean_iou")
+    assert [m.step for m in history] == list(range(1, 11))
+    assert client.get_run(stopped["mlflow_run_id"]).info.status == "FINISHED"
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster, storage, packed):
+    with pytest.raises(RunFailed, match=r"stopped being finite at step \d+ .*(Abyssinian|beagle)_\d+") as error:
+        train(storage, packed, run_name="burst", learning_rate=1e30)
+    assert "--on-nan skip" in str(error.value)
+    assert read_json(storage / "burst" / "summary.json")["status"] == "failed"
+
+
+def submit(ray_cluster, *arguments, verb="submit"):
+    """`ray job …` as a user types it, from the checkout; only the address is the test's."""
+    ray = os.path.join(os.path.dirname(sys.executable), "ray")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    command = [ray, "job", verb, "--address", f"http://{ray_cluster.dashboard_url}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+
+
+def test_a_submitted_job_leaves_its_results_and_its_exit_code(ray_cluster, storage, packed):
+    """The job runs in a temporary copy of the checkout; what it made outlives the copy."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"epochs": 1}).items()]
+    train = [
+        "--working-dir",
+        ".",
+        "--",
+        sys.executable,
+        "jobs/train.py",
+        f"--data={packed}",
+        f"--storage-path={storage}",
+    ]
+    done = submit(ray_cluster, *train, *flags, "--run-name=submitted")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(storage / "submitted" / "summary.json")["status"] == "finished"
+    refused = submit(ray_cluster, *train, "--dropout=2")
+    assert refused.returncode == 1 and "--dropout 2" in refused.stdout + refused.stderr
+
+
+def test_a_stopped_job_leaves_a_stopped_run(ray_cluster, storage, packed):
+    import mlflow
+
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"epochs": 100_000}).items()]
+    flags += [f"--data={packed}", f"--storage-path={storage}", "--run-name=halted"]
+    options = ["--no-wait", "--submission-id=halted", "--working-dir=.", "--"]
+    started = submit(ray_cluster, *options, sys.executable, "jobs/train.py", *flags)
+    assert started.returncode == 0, started.stdout + started.stderr
+    wait_for(lambda: list((storage / "halted").glob("checkpoints/step_*/COMMIT")))
+    wait_for(lambda: read_json(storage / "halted" / "summary.json").get("mlflow_run_id"))
+    assert submit(ray_cluster, "halted", verb="stop").returncode == 0
+    summary = read_json(storage / "halted" / "summary.json")
+    assert summary["status"] == "stopped"
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert client.get_run(summary["mlflow_run_id"]).info.status == "KILLED"

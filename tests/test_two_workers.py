@@ -1,0 +1,89 @@
+"""One worker and two do the same: gradients, fifty steps, clipping, and numbers that are not finite."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+REAL_SIZE = {"image_size": 128, "base_filters": 16, "batch_size": 8}
+SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 8, "learning_rate": 0.01}
+
+
+def train(tmp_path, world, values, steps, poison=-1):
+    """The results of every rank after `steps`, from processes of one thread each."""
+    sockets = [socket.socket() for _ in range(world)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = json.dumps([s.getsockname()[1] for s in sockets])
+    for s in sockets:
+        s.close()
+    outputs = [tmp_path / f"world{world}-rank{rank}.npz" for rank in range(world)]
+    peers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "tests/peers.py",
+                str(rank),
+                ports,
+                output,
+                json.dumps(values),
+                str(steps),
+                str(poison),
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        assert [p.wait(timeout=500) for p in peers] == [0] * world
+    finally:
+        for p in peers:
+            p.kill()
+    return [dict(np.load(output)) for output in outputs]
+
+
+def part(result, prefix):
+    return [v for k, v in sorted(result.items()) if k.startswith(prefix)]
+
+
+def test_fifty_steps_with_grad_shards_agree_at_real_size(tmp_path):
+    """Dropout on, real size; the two halves of a batch are summed alike by one worker and by two."""
+    values = REAL_SIZE | {"grad_shards": 2}
+    (one,), two = train(tmp_path, 1, values, 50), train(tmp_path, 2, values, 50)
+    for rank in two:
+        np.testing.assert_allclose(one["losses"], rank["losses"], rtol=1e-6)
+        for a, b in zip(part(one, "weight/"), part(rank, "weight/"), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    assert one["losses"][-1] < 0.95 * one["losses"][0]  # it did learn, so equality says something
+
+
+def test_first_gradients_agree_without_grad_shards(tmp_path):
+    (one,), two = train(tmp_path, 1, REAL_SIZE, 1), train(tmp_path, 2, REAL_SIZE, 1)
+    for a, b in zip(part(one, "gradient/"), part(two[0], "gradient/"), strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * max(np.abs(a).max(), 1e-3)
+    assert max(np.abs(g).max() for g in part(one, "gradient/")) > 1e-3
+    assert [r["counted"].tolist() for r in two] == [[2**54 + 2, 1]] * 2  # counts are summed as integers
+
+
+def test_clipping_acts_on_the_summed_gradient(tmp_path):
+    values = SMALL | {"clip_norm": 1e-3, "grad_shards": 2}
+    (one,), two = train(tmp_path, 1, values, 5), train(tmp_path, 2, values, 5)
+    assert (one["norms"] > 10 * values["clip_norm"]).all()  # the norm is told before clipping, and clipping bites
+    np.testing.assert_allclose(one["norms"], two[0]["norms"], rtol=1e-5)
+    for a, b in zip(part(one, "weight/"), part(two[1], "weight/"), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_a_nan_of_one_worker_is_seen_by_both_and_updates_nothing(tmp_path, precision):
+    first, second = train(tmp_path, 2, SMALL | {"precision": precision}, 4, poison=2)
+    assert first["finite"].tolist() == second["finite"].tolist() == [True, True, False, True]
+    assert second["unchanged"]
+    for a, b in zip(part(first, "weight/"), part(second, "weight/"), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()

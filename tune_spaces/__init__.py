@@ -1,0 +1,1 @@
+"""Search spaces, one readable file each; add one by adding a file."""

@@ -1,0 +1,341 @@
+"""What a run is: typed, validated settings, one class per part, flat on the command line and in files.
+
+A field's docstring is its help text. `flat` and `unflat` turn the parts into one dictionary of names with
+underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from unet.errors import InputError
+
+Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
+
+
+class Part(BaseModel):
+    """A group of settings: unknown names are refused, and nothing changes after the door."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def __init__(self, **values):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(sentence(error)) from error
+
+
+class DataSettings(Part):
+    """What is read."""
+
+    data: str = "synthetic"
+    """A prepared folder, a folder with the official archives (packed or extracted), or `synthetic`: pets drawn
+    by the program. What is not prepared yet is prepared on first use and kept under the storage path."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
+    """Side of the network's square input, in pixels; a multiple of 2**depth."""
+    limit_train: Annotated[int | None, Field(ge=1)] = None
+    """Use only the first so many training samples of the canonical order."""
+    memory_budget: str | None = None
+    """Data up to this size (such as 8GB) are kept in memory, larger ones streamed. Default: a quarter of the
+    node's memory."""
+
+    @field_validator("data")
+    @classmethod
+    def _found_from_anywhere(cls, value):
+        # A run continues from other folders, and a submitted job's own folder is temporary.
+        is_path = "://" not in value and value != "synthetic" and Path(value).expanduser().exists()
+        return str(Path(value).expanduser().absolute()) if is_path else value
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_size(cls, value):
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class ModelSettings(Part):
+    """The U-Net."""
+
+    base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Filters of the first block; each level below doubles them."""
+    depth: Annotated[int, Field(ge=1, le=7)] = 4
+    """Number of poolings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of activations dropped after each pooling and concatenation."""
+
+
+class TrainingSettings(Part):
+    """How it learns."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training samples."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """The global batch, divided among the workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of Adam."""
+    precision: Precision = "float32"
+    """Of the training step; scores are always taken in float32."""
+    clip_norm: Annotated[float | None, Field(gt=0)] = None
+    """Clip the summed gradient to this global norm."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop the run, or pass over the step."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """Stop after so many epochs without a better val mean IoU. Default: never."""
+    grad_shards: Annotated[int, Field(ge=1)] = 1
+    """Sum the gradient of so many equal parts of the batch in a fixed order: with 2 and one thread a worker, one
+    worker and two give the same numbers."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of initial weights, order, flips and dropout."""
+
+
+class ComputeSettings(Part):
+    """What it runs on."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Training processes; each takes an equal share of every batch."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """TensorFlow threads a worker. Default: the cores it really has."""
+
+
+class StoreSettings(Part):
+    """Where runs and prepared data are."""
+
+    storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH", "~/unet-runs"))
+    """Folder of runs and prepared data (UNET_STORAGE_PATH, else ~/unet-runs); may be s3://…"""
+    tracking_uri: str | None = None
+    """MLflow server or store. Default: sqlite under the storage path."""
+
+    @field_validator("storage_path")
+    @classmethod
+    def _absolute(cls, value):
+        # Absolute, because a submitted job runs in a temporary copy of the working directory.
+        return value if "://" in value else str(Path(value).expanduser().absolute())
+
+
+class RunSettings(StoreSettings):
+    """Where it goes."""
+
+    run_name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = None
+    """Default: the time. The same name with the same settings continues the run."""
+    resume: str | None = None
+    """Continue this run, with the settings it was started with."""
+    checkpoint_every: str | None = None
+    """Also save inside an epoch: 200 is steps, 10m minutes. Default: at each epoch's end."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """How many of the best checkpoints stay; the last one always does."""
+    experiment: str = "unet-pets"
+    """MLflow experiment."""
+
+    @field_validator("run_name")
+    @classmethod
+    def _is_free(cls, value):
+        if value in ("data", "mlartifacts", "mlflow.db"):
+            raise ValueError(f"--run-name {value} is a name that the storage path keeps for itself")
+        return value
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _is_interval(cls, value):
+        if value is not None:
+            parse_interval(value)
+        return value
+
+    @model_validator(mode="after")
+    def _remote_needs_server(self):
+        if "://" in self.storage_path and not self.tracking_uri:
+            raise ValueError("--storage-path in an object store needs --tracking-uri: sqlite cannot live there")
+        return self
+
+
+class DoorSettings(Part):
+    """This command."""
+
+    config: Path | None = None
+    """YAML file of settings, named as the flags with underscores. A flag beats the file."""
+    debug: bool = False
+    """Show tracebacks and the messages of Ray and TensorFlow."""
+
+
+class TrainSettings(Part):
+    """Train a U-Net on several workers and track it in MLflow."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    compute: ComputeSettings = ComputeSettings()
+    run: RunSettings = Field(default_factory=RunSettings)
+    door: DoorSettings = DoorSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        check_image_size(self.data.image_size, self.model.depth)
+        workers, shards, batch = self.compute.num_workers, self.training.grad_shards, self.training.batch_size
+        if workers > batch:
+            raise ValueError(f"--num-workers {workers} is more than --batch-size {batch}: some would have no sample")
+        if shards > 1 and (shards % workers or batch % shards):
+            raise ValueError(
+                f"--grad-shards {shards} must be a multiple of --num-workers {workers} and divide --batch-size {batch}"
+            )
+        return self
+
+
+class PreparePart(Part):
+    """What is prepared, and how."""
+
+    source: str = "synthetic"
+    """A folder with the official archives (packed or extracted), or `synthetic`."""
+    output: str | None = None
+    """The folder to make; may be s3://… Default: where a training with this source looks for it."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
+    """Side of the square pictures, in pixels."""
+    shards: Annotated[int, Field(ge=1)] = 4
+    """Files of a split, at most."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of trainval that becomes val, by hash of name."""
+
+
+class PrepareSettings(Part):
+    """Turn raw pets into shards."""
+
+    prepare: PreparePart = PreparePart()
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    door: DoorSettings = DoorSettings()
+
+
+class EvaluatePart(Part):
+    """What is scored on what."""
+
+    model: str = ""
+    """A run's name (its best checkpoint), or a checkpoint's folder."""
+    data: str = "synthetic"
+    """As for training."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which samples."""
+    output: str | None = None
+    """Also write metrics.json into this folder."""
+
+
+class EvaluateSettings(Part):
+    """Score a trained model."""
+
+    evaluate: EvaluatePart = EvaluatePart()
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    door: DoorSettings = DoorSettings()
+
+
+class SweepSettings(Part):
+    """The search."""
+
+    space: str = "default"
+    """A space of tune_spaces/ by name, or a YAML file."""
+    num_samples: Annotated[int, Field(ge=1)] = 10
+    """How many trials."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """Stop bad trials early (asha), or train each to its end."""
+
+
+class TuneSettings(TrainSettings):
+    """A training's settings and the search over some of them."""
+
+    sweep: SweepSettings = SweepSettings()
+
+
+MAY_CHANGE = frozenset(
+    (
+        *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
+        *("on_nan", "keep_checkpoints", "storage_path", "run_name", "resume", "tracking_uri", "config", "debug"),
+    )
+)
+"""Settings that may change when a run continues (its data are compared by their digest)."""
+
+
+def check_image_size(image_size: int, depth: int) -> None:
+    """Refuse a side that `depth` poolings do not divide.
+
+    Raises:
+        ValueError: with the nearest sizes that fit.
+    """
+    multiple = 2**depth
+    if image_size % multiple:
+        below = image_size // multiple * multiple
+        fits = " and ".join(str(s) for s in (below, below + multiple) if s)
+        raise ValueError(f"--image-size {image_size} is not a multiple of {multiple} (2**depth): nearest are {fits}")
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB', '500 MB', '2GiB' or plain bytes as a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write it like 8GB or 500MB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def parse_interval(text: str) -> tuple[Literal["steps", "seconds"], float]:
+    """'200' as ("steps", 200), '10m' as ("seconds", 600)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)m|(\d+)", text)
+    if not match or not float(match[1] or match[2]):
+        raise ValueError(f"{text!r} is not an interval: 200 means steps, 10m minutes")
+    return ("seconds", float(match[1]) * 60) if match[1] else ("steps", int(match[2]))
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def flat(settings: BaseModel) -> dict[str, Any]:
+    """All settings in one dictionary, ready for YAML."""
+    return {name: value for part in settings.model_dump(mode="json").values() for name, value in part.items()}
+
+
+def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the settings") -> Settings:
+    """Settings from a flat dictionary.
+
+    Raises:
+        InputError: an unknown name (with the nearest known) or a value that does not fit.
+    """
+    parts = {part: set(field.annotation.model_fields) for part, field in cls.model_fields.items()}
+    nested: dict[str, dict] = {part: {} for part in parts}
+    for name, value in values.items():
+        part = next((part for part, names in parts.items() if name in names), None)
+        if part is None:
+            near = difflib.get_close_matches(str(name), set().union(*parts.values()), n=1)
+            raise InputError(f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "."))
+        nested[part][name] = value
+    try:
+        return cls(**nested)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The flat settings of a file.
+
+    Raises:
+        InputError: the file is missing or not a mapping of names to values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"Cannot read --config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values or {}, dict):
+        raise InputError(f"--config {path} must hold `name: value` lines.")
+    return values or {}
+
+
+def sentence(error: ValidationError) -> str:
+    """A validation error in one sentence that names the flag."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["loc"] and not message.startswith("--"):
+        flag = "--" + str(first["loc"][-1]).replace("_", "-")
+        value = first.get("input")
+        message = f"{flag} {value}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
+    return message + "."

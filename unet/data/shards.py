@@ -1,0 +1,148 @@
+"""Prepared data: Parquet files of plain Arrow types with a manifest beside them.
+
+One row group is a chunk of 256 samples of the split's canonical order (by hash of name), whatever the number of
+files, so the order of training does not depend on how the data were sharded.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet.data.order import CHUNK
+from unet.errors import InputError
+from unet.storage import Folder
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val", "test")
+
+
+def name_hash(name: str) -> bytes:
+    """What the canonical order sorts by and what decides about validation."""
+    return hashlib.sha256(name.encode()).digest()
+
+
+def is_validation(name: str, val_fraction: float) -> bool:
+    """Whether a sample of the official trainval belongs to val: a property of its name, whatever the seed."""
+    return int.from_bytes(name_hash(name)[:8], "big") / 2**64 < val_fraction
+
+
+def sample_digest(name: str, split: str, image: np.ndarray, mask: np.ndarray) -> bytes:
+    """sha256 of a sample's name, split, shape and pixels; image uint8 (S, S, 3), mask uint8 (S, S)."""
+    header = f"{name}\0{split}\0{'x'.join(map(str, image.shape))}\0"
+    return hashlib.sha256(header.encode() + image.tobytes() + mask.tobytes()).digest()
+
+
+def data_digest(digests: dict[str, bytes]) -> str:
+    """The passport of a data set: sha256 over the samples' digests sorted by name, independent of sharding."""
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+def shard_schema(image_size: int) -> pa.Schema:
+    """The columns of a shard: uint8 pixels as fixed-size binary, which any Arrow reader opens."""
+    return pa.schema(
+        [
+            ("name", pa.string()),
+            ("split", pa.string()),
+            ("image", pa.binary(image_size * image_size * 3)),
+            ("mask", pa.binary(image_size * image_size)),
+            ("original_height", pa.int32()),
+            ("original_width", pa.int32()),
+            ("breed", pa.string()),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands in `manifest.json`; `counts` and `files` are by split."""
+
+    image_size: int
+    classes: list[str]
+    counts: dict[str, int]
+    files: dict[str, list[str]]
+    data_digest: str
+    source: str
+    source_version: str
+    val_fraction: float
+    left_out: list[dict] = field(default_factory=list)
+    repaired: list[dict] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+class Prepared:
+    """A prepared folder opened for reading."""
+
+    def __init__(self, folder: Folder):
+        if not folder.exists(MANIFEST):
+            raise InputError(f"{folder} holds no {MANIFEST}: prepare it first with `python jobs/prepare.py`.")
+        try:
+            content = json.loads(folder.read_text(MANIFEST))
+            version = content["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise InputError(
+                    f"{folder} was prepared with schema version {version}, this program reads {SCHEMA_VERSION}: "
+                    "prepare the data again."
+                )
+            self.manifest = Manifest(**content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{folder}/{MANIFEST} is damaged ({error}): prepare the data again.") from error
+        self.folder = folder
+
+    def count(self, split: str) -> int:
+        return self.manifest.counts[split]
+
+    def bytes_in_memory(self, split: str, samples: int | None = None) -> int:
+        """What the pixels of a split (or its first `samples`) take when held in memory."""
+        return (self.count(split) if samples is None else samples) * self.manifest.image_size**2 * 4
+
+    @cached_property
+    def chunks(self) -> dict[str, list[tuple[str, int]]]:
+        """By split, where chunk i of the canonical order lies: (file, row group)."""
+        return {split: self._chunks_of(split) for split in SPLITS}
+
+    def _chunks_of(self, split: str) -> list[tuple[str, int]]:
+        found, rows = [], 0
+        for file in self.manifest.files[split]:
+            try:
+                with self.folder.fs.open_input_file(self.folder._at(file)) as stream:
+                    metadata = pq.read_metadata(stream)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise InputError(f"Cannot read {self.folder}/{file}: {error}. Prepare the data again.") from error
+            found += [(file, group) for group in range(metadata.num_row_groups)]
+            rows += metadata.num_rows
+        if rows != self.count(split) or len(found) != -(-rows // CHUNK):
+            raise InputError(
+                f"The {split} shards in {self.folder} hold {rows} samples, the manifest says {self.count(split)}: "
+                "prepare the data again."
+            )
+        return found
+
+    def read_chunk(self, split: str, chunk: int, columns: tuple[str, ...] = ("image", "mask")) -> pa.Table:
+        """One chunk of the canonical order as a table of up to 256 rows in one piece."""
+        file, group = self.chunks[split][chunk]
+        with self.folder.fs.open_input_file(self.folder._at(file)) as stream:
+            return pq.ParquetFile(stream).read_row_group(group, columns=list(columns)).combine_chunks()
+
+    def names(self, split: str) -> list[str]:
+        """The names of a split in canonical order."""
+        tables = [self.read_chunk(split, chunk, ("name",)) for chunk in range(len(self.chunks[split]))]
+        return [name for table in tables for name in table.column("name").to_pylist()]
+
+
+def pixels(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """A fixed-size binary column as uint8 (rows, *shape) without a copy."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    width = array.type.byte_width
+    flat = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * width : (array.offset + len(array)) * width]
+    return flat.reshape(len(array), *shape)

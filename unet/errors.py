@@ -1,0 +1,9 @@
+"""Errors that are sentences for a person. `unet.cli` prints them without a traceback."""
+
+
+class InputError(Exception):
+    """Settings, data or a place that cannot work, found before anything started. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that had started and failed. Exit code 1."""

@@ -1,0 +1,80 @@
+"""A model over a split: exact scores in float32, every image counted once."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from unet import metrics
+from unet.classes import CLASSES
+from unet.config import MAY_CHANGE, EvaluateSettings, TrainSettings, unflat
+from unet.data.ingest import Batch, Ingest, Shard
+from unet.data.order import PADDING
+from unet.data.prepare import check_source, resolve
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.training.checkpoint import STATE, Checkpoints
+
+
+def score(learner, batches: Iterable[Batch], images: int, tell: Callable[[Batch], None] = lambda batch: None) -> dict:
+    """Scores over the batches of all workers of the learner, with `loss` and `images`.
+
+    Raises:
+        RuntimeError: another number of images than `images` came by.
+    """
+    learner.refresh_float32()
+    confusion, sums = np.zeros((len(CLASSES), len(CLASSES)), np.int64), np.zeros(2)
+    for batch in batches:
+        matrix, loss_sum = learner.evaluate(batch.images, batch.masks)
+        confusion += matrix
+        sums += loss_sum, np.count_nonzero(batch.indices != PADDING)
+        tell(batch)
+    confusion, (loss_sum, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
+    if counted != images:
+        raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
+    pixels = int(confusion.sum())
+    return metrics.scores(confusion) | {"loss": loss_sum / pixels if pixels else None, "images": int(counted)}
+
+
+def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
+    """The run's folder and checkpoint that `--model` means: a run's best one, or the one whose folder is given.
+
+    Raises:
+        InputError: there is no such run or checkpoint.
+    """
+    if (Path(model) / STATE).is_file():
+        path = Path(model).resolve()
+        return Folder(path.parent.parent), path.name
+    run = storage / model
+    latest = Checkpoints(run).latest()
+    if latest is None:
+        raise InputError(f"{model!r} is neither a run with a checkpoint under {storage} nor a checkpoint folder.")
+    return run, latest[1].best_checkpoint or latest[0]
+
+
+def evaluate(settings: EvaluateSettings, display: Display) -> dict:
+    """Score a run's best checkpoint (or a given one) on a split, in this process."""
+    part = settings.evaluate
+    check_source(part.data)
+    storage = Folder(settings.store.storage_path)
+    run, checkpoint = find_checkpoint(part.model, storage)
+    values = Checkpoints(run).state(checkpoint).settings
+    # What concerns the machine of the training does not concern this one.
+    trained = unflat(TrainSettings, {k: v for k, v in values.items() if k not in MAY_CHANGE})
+    trained = trained.model_copy(update={"training": trained.training.model_copy(update={"grad_shards": 1})})
+    prepared = resolve(part.data, trained.data.image_size, storage, display.preparing)
+
+    from unet.training.learner import Learner
+
+    learner = Learner(trained)
+    Checkpoints(run).load_weights(checkpoint, learner.model)
+    counts = prepared.manifest.counts
+    reading = Ingest(
+        prepared.folder.uri, trained.data.image_size, counts, trained.training.batch_size, 0, 1, lambda: (1, 0), 0, {}
+    )
+    batches = Shard(reading, 0, 1).reader().direct(part.split)
+    steps = reading.plan(part.split, 1).steps
+    result = score(learner, batches, counts[part.split], lambda batch: display.scoring(batch.step + 1, steps))
+    what = {"model": part.model, "checkpoint": checkpoint, "split": part.split}
+    return what | {"data_digest": prepared.manifest.data_digest} | result

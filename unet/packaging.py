@@ -1,0 +1,57 @@
+"""A trained model with its preprocessing, as an MLflow model that needs none of this code.
+
+uint8 (N, height, width, 3) photos of any one size in, uint8 (N, height, width) class ids out. Photos are resized to
+the network antialiased and probabilities back bilinearly, then the likeliest class is taken. Float32 throughout.
+"""
+
+import tempfile
+from pathlib import Path
+
+from unet.classes import CLASSES
+from unet.config import TrainSettings
+from unet.storage import Folder
+from unet.training.checkpoint import Checkpoints
+
+
+def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, bytes]:
+    """The files of the packaged model of a run's checkpoint, by relative path.
+
+    Builds the float32 graph in this process, so call it where TensorFlow may be imported.
+    """
+    from importlib.metadata import version
+
+    import keras
+    import mlflow.tensorflow
+    import numpy as np
+    import tensorflow as tf
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    from unet.model import build_unet
+
+    keras.config.set_dtype_policy("float32")
+    size, model = settings.data.image_size, settings.model
+    network = build_unet(size, model.base_filters, model.depth, model.dropout, len(CLASSES))
+    Checkpoints(Folder(run)).load_weights(checkpoint, network)
+
+    class Segmenter(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
+        def __call__(self, photos):
+            inputs = tf.image.resize(tf.cast(photos, tf.float32), (size, size), antialias=True) / 255.0
+            probabilities = tf.nn.softmax(self.network(inputs, training=False))
+            probabilities = tf.image.resize(probabilities, tf.shape(photos)[1:3])
+            return tf.cast(tf.argmax(probabilities, -1), tf.uint8)
+
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
+    )
+    requirements = [f"{name}=={version(name)}" for name in ("mlflow", "tensorflow", "numpy")]
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "model"
+        mlflow.tensorflow.save_model(Segmenter(), target, signature=signature, pip_requirements=requirements)
+        return {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()}

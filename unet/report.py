@@ -1,0 +1,284 @@
+"""Pictures and tables that show how well a model segments.
+
+Pictures are drawn without pyplot and its global state, so any thread, worker or machine without a display can draw.
+matplotlib and rich load only when used.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from unet.classes import IGNORE, ClassInfo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+ABSENT, DPI = "–", 130
+INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
+LEGEND = {"frameon": False, "fontsize": 10, "labelcolor": INK}
+
+
+def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], path: str | Path) -> Path:
+    """Draw loss, IoU and Dice over the epochs, with the best epoch by mean IoU marked.
+
+    `history` holds a record an epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
+    `val_dice_<class>`. A value that is missing, None or not finite is left out of its line.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not history:
+        raise ValueError("There are no epochs to draw: the history is empty. Train for at least one epoch.")
+    figure = Figure(figsize=(13, 4.1 + 0.24 * math.ceil((len(classes) + 1) / 8)), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
+    loss, iou, dice = panels = figure.subplots(1, 3)
+    # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
+    style = {"linewidth": 1.8} | ({"marker": "o", "markersize": 3.5} if len(history) <= 25 else {})
+    loss.plot(*_series(history, "train_loss"), color="#9aa0a9", label="training", **style)
+    loss.plot(*_series(history, "val_loss"), color=INK, label="validation", **style)
+    loss.set_ylim(0, 1.05 * loss.dataLim.ymax if loss.dataLim.ymax > 0 else 1)
+    loss.legend(**LEGEND)
+    for axes, metric in ((iou, "iou"), (dice, "dice")):
+        axes.set_ylim(0, 1)
+        for item in classes:
+            values = _series(history, f"val_{metric}_{item.name}")
+            axes.plot(*values, color=_unit(item.colour, on_white=True), label=item.name, **style)
+    iou.plot(*_series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
+    figure.legend(handles=iou.get_lines(), loc="outside lower center", ncols=8, **LEGEND)
+
+    epochs = [record["epoch"] for record in history]
+    if best := best_epoch(history):
+        epoch, value = best
+        iou.vlines(epoch, 0, value, color=INK, linewidth=0.9, linestyle=(0, (2, 3)))
+        iou.plot(epoch, value, "o", markersize=9, color=INK, markerfacecolor="white", markeredgewidth=2, clip_on=False)
+        # The label stands at the foot of the axes, below curves that have risen, and leans to the roomier side.
+        offset, side = ((-7, 8), "right") if 2 * epoch > min(epochs) + max(epochs) else ((7, 8), "left")
+        iou.annotate(
+            f"best mean {value:.3f}\nepoch {epoch}",
+            (epoch, 0),
+            offset,
+            textcoords="offset points",
+            ha=side,
+            fontsize=10,
+            color=INK,
+            linespacing=1.4,
+        )
+    for axes, title in zip(panels, ("Loss", "Validation IoU", "Validation Dice"), strict=True):
+        _calm(axes, title)
+        axes.spines["bottom"].set(visible=True, color="#c3c7cd")
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.set_xlabel("epoch", fontsize=10, color=QUIET)
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
+    """Return (epoch, mean IoU) of the highest `val_mean_iou`, the earliest on a tie; None if none was measured."""
+    return max(zip(*_series(history, "val_mean_iou"), strict=True), key=lambda pair: pair[1], default=None)
+
+
+def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:
+    """Draw `confusion`, int64 (C, C), row = truth, column = predicted: each cell's share of its row and its pixels."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    count, names = len(classes), [item.name for item in classes]
+    if confusion.shape != (count, count):
+        raise ValueError(f"The confusion matrix has shape {confusion.shape}; {count} classes need ({count}, {count}).")
+    totals = confusion.sum(axis=1)
+    shares = confusion / np.maximum(totals, 1)[:, None]
+    few = count <= 6
+    cell, share_size, pixel_size, name_size = (1.25, 14, 9.5, 11) if few else (0.62, 8, 6, 9)
+    figure = Figure(figsize=(count * cell + 1.9, count * cell + 1.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    shading = LinearSegmentedColormap.from_list("shares", ["#f5f6f9", "#174a7e"])
+    axes.imshow(shares, cmap=shading, vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        # White and ink read equally well on the blue of 0.6; shares that round to nothing step back.
+        colour = "white" if share > 0.6 else INK if share >= 0.005 else QUIET
+        upper, lower = cell_text(confusion[row, column], totals[row])
+        axes.text(column, row, upper, ha="center", va="bottom" if lower else "center", color=colour, size=share_size)
+        axes.text(column, row + 0.1, lower, ha="center", va="top", color=colour, size=pixel_size)
+    _calm(axes, "Confusion matrix")
+    tilt = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(count), names, fontsize=name_size, color=INK, **tilt)
+    axes.set_yticks(range(count), names, fontsize=name_size, color=INK)
+    axes.set_xlabel("predicted", fontsize=10, color=QUIET, labelpad=8)
+    axes.set_ylabel("truth (each row is 100 %)", fontsize=10, color=QUIET, labelpad=8)
+    for draw in (axes.hlines, axes.vlines):
+        draw(np.arange(1, count) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def cell_text(pixels: int, row_total: int) -> tuple[str, str]:
+    """Return a cell's share of its row and its pixels, such as ("91.2 %", "1.2 M"); a row without pixels is "–"."""
+    if row_total == 0:
+        return ABSENT, ""
+    share = f"{100 * pixels / row_total:.1f} %"
+    # Rounding must not turn a few pixels into none, nor nearly all into all.
+    if 0 < pixels < row_total:
+        share = {"0.0 %": "<0.1 %", "100.0 %": ">99.9 %"}.get(share, share)
+    number, units = float(pixels), ["", " k", " M", " G"]
+    # 999.5 would print as 1000, so it already belongs to the next unit.
+    while number >= 999.5 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return share, f"{number:.{1 if units[0] and number < 9.95 else 0}f}{units[0]}"
+
+
+def gallery(
+    images: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[ClassInfo],
+    path: str | Path,
+) -> Path:
+    """Draw photo, truth and prediction of each sample, with the IoU of each class under the prediction.
+
+    `images` is uint8 (N, H, W, 3); `truth` and `predicted` are uint8 (N, H, W) class ids; 255 in `truth` means ignore
+    and is drawn striped. More than four samples stand two abreast.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    count, height, width = images.shape[:3]
+    if count == 0:
+        raise ValueError("There are no samples to show: pass at least one image.")
+    texts = [iou_caption(*pair, classes) for pair in zip(truth, predicted, strict=True)]
+    captions = ["\n".join(line.rstrip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
+    legend = [Patch(facecolor=_unit(item.colour), label=item.name) for item in classes]
+    if (truth == IGNORE).any():
+        legend.append(Patch(facecolor="#8d8d8d", edgecolor="#c9c9c9", hatch="/////", linewidth=0, label="ignored"))
+    # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
+    abreast = 2 if count > 4 else 1
+    side, gap, gutter, margin = 2.5, 0.07, 0.35, 0.2
+    tall, block = side * height / width, 3 * side + 2 * gap + gutter
+    row_height = tall + 0.45 + 0.15 * max(caption.count("\n") for caption in captions)
+    head = 0.5 + 0.23 * math.ceil(len(legend) / (4 * abreast))
+    page = np.array([2 * margin + abreast * block - gutter, head + math.ceil(count / abreast) * row_height])
+    figure = Figure(figsize=tuple(page), dpi=DPI)
+    figure.legend(
+        handles=legend,
+        loc="upper left",
+        bbox_to_anchor=(margin / page[0], 1 - 0.15 / page[1]),
+        ncols=4 * abreast,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.1,
+        handleheight=1.1,
+        **LEGEND,
+    )
+    stretch = {"extent": (0, width, height, 0), "interpolation": "lanczos"}
+    for sample, (photo, name, caption) in enumerate(zip(images, names, captions, strict=True)):
+        row, place = divmod(sample, abreast)
+        # Under the masks the photo is grey and pale: a ginger cat must not pass for the colour of its class.
+        pale = 60 + 0.75 * photo @ (0.299, 0.587, 0.114)
+        panels = ("photo", None, name), ("truth", truth[sample], ""), ("prediction", predicted[sample], caption)
+        for column, (title, mask, note) in enumerate(panels):
+            corner = (margin + place * block + column * (side + gap), page[1] - head - row * row_height - tall)
+            axes = figure.add_axes((*(corner / page), *((side, tall) / page)))
+            axes.set_axis_off()
+            axes.set_title(title if row == 0 else "", fontsize=10, color=QUIET, loc="left", pad=5)
+            axes.annotate(
+                note,
+                (0, 0),
+                (0, -5),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+                color=INK,
+                linespacing=1.35,
+            )
+            axes.imshow(photo if mask is None else pale, cmap="gray", vmin=0, vmax=255, **stretch)
+            if mask is not None:
+                axes.imshow(_tint(mask, classes), extent=stretch["extent"])
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
+    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 counts for nothing."""
+    truth, predicted = truth[truth != IGNORE], predicted[truth != IGNORE]
+    found = [(truth == index, predicted == index) for index in range(class_count)]
+    return [float(np.sum(a & b) / np.sum(a | b)) if np.any(a | b) else None for a, b in found]
+
+
+def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[ClassInfo]) -> str:
+    """Return "pet 0.91 · background 0.96 · outline –"; with more than four classes, absent ones are left out."""
+    scores = zip(classes, image_iou(truth, predicted, len(classes)), strict=True)
+    parts = [
+        f"{item.name} {ABSENT if score is None else f'{score:.2f}'}"
+        for item, score in scores
+        if score is not None or len(classes) <= 4
+    ]
+    # Only the spaces between classes may break: a name and its value stay on one line.
+    return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+
+
+def score_table(title: str, scores: Mapping, classes: Sequence[ClassInfo]) -> Table:
+    """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
+
+    `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `loss` and `images`; a
+    value that could not be measured is None.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    def four(value: float | None) -> str:
+        return ABSENT if value is None else f"{value:.4f}"
+
+    caption = f"accuracy {four(scores['accuracy'])} · loss {four(scores['loss'])}\n{scores['images']:,} images"
+    columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
+    table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
+    for item in classes:
+        table.add_row(item.name, four(scores["iou"][item.name]), four(scores["dice"][item.name]))
+    table.add_section()
+    table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
+    return table
+
+
+def _series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
+    """Return the epochs that measured `key` and their values."""
+    records = [record for record in history if record.get(key) is not None and math.isfinite(record[key])]
+    return [record["epoch"] for record in records], [record[key] for record in records]
+
+
+def _tint(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
+    """Return uint8 RGBA of `mask`, uint8 (H, W), enlarged so that borders and stripes are finer than its pixels."""
+    scale = max(1, round(640 / max(mask.shape)))
+    mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
+    palette = np.full((256, 4), 141, np.uint8)
+    palette[: len(classes), :3] = [item.colour for item in classes]
+    palette[IGNORE, 3] = 225
+    tint = palette[mask]
+    tint[(mask == IGNORE) & (np.add.outer(*map(np.arange, mask.shape)) // 8 % 2 == 0), :3] = 201
+    # A solid border keeps a region sharp where its translucent colour would melt into the photo.
+    for axis in (0, 1):
+        lines, borders = mask.swapaxes(0, axis), tint.swapaxes(0, axis)
+        changes = lines[1:] != lines[:-1]
+        borders[1:][changes, 3] = borders[:-1][changes, 3] = 255
+    return tint
+
+
+def _calm(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=13, color=INK, loc="left", pad=11)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=10, labelcolor=QUIET, pad=6)
+
+
+def _unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, ...]:
+    """Return `colour` in 0..1; `on_white` darkens a light one just enough for a thin line on paper."""
+    bright = np.dot(colour, (0.2126, 0.7152, 0.0722)) / 255
+    return tuple(channel / 255 * (min(1, 0.68 / max(bright, 0.01)) if on_white else 1) for channel in colour)

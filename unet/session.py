@@ -1,0 +1,44 @@
+"""Connecting to Ray, quietly: to the cluster of a submitted job or a running one, else to a new local one."""
+
+import contextlib
+import logging
+import os
+import warnings
+
+from unet.errors import InputError
+
+POLL_SECONDS = "1"
+
+
+@contextlib.contextmanager
+def ray_session(debug: bool = False):
+    """A connected Ray for the time of the block; what was started here is ended here."""
+    # How often the controller of Ray Train looks at its workers; its 2 s would delay every report and the end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(logging_level="INFO" if debug else "ERROR", log_to_driver=debug)
+        except ConnectionError as error:
+            raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if not debug:
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,125 @@
+"""A folder of results, on a local disk or in an object store, through pyarrow's file systems.
+
+Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an
+object store publishes an object at its end. A set of files (a checkpoint) carries a marker written last.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from unet.errors import InputError
+
+MARKER = "COMMIT"
+
+
+class Folder:
+    """A folder by absolute path or URI (`s3://bucket/prefix?...`). It need not exist yet; writing makes it."""
+
+    def __init__(self, uri: str | Path):
+        self.uri = str(uri)
+        self.is_local = "://" not in self.uri
+        if self.is_local:
+            self.fs, self.path = pafs.LocalFileSystem(), os.path.abspath(self.uri)
+        else:
+            try:
+                self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
+            except (pafs.pa.ArrowInvalid, OSError) as error:
+                raise InputError(f"Cannot open the storage {self.uri.split('?')[0]}: {error}") from error
+
+    def __truediv__(self, name: str) -> "Folder":
+        base, _, query = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/')}/{name}" + (f"?{query}" if query else ""))
+
+    def __str__(self):
+        return self.uri.partition("?")[0]
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def exists(self, name: str = "") -> bool:
+        return self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """The names of the files and folders right below, sorted; none if the folder does not exist."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self._at(name)) as stream:
+            return stream.read()
+
+    def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        if not self.is_local:
+            with self.fs.open_output_stream(self._at(name)) as stream:
+                stream.write(data)
+            return
+        target = Path(self._at(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, text.encode())
+
+    def commit(self, name: str, files: dict[str, bytes]) -> None:
+        """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count."""
+        if not self.is_local:
+            if self.committed(name):
+                self.fs.delete_file(self._at(f"{name}/{MARKER}"))
+            for file, data in files.items():
+                self.write_bytes(f"{name}/{file}", data)
+            self.write_bytes(f"{name}/{MARKER}", b"")
+            return
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+        target, temporary = Path(self._at(name)), Path(self._at(f".tmp-{name}-{uuid.uuid4().hex[:8]}"))
+        try:
+            temporary.mkdir()
+            for file, data in (files | {MARKER: b""}).items():
+                _write_synced(temporary / file, data)
+            _sync_folder(temporary)
+            older = target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}")
+            if target.exists():
+                os.replace(target, older)
+            os.replace(temporary, target)
+            shutil.rmtree(older, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(target.parent)
+
+    def committed(self, name: str) -> bool:
+        return self.exists(f"{name}/{MARKER}")
+
+    def delete(self, name: str) -> None:
+        """Remove a sub-folder; the marker goes first, so that a torn removal is not taken for a whole set."""
+        if self.exists(f"{name}/{MARKER}"):
+            self.fs.delete_file(self._at(f"{name}/{MARKER}"))
+        self.fs.delete_dir(self._at(name))
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

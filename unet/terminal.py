@@ -1,0 +1,98 @@
+"""What a person sees while a run goes on: a table at the start, a live line, a line an epoch, a table at the end.
+
+Without a terminal the same as plain lines, no control codes.
+"""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live as LiveText
+from rich.text import Text
+
+from unet.classes import CLASSES
+from unet.training.monitor import Live
+
+PLAIN_SECONDS = 20
+"""How often the progress line is printed where it cannot be redrawn."""
+
+
+class Display:
+    """Prints to `console`; `quiet` prints nothing (a trial of a sweep)."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = 160  # tables in a log are not folded at a width nobody has
+        self._live: LiveText | None = None
+        self._printed = time.monotonic()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(Text(text, style=style or ""))
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and values, each on one unbroken line so that paths and commands can be copied."""
+        self.say(title, "bold")
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
+
+    def preparing(self, done: int, total: int) -> None:
+        self._progress(f"preparing data  {done:,}/{total:,}", last=done == total)
+
+    def scoring(self, done: int, total: int) -> None:
+        self._progress(f"scoring  {done:,}/{total:,} batches", last=done == total)
+
+    def progress(self, live: Live, epochs: int) -> None:
+        parts = [f"{live.phase} {live.step}/{live.steps}"]
+        if live.phase != "test":
+            parts.insert(0, f"epoch {live.epoch}/{epochs}")
+        if live.images_per_second is not None:
+            parts.append(f"{live.images_per_second:.1f} images/s")
+        if live.loss is not None:
+            parts.append(f"loss {live.loss:.4f}")
+        if live.seconds_per_step is not None and live.phase == "train":
+            steps = live.steps - live.step + (epochs - live.epoch) * live.steps
+            parts.append(f"{_duration(steps * live.seconds_per_step)} left")
+        if live.data_wait_fraction is not None:  # last: a narrow terminal cuts here
+            parts.append(f"data wait {live.data_wait_fraction:.0%}")
+        self._progress(" · ".join(parts))
+
+    def waiting(self, text: str) -> None:
+        self._progress(text)
+
+    def _progress(self, text: str, last: bool = False) -> None:
+        if self.console.is_terminal:
+            if self._live is None:
+                self._live = LiveText(console=self.console, transient=True, refresh_per_second=8)
+                self._live.start()
+            self._live.update(Text("  " + text, style="dim", no_wrap=True, overflow="ellipsis"))
+        elif last or time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.say("  " + text)
+
+    def epoch(self, record: dict, epochs: int) -> None:
+        parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
+        for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
+            parts.append(f"{label} {_number(record.get(key))}")
+        parts += [f"{c.name} {_number(record.get(f'val_iou_{c.name}'))}" for c in CLASSES]
+        if "images_per_second" in record:
+            parts.append(f"{record['images_per_second']:.1f} images/s")
+        best = record.get("best_epoch") == record["epoch"]
+        self._printed = time.monotonic()
+        self.say("  ".join(parts) + ("  *best" if best else ""), "bold" if best else None)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,221 @@
+"""MLflow: one writer, the driver, with explicit run ids.
+
+A run's `metrics.jsonl` is the outbox: MLflow's key of a metric is (name, time, step, value), so sending a line
+again is harmless, and whatever could not be delivered is sent with the next line. A store that is away for a while
+never stops a training.
+"""
+
+import copy
+import getpass
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from unet.errors import InputError
+from unet.storage import Folder
+
+STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def default_uri(storage: Folder) -> str:
+    return f"sqlite:///{storage.path}/mlflow.db"
+
+
+def without_password(uri: str) -> str:
+    """A URI as it may be shown and saved."""
+    parts = urlsplit(uri)
+    if not parts.password:
+        return uri
+    host = parts.hostname + (f":{parts.port}" if parts.port else "")
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+
+
+def check_server(uri: str | None) -> None:
+    """Refuse a tracking server that does not answer.
+
+    Raises:
+        InputError: with what to do.
+    """
+    if not uri or urlsplit(uri).scheme not in ("http", "https"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; whether it accepts us shows later
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"The tracking server {without_password(uri)} does not answer ({reason}): start it, correct "
+            "--tracking-uri, or leave it out to track under the storage path."
+        ) from error
+
+
+class Tracker:
+    """One MLflow run. Every call that fails is remembered and made again by `deliver`."""
+
+    def __init__(self, storage: Folder, experiment: str, uri: str | None = None):
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        import mlflow
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.uri = uri or default_uri(storage)
+        self.run_id: str | None = None
+        self._outbox: list[Callable[[], Any]] = []
+        self._files: list[Callable[[], Any]] = []
+        try:
+            if not uri:
+                Path(storage.path).mkdir(parents=True, exist_ok=True)
+            self.client = mlflow.MlflowClient(self.uri)
+            self.experiment_id = self._experiment(storage, experiment, own_store=not uri)
+        except mlflow.exceptions.MlflowException as error:
+            reason = str(error).splitlines()[0][:300]
+            raise InputError(f"MLflow cannot use {without_password(self.uri)}: {reason}") from error
+
+    def _experiment(self, storage: Folder, name: str, own_store: bool) -> str:
+        import mlflow
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            # Absolute, since MLflow's default is a folder of the current directory. A server knows its own place.
+            location = f"{storage.path}/mlartifacts/{name}" if own_store else None
+            try:
+                return self.client.create_experiment(name, artifact_location=location)
+            except mlflow.exceptions.MlflowException:  # somebody else was quicker
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise InputError(f"The MLflow experiment {name} was deleted: restore it, or give another --experiment.")
+        return found.experiment_id
+
+    def start(
+        self, run_name: str, run_id: str | None, params: dict, tags: dict, parent_run_id: str | None = None
+    ) -> str:
+        """Create the run, or continue `run_id`; its id."""
+        import mlflow
+
+        if run_id:
+            try:
+                self.client.update_run(run_id, status="RUNNING")
+                self.run_id = run_id
+                self._tags(tags)
+                return run_id
+            except mlflow.exceptions.MlflowException:
+                pass  # another store, or the run was removed there: a new one gets the whole history
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        source = {
+            "mlflow.user": _user(),
+            "mlflow.source.name": Path(sys.argv[0]).name or "python",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": code_version(),
+        }
+        run = self.client.create_run(self.experiment_id, tags=source | parent | tags, run_name=run_name)
+        self.run_id = run.info.run_id
+        known = {name: value for name, value in params.items() if value is not None}
+        self.client.log_batch(self.run_id, params=[mlflow.entities.Param(k, str(v)) for k, v in known.items()])
+        return self.run_id
+
+    def of_run(self, run_id: str) -> "Tracker":
+        """The same store, for another run of it."""
+        other = copy.copy(self)
+        other.run_id, other._outbox, other._files = run_id, [], []
+        return other
+
+    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """The run's input data, as the UI's column shows it."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
+        tag = InputTag("mlflow.data.context", context)
+        self._try(lambda: self.client.log_inputs(self.run_id, [DatasetInput(data, [tag])]))
+
+    def epoch(self, record: dict) -> None:
+        """One line of `metrics.jsonl`, with its own time (milliseconds) and the epoch as step."""
+        values = {k: v for k, v in record.items() if k not in ("epoch", "step", "time")}
+        self.metrics(values, record["epoch"], record["time"])
+
+    def metrics(self, values: dict[str, float], step: int, time_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        entities = [Metric(name, float(value), time_ms, step) for name, value in values.items()]
+        self._try(lambda: self.client.log_batch(self.run_id, metrics=entities))
+
+    def tags(self, tags: dict) -> None:
+        self._try(lambda: self._tags(tags))
+
+    def _tags(self, tags: dict) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def artifacts(self, folder: str, files: dict[str, bytes]) -> None:
+        """Files by relative name, under `folder` of the run's artifacts ("" is the top)."""
+
+        def send():
+            with tempfile.TemporaryDirectory() as scratch:
+                for name, content in files.items():
+                    path = Path(scratch) / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                self.client.log_artifacts(self.run_id, scratch, folder or None)
+
+        # Apart from the rest: a store whose files cannot be written takes metrics all the same.
+        self._files.append(send)
+        self.deliver()
+
+    def status(self, status: str) -> None:
+        """running, finished, stopped or failed."""
+        if status == "running":
+            self._try(lambda: self.client.update_run(self.run_id, status="RUNNING"))
+        else:
+            self._try(lambda: self.client.set_terminated(self.run_id, STATUS[status]))
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        self._outbox.append(call)
+        self.deliver()
+
+    def deliver(self) -> bool:
+        """Make the calls that are waiting, in their order; whether none is left."""
+        for waiting in (self._outbox, self._files):
+            while waiting:
+                try:
+                    waiting[0]()
+                except Exception as error:
+                    # Any failure of the store, whatever its library raises, must not reach the training.
+                    logging.getLogger(__name__).debug("MLflow: %s", error)
+                    break
+                waiting.pop(0)
+        return not (self._outbox or self._files)
+
+
+def code_version() -> str:
+    """The commit of the checkout, or the package's version where there is none."""
+    try:
+        root = Path(__file__).resolve().parent.parent
+        git = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("unet-pets")
+        except PackageNotFoundError:
+            return "unknown"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -1,0 +1,43 @@
+"""Tells the workers of Ray Train where their peers are, as TensorFlow expects it.
+
+Ray's own `TensorflowConfig` does the same, but imports TensorFlow in the driver and in the controller (5-9 s each
+before the first step) and sets TF_USE_LEGACY_KERAS, with which anything that touches `tf.keras` fails.
+"""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+
+import ray
+from ray.train.backend import Backend, BackendConfig
+
+
+@dataclass
+class TensorflowBackendConfig(BackendConfig):
+    """Sets TF_CONFIG in every worker, anew at every start of the group."""
+
+    @property
+    def backend_cls(self):
+        return _TensorflowBackend
+
+
+class _TensorflowBackend(Backend):
+    def on_start(self, worker_group, backend_config):
+        addresses = worker_group.execute(_free_address)
+        ray.get(
+            [worker_group.execute_single_async(rank, _set_tf_config, addresses, rank) for rank in range(len(addresses))]
+        )
+
+
+def _free_address() -> str:
+    """An address of this node that nobody listens on. It is bound later, so two jobs can in principle collide."""
+    host = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _set_tf_config(addresses: list[str], rank: int) -> None:
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

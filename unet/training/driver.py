@@ -1,0 +1,373 @@
+"""A training from an opened run to its end: data, resources, the workers of Ray Train, and their news."""
+
+import os
+import shutil
+import threading
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from unet.classes import CLASSES
+from unet.data import ingest
+from unet.data.prepare import resolve
+from unet.data.shards import Prepared
+from unet.errors import InputError, RunFailed
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.tracking import Tracker, without_password
+from unet.training import resources, results
+from unet.training.backend import TensorflowBackendConfig
+from unet.training.monitor import Monitor
+from unet.training.run import CONFIG, Run
+from unet.training.signals import stop_wish
+from unet.training.worker import Job, train_worker
+
+MAX_RESTARTS = 3
+POLL_SECONDS = 0.5
+
+
+def train(
+    run: Run,
+    display: Display | None = None,
+    parent_run_id: str | None = None,
+    callbacks: tuple = (),
+    as_trial: bool = False,
+    together: int = 1,
+    started: float | None = None,
+) -> dict:
+    """Train an opened run to its end; its summary (the content of `summary.json`).
+
+    Ray must be connected (`unet.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test split,
+    pictures and packaging; `together` trials share the cluster. `started` is when the job began, in seconds since 1970.
+
+    Raises:
+        InputError: before anything started.
+        RunFailed: the run had started and failed.
+    """
+    started, display, settings = started or time.time(), display or Display(quiet=True), run.settings
+    latest = run.checkpoints.latest()
+    if run.summary.get("status") == "finished" and latest:
+        done, best = latest[1].epoch - 1, latest[1].best_epoch
+        patience, stale = settings.training.patience, latest[1].stale_epochs
+        if patience is not None and stale >= patience:
+            display.say(
+                f"The run {run.name} stopped early after epoch {done}, best {best}. More: --patience {stale + 5}."
+            )
+            return run.summary
+        if done >= settings.training.epochs:
+            display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
+            return run.summary
+    storage, nodes = Folder(settings.run.storage_path), resources.cluster_nodes()
+    resources.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
+    try:
+        prepared = resolve(settings.data.data, settings.data.image_size, storage, display.preparing)
+    finally:
+        display.close()
+    digest = prepared.manifest.data_digest
+    if latest and latest[1].data_digest != digest:
+        raise InputError(
+            f"The run {run.name} was trained on data with digest {latest[1].data_digest[:12]}, {prepared.folder} has "
+            f"{digest[:12]}: give the data of then, or another --run-name."
+        )
+    counts = resources.check_samples(settings, prepared)
+    data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
+    parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, len(CLASSES))
+    plan = resources.plan(settings, nodes, data_bytes, together)
+    resources.check_free(plan.num_workers, plan.cpus_per_worker, _free_cpus(plan))
+    resources.check_disk(settings, storage, parameters)
+
+    display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan))
+    if latest:
+        display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
+    session = _Session(run, prepared, counts, plan, parameters, display, callbacks, as_trial, started)
+    return session.run_to_end(parent_run_id)
+
+
+def _free_cpus(plan: resources.Plan) -> float:
+    """CPUs that nobody holds, giving what just ended a moment to hand back its own."""
+    for _ in range(40):
+        free = ray.available_resources().get("CPU", 0)
+        if ray.util.get_current_placement_group() is not None or free + 1e-6 >= plan.num_workers * plan.cpus_per_worker:
+            return max(free, plan.num_workers * plan.cpus_per_worker)
+        time.sleep(0.25)
+    return free
+
+
+def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
+    s = run.settings
+    mode = "kept in memory" if plan.kept else "streamed"
+    tracking = without_password(s.run.tracking_uri) if s.run.tracking_uri else f"sqlite in {s.run.storage_path}"
+    return [
+        ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
+        ("splits", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
+        ("model", f"U-Net, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters"),
+        (
+            "training",
+            f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.training.learning_rate:g}, "
+            f"{s.training.precision}, seed {s.training.seed}",
+        ),
+        (
+            "workers",
+            f"{plan.num_workers} x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s) each"
+            + (", a GPU each" if plan.use_gpu else ""),
+        ),
+        ("results", str(run.folder)),
+        ("tracking", f"{tracking}, experiment {s.run.experiment}"),
+    ]
+
+
+@dataclass
+class _Session:
+    """One start of a run: the workers in a thread, their news taken in by the main thread."""
+
+    run: Run
+    prepared: Prepared
+    counts: dict[str, int]
+    plan: resources.Plan
+    parameters: int
+    display: Display
+    callbacks: tuple
+    as_trial: bool
+    started: float
+    tracker: Tracker | None = None
+    history: list[dict] = field(default_factory=list)
+    failure: str | None = None
+    stopped: bool = False
+    starts: int = 0
+    restarts_before: int = 0
+    test: dict | None = None
+    gallery: dict | None = None
+
+    def run_to_end(self, parent_run_id: str | None) -> dict:
+        run, settings = self.run, self.run.settings
+        storage = Folder(settings.run.storage_path)
+        self.tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
+        self.restarts_before = run.summary.get("restarts") or 0
+        run.start(data_digest=self.prepared.manifest.data_digest, parameters=self.parameters)
+        # What the checkpoints vouch for: the file may lack an epoch that a kill kept from being written.
+        latest = run.checkpoints.latest()
+        self.history = latest[1].history if latest else []
+        run.write_history(self.history)
+        self.monitor = Monitor.remote()
+        with stop_wish() as wish:
+            try:
+                error = self._train(wish, parent_run_id)
+                return self._finish(error)
+            except RunFailed:
+                raise
+            except BaseException as error:
+                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
+                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self.tracker.status(status)
+                run.write_summary(status=status)
+                raise
+            finally:
+                self.display.close()
+                if ray.is_initialized():
+                    ray.kill(self.monitor)
+
+    def _train(self, wish: threading.Event, parent_run_id: str | None) -> BaseException | None:
+        """Run the workers in a thread to their end, whatever it is; what they failed with."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fit") as pool:
+            fit = pool.submit(self._fit)
+            try:
+                # While the workers import TensorFlow; the first use of a store takes seconds.
+                self._open_run(parent_run_id)
+                self._follow(fit, wish)
+            except KeyboardInterrupt:  # the second one
+                ray.shutdown()  # ends the workers at once, and with them the thread that waits for them
+                raise
+            except BaseException:
+                self.monitor.stop.remote()  # the workers end after their step
+                raise
+            return fit.exception()
+
+    def _open_run(self, parent_run_id: str | None) -> None:
+        run = self.run
+        manifest = self.prepared.manifest
+        params = run.shown_settings() | {"parameters": self.parameters, "data_digest": manifest.data_digest}
+        tags = {"status": "running", "data_digest": manifest.data_digest, "run_folder": str(run.folder)}
+        run_id = self.tracker.start(run.name, run.summary["mlflow_run_id"], params, tags, parent_run_id)
+        run.write_summary(mlflow_run_id=run_id)
+        self.tracker.dataset(manifest.source, manifest.data_digest, str(self.prepared.folder))
+        for record in self.history:
+            self.tracker.epoch(record)
+        self.tracker.artifacts("", {CONFIG: run.folder.read_bytes(CONFIG)})
+
+    def _fit(self):
+        settings, plan, run = self.run.settings, self.plan, self.run
+
+        def start() -> tuple[int, int]:
+            latest = run.checkpoints.latest()
+            return (latest[1].epoch, latest[1].epoch_step) if latest else (1, 0)
+
+        reading = ingest.Ingest(
+            folder=self.prepared.folder.uri,
+            image_size=settings.data.image_size,
+            samples=self.counts,
+            batch_size=settings.training.batch_size,
+            seed=settings.training.seed,
+            epochs=settings.training.epochs,
+            start=start,
+            memory=plan.stream_bytes,
+        )
+        if plan.kept:
+            reading = ingest.keep(reading)
+        digest = self.prepared.manifest.data_digest
+        job = Job(settings, run.shown_settings(), run.folder.uri, plan.threads, digest, self.monitor, not self.as_trial)
+        # A name of its own for every start: Ray would silently continue from its snapshot of the same name.
+        scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"unet-ray-{uuid.uuid4().hex[:8]}"
+        trainer = DataParallelTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            backend_config=TensorflowBackendConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=plan.num_workers,
+                use_gpu=plan.use_gpu,
+                resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=run.name,
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                callbacks=list(self.callbacks),
+                logging_config=LoggingConfig(log_level="DEBUG" if settings.door.debug else "ERROR"),
+            ),
+            datasets={"train": ray.data.range(1)},  # its place only: `OrderedData` gives the shards
+            dataset_config=ingest.OrderedData(reading),
+        )
+        try:
+            trainer.fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _follow(self, fit: Future, wish: threading.Event) -> None:
+        """Take in the workers' news until they end; pass a wish to stop on to them."""
+        self.display.waiting("starting workers")
+        seen = 0
+        while True:
+            ended = fit.done()  # asked before the news, so that the last of them are taken in
+            live, events = ray.get(self.monitor.poll.remote(seen))
+            seen += len(events)
+            for kind, content in events:
+                getattr(self, f"_on_{kind}")(content)
+            if ended:
+                return
+            if live is not None and not self.stopped:
+                self.display.progress(live, self.run.settings.training.epochs)
+            if wish.is_set() and not self.stopped:
+                # Marked first: a submitted job may have few seconds left.
+                self.stopped = True
+                self.run.write_summary(status="stopped")
+                self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
+                self.monitor.stop.remote()
+                self.tracker.tags({"status": "stopped"})
+                self.tracker.status("stopped")
+            time.sleep(POLL_SECONDS)
+
+    def _on_start(self, world_size: int) -> None:
+        self.starts += 1
+        if self.starts > 1:
+            self.display.say(f"Workers started again ({self.starts - 1}); {world_size} of them.", "yellow")
+            self.run.write_summary(restarts=self._restarts)
+
+    @property
+    def _restarts(self) -> int:
+        return self.restarts_before + max(0, self.starts - 1)
+
+    def _on_resumed(self, content: dict) -> None:
+        self._take_history(content["history"])
+        if content["changed"]:
+            what = ", ".join(content["changed"])
+            self.display.say(f"Resumed with another {what}: the numbers will not be bit-equal to before.", "yellow")
+
+    def _on_first_step(self, at: float) -> None:
+        self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
+
+    def _on_epoch(self, content: dict) -> None:
+        record = content["record"]
+        self._take_history([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
+        self.run.write_summary(best_epoch=record["best_epoch"], val=content["validation"])
+        self.display.epoch(record, self.run.settings.training.epochs)
+
+    def _take_history(self, history: list[dict]) -> None:
+        """Write down the epochs so far and send what MLflow lacks: all of it, where workers started again."""
+        new = [record for record in history if record not in self.history]
+        self.history = history
+        self.run.write_history(history)
+        for record in new:
+            self.tracker.epoch(record)
+
+    def _on_test(self, result: dict) -> None:
+        self.test = result
+
+    def _on_gallery(self, gallery: dict) -> None:
+        self.gallery = gallery
+
+    def _on_stopped(self, step: int) -> None:
+        self.stopped = True
+
+    def _on_not_finite(self, content: dict) -> None:
+        samples = content["samples"]
+        self.failure = (
+            f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss sum "
+            f"{content['loss_sum']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}"
+            f"{f' and {len(samples) - 8} more' if len(samples) > 8 else ''}. "
+            "The last checkpoint is whole: go on with --on-nan skip, or start anew with a smaller --learning-rate or "
+            "--clip-norm 1."
+        )
+
+    def _finish(self, error: BaseException | None) -> dict:
+        run = self.run
+        latest = run.checkpoints.latest()
+        state = latest[1] if latest else None
+        speeds = [r["images_per_second"] for r in self.history if "images_per_second" in r]
+        facts = {
+            "best_epoch": state and state.best_epoch,
+            "best_checkpoint": state and state.best_checkpoint and f"checkpoints/{state.best_checkpoint}",
+            "images_per_second": round(float(np.median(speeds)), 2) if speeds else None,
+            "val": state and state.validation,
+            "restarts": self._restarts,
+        }
+        # A wish to stop that came when all was scored already changes nothing.
+        if error is None and self.failure is None and (not self.stopped or self.test is not None):
+            self._keep(state, facts)
+            return run.summary
+        status = "stopped" if self.stopped else "failed"
+        run.write_summary(status=status, **facts)
+        reason = self.failure or (_cause(error) if error else "stopped by the user")
+        self.tracker.tags({"status": status, "reason": reason[:500]})
+        self.tracker.status(status)
+        if self.stopped:
+            at = f"step {state.step}" if state else "the start"
+            self.display.say(f"Stopped at {at}. Continue: python jobs/train.py --resume {run.name}{run.where()}")
+            return run.summary
+        raise RunFailed(self.failure or f"The training failed: {_cause(error)}") from error
+
+    def _keep(self, state, facts: dict) -> None:
+        run, tracker, tags = self.run, self.tracker, {}
+        if not self.as_trial:
+            self.display.waiting("drawing and packaging")
+            tags = results.keep(run, state, self.history, self.test, self.gallery, tracker)
+            facts |= tags | {"test": self.test}
+            self.display.close()
+        if not results.finish(run, tracker, facts, tags):
+            self.display.say("MLflow did not take everything; the run's folder holds it all.", "yellow")
+        if not self.as_trial:
+            results.show(run, tracker, self.display)
+
+
+def _cause(error: BaseException | None) -> str:
+    """The innermost message of a failure that came through Ray."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"

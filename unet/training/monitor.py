@@ -1,0 +1,76 @@
+"""What passes between the driver and the workers while a run goes on: news one way, a wish to stop the other."""
+
+import time
+from dataclasses import dataclass
+
+import ray
+
+LIVE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Live:
+    """The state of the step under way, for the progress line.
+
+    Attributes:
+        epoch, step: from 1; `step` within the epoch.
+        steps: in the epoch.
+        phase: "train", "val" or "test".
+        loss: mean per pixel over the epoch so far.
+        images_per_second, data_wait_fraction: over the epoch so far.
+        seconds_per_step: for the time left.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    phase: str
+    loss: float | None = None
+    images_per_second: float | None = None
+    data_wait_fraction: float | None = None
+    seconds_per_step: float | None = None
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """A mailbox owned by the driver; dies with it."""
+
+    def __init__(self):
+        self._live, self._events, self._stop = None, [], False
+
+    def live(self, live: Live) -> bool:
+        """Rank 0 says where it is; answers whether it should stop."""
+        self._live = live
+        return self._stop
+
+    def event(self, kind: str, content) -> None:
+        self._events.append((kind, content))
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def poll(self, seen: int) -> tuple[Live | None, list[tuple]]:
+        return self._live, self._events[seen:]
+
+
+class Line:
+    """Rank 0's end of the line to the monitor; never waits inside a step. Other ranks keep silent."""
+
+    def __init__(self, monitor, rank: int):
+        self._monitor, self._speaks = monitor, rank == 0
+        self._pending, self._last, self.stop_wished = None, 0.0, False
+
+    def live(self, live: Live) -> None:
+        if not self._speaks:
+            return
+        if self._pending is not None and ray.wait([self._pending], timeout=0)[0]:
+            self.stop_wished |= ray.get(self._pending)
+            self._pending = None
+        if self._pending is None and time.monotonic() - self._last >= LIVE_SECONDS:
+            self._last = time.monotonic()
+            self._pending = self._monitor.live.remote(live)
+
+    def event(self, kind: str, content=None) -> None:
+        """Delivered before this returns: what follows may be the end of the process."""
+        if self._speaks:
+            ray.get(self._monitor.event.remote(kind, content))

@@ -1,0 +1,207 @@
+"""What a run asks of the cluster, compared with what there is, before anything starts."""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet.config import TrainSettings, parse_bytes
+from unet.data.shards import Prepared
+from unet.errors import InputError
+from unet.storage import Folder
+
+RESERVED_CPUS = 0.5
+"""Left on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`)."""
+WORKER_BYTES = 0.8e9
+"""A worker with TensorFlow loaded, before its first step (measured: 0.6 GB)."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What Ray says a node has in all."""
+
+    cpus: float
+    gpus: float = 0
+    memory: float = math.inf
+    object_store: float = math.inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run uses the cluster.
+
+    Attributes:
+        cpus_per_worker: what Ray reserves.
+        threads: TensorFlow threads of each worker.
+        use_gpu: whether each worker gets one.
+        kept: whether training and validation are held in memory, else streamed.
+        data_bytes: their size in memory.
+        stream_bytes: object store that streaming may use.
+    """
+
+    num_workers: int
+    cpus_per_worker: float
+    threads: int
+    use_gpu: bool
+    kept: bool
+    data_bytes: int
+    stream_bytes: int
+
+
+def cluster_nodes() -> list[Node]:
+    """The living nodes of the connected cluster."""
+    import ray
+
+    resources = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return [Node(r.get("CPU", 0), r.get("GPU", 0), r["memory"], r["object_store_memory"]) for r in resources]
+
+
+def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1) -> Plan:
+    """Fit the settings to the nodes, where `together` such trainings run at a time (trials of a sweep).
+
+    Raises:
+        InputError: it would not fit or would wait for ever; with the settings that would fit.
+    """
+    workers = settings.compute.num_workers
+    cores = int(sum(n.cpus for n in nodes))
+    if not any(n.cpus > 0 for n in nodes):
+        raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
+    if workers > max(1, cores):
+        raise InputError(f"--num-workers {workers} is more than the cluster's {cores} CPUs: at most {cores} fit.")
+    processes = workers * together
+    cpus = _cpus_per_worker([n.cpus for n in nodes], processes)
+    hosts = [n for n in nodes if _fits(n.cpus, cpus)]
+    on_host = max(min(_fits(n.cpus, cpus), processes) for n in hosts)
+    cores = int(min(n.cpus // min(_fits(n.cpus, cpus), processes) for n in hosts))
+    threads = settings.compute.threads or max(1, cores)
+    share = math.ceil(settings.training.batch_size / workers)
+    need, memory = on_host * worker_bytes(settings, share), min(n.memory for n in hosts)
+    if need > memory:
+        fits = int(settings.training.batch_size * memory / need * 0.8)
+        raise InputError(
+            f"{on_host} workers of a node need about {need / 1e9:.1f} GB, the node has {memory / 1e9:.1f} GB: "
+            f"try --batch-size {max(1, fits)}."
+        )
+    store = min(n.object_store for n in hosts)
+    limit = settings.data.memory_budget
+    budget = parse_bytes(limit) if limit else min(n.memory for n in hosts) / 4
+    return Plan(
+        num_workers=workers,
+        cpus_per_worker=cpus,
+        threads=threads,
+        use_gpu=sum(int(n.gpus) for n in nodes) >= workers,
+        kept=data_bytes <= min(budget, 0.6 * store),
+        data_bytes=data_bytes,
+        stream_bytes=int(min(max(budget, 256e6), 0.5 * store)),
+    )
+
+
+def worker_bytes(settings: TrainSettings, share: int) -> float:
+    """An estimate of a worker's peak memory: TensorFlow, four copies of the weights, activations of its share."""
+    model, side = settings.model, settings.data.image_size
+    filters = [model.base_filters * 2**level for level in range(model.depth + 1)]
+    weights = sum(27 * f * f for f in filters) * 4  # both paths of a level hold about 27 f² numbers
+    # About 12 maps of a level's size and filters live until the backward pass (measured at 16 and 64 filters).
+    activations = sum(12 * f * (side / 2**level) ** 2 for level, f in enumerate(filters)) * 4
+    return WORKER_BYTES + 4 * weights + share * activations
+
+
+def check_free(num_workers: int, cpus_per_worker: float, available_cpus: float) -> None:
+    """Refuse what would wait for another job's CPUs.
+
+    Raises:
+        InputError: with how many workers would fit now.
+    """
+    fits = int((available_cpus + 1e-6) // cpus_per_worker)
+    if fits < num_workers:
+        raise InputError(
+            f"{num_workers} workers need {num_workers * cpus_per_worker:g} CPUs, but other jobs on the cluster leave "
+            f"{available_cpus:g} free: wait for them"
+            + (f", or give --num-workers {fits}." if fits else ", or stop them (`ray job stop`).")
+        )
+
+
+def check_writable(storage: Folder) -> None:
+    """Refuse a local storage path that cannot be written.
+
+    Raises:
+        InputError: with what to do.
+    """
+    place = _existing(storage)
+    if place and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise InputError(f"Cannot write to {storage}: give another --storage-path, or change who may write there.")
+
+
+def check_disk(settings: TrainSettings, storage: Folder, parameters: int) -> None:
+    """Refuse a run whose checkpoints would not fit on a local disk.
+
+    Raises:
+        InputError: with what is needed and what is free.
+    """
+    place = _existing(storage)
+    if place is None:
+        return
+    # Weights and two moments of Adam; the best, the last, and the one being written; the packaged model.
+    need, free = parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
+    if need > free:
+        raise InputError(
+            f"The checkpoints need about {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "
+            "make room, or give another --storage-path."
+        )
+
+
+def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]:
+    """How many samples of each split the run uses.
+
+    Raises:
+        InputError: a split that training needs is empty.
+    """
+    counts = dict(prepared.manifest.counts)
+    for split in ("train", "val"):
+        if not counts[split]:
+            raise InputError(f"{prepared.folder} has no {split} samples: prepare it with another --val-fraction.")
+    if settings.data.limit_train:
+        counts["train"] = min(counts["train"], settings.data.limit_train)
+    return counts
+
+
+def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
+    """The number of weights of the U-Net, without building it."""
+
+    def conv(size, before, after):
+        return size * size * before * after + after
+
+    filters = [base_filters * 2**level for level in range(depth + 1)]
+    total, before = 0, image_channels
+    for f in filters:  # the encoder and the bottleneck
+        total, before = total + conv(3, before, f) + conv(3, f, f), f
+    for f in reversed(filters[:-1]):
+        total, before = total + conv(3, before, f) + conv(3, 2 * f, f) + conv(3, f, f), f
+    return total + conv(1, before, num_classes)
+
+
+def _existing(storage: Folder) -> Path | None:
+    """The nearest folder above a local storage path that exists already."""
+    if not storage.is_local:
+        return None
+    return next(p for p in [Path(storage.path), *Path(storage.path).parents] if p.exists())
+
+
+def _cpus_per_worker(node_cpus: list[float], workers: int) -> float:
+    """The most that each of `workers` can have, with the reserve of every node left alone."""
+    candidates = {
+        math.floor((cpus - _reserve(cpus)) / k * 1e4) / 1e4  # Ray counts in ten-thousandths
+        for cpus in node_cpus
+        for k in range(1, workers + 1)
+        if cpus > 0
+    }
+    return max(c for c in candidates if c > 0 and sum(_fits(cpus, c) for cpus in node_cpus) >= workers)
+
+
+def _fits(node_cpus: float, cpus_per_worker: float) -> int:
+    return int((node_cpus - _reserve(node_cpus) + 1e-9) // cpus_per_worker)
+
+
+def _reserve(node_cpus: float) -> float:
+    return min(RESERVED_CPUS, node_cpus / 2)

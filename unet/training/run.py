@@ -1,0 +1,109 @@
+"""A run's folder: which run the settings mean, and what it says about itself."""
+
+import json
+import shlex
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
+from unet.data.prepare import check_source
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.tracking import check_server, without_password
+from unet.training.checkpoint import Checkpoints
+from unet.training.resources import check_writable
+
+SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+KNOWN_LATER = (
+    *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
+    *("restarts", "val", "test"),
+)
+
+
+@dataclass
+class Run:
+    """A run's folder and what it says about itself.
+
+    Attributes:
+        name: of the run, its folder and its MLflow run.
+        settings: it is trained with.
+        folder: `<storage-path>/<name>`.
+        summary: the content of `summary.json`; empty for a new run.
+    """
+
+    name: str
+    settings: TrainSettings
+    folder: Folder
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder)
+
+    def start(self, **facts) -> None:
+        """Write down that the run is on: its settings and what is known of it."""
+        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
+        later = {k: self.summary.get(k) for k in KNOWN_LATER}
+        later |= {"test": None, "model_uri": None}  # of an earlier end; they come anew at the next
+        self.write_summary(run_name=self.name, status="running", **later, **facts)
+
+    def write_summary(self, **changes) -> None:
+        self.summary |= changes
+        self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+
+    def write_history(self, history: list[dict]) -> None:
+        """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
+        self.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in history))
+
+    def shown_settings(self) -> dict[str, Any]:
+        """The settings as they may be saved and sent: this run's name, and no password."""
+        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None}
+        if values["tracking_uri"]:
+            values["tracking_uri"] = without_password(values["tracking_uri"])
+        return values
+
+    def where(self, tracking: bool = True) -> str:
+        """The flags that a later command needs to find this run, and its MLflow store where it asks for one."""
+        flags, run = "", self.settings.run
+        if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
+            flags += f" --storage-path {shlex.quote(run.storage_path)}"
+        if tracking and run.tracking_uri:
+            flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
+        return flags
+
+
+def open_run(settings: TrainSettings) -> Run:
+    """The run that the settings mean, after every check that needs no cluster.
+
+    Raises:
+        InputError: the settings, the data or the tracking server cannot work.
+    """
+    check_writable(Folder(settings.run.storage_path))
+    run = _identify(settings)
+    check_source(settings.data.data)
+    check_server(settings.run.tracking_uri)
+    return run
+
+
+def _identify(settings: TrainSettings) -> Run:
+    """The run that the settings mean: a new one, or one to continue.
+
+    Raises:
+        InputError: the name belongs to a run with other settings.
+    """
+    name = settings.run.resume or settings.run.run_name or time.strftime("unet-%Y%m%d-%H%M%S")
+    run = Run(name, settings, Folder(settings.run.storage_path) / name)
+    if not run.folder.exists(CONFIG):
+        if run.folder.exists(SUMMARY) or run.folder.exists("manifest.json"):
+            raise InputError(f"{run.folder} is no run: give another --run-name.")
+        return run
+    before, now = yaml.safe_load(run.folder.read_text(CONFIG)), flat(settings)
+    changed = sorted(k for k in now.keys() - MAY_CHANGE if before.get(k, now[k]) != now[k])
+    if changed:
+        flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
+        raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")
+    run.summary = json.loads(run.folder.read_text(SUMMARY)) if run.folder.exists(SUMMARY) else {"run_name": name}
+    return run
