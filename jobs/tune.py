@@ -1,19 +1,24 @@
 """Search settings with Ray Tune: every trial is a training, bad ones stop early.
 
 python jobs/tune.py --data synthetic --space quick --num-samples 8 --epochs 4
+python jobs/tune.py --resume SWEEP                 continue a sweep that was stopped
+python jobs/tune.py --resume SWEEP --extend 10     add trials to a finished one
 """
 
 from unet import cli
 from unet.config import TuneSettings
 
 
-def run(settings: TuneSettings) -> None:
+def run(settings: TuneSettings) -> int:
     from unet.session import ray_session
     from unet.terminal import Display
-    from unet.tuning import sweep
+    from unet.tuning.runner import run_sweep
+    from unet.tuning.sweep import open_sweep
 
+    sweep = open_sweep(settings)
     with ray_session(settings.door.debug):
-        sweep(settings, Display())
+        summary = run_sweep(sweep, Display())
+    return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, job
 
 from unet.cli import parse
-from unet.config import TrainSettings, flat, load_yaml, parse_bytes, parse_interval, unflat
+from unet.config import TrainSettings, flat, parse_bytes, parse_interval, unflat
 
 
 @pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate"])
@@ -68,21 +68,15 @@ def test_a_mistyped_flag_or_name_meets_its_nearest(tmp_path):
     (tmp_path / "some.yaml").write_text("dropuot: 0.1\n")
     done = job("train", "--config", tmp_path / "some.yaml")
     assert done.returncode == 2 and "did you mean dropout?" in done.stdout
-    (tmp_path / "space.yaml").write_text("learning_rat: {uniform: [0.1, 0.2]}\n")
-    done = job("tune", "--space", tmp_path / "space.yaml")
-    assert done.returncode == 2 and "did you mean learning_rate?" in done.stdout
-    (tmp_path / "space.yaml").write_text("dropout: {uniform: 0.3}\n")
-    done = job("tune", "--space", tmp_path / "space.yaml")
-    assert done.returncode == 2 and "[low, high]" in done.stdout
 
 
 def test_a_password_is_neither_shown_nor_saved(tmp_path):
-    from unet.training.run import Folder, Run
+    from unet.training.run import Folder, Run, where
 
     settings = unflat(TrainSettings, {"tracking_uri": "http://me:secret@127.0.0.1:9", "storage_path": str(tmp_path)})
     run = Run("named", settings, Folder(tmp_path / "named"))
     run.start()
-    assert "secret" not in (tmp_path / "named" / "config.yaml").read_text() + run.where()
+    assert "secret" not in (tmp_path / "named" / "config.yaml").read_text() + where(run.settings.run)
     done = job("train", f"--tracking-uri={settings.run.tracking_uri}", f"--storage-path={tmp_path}")
     assert done.returncode == 2 and "secret" not in done.stdout and "does not answer" in done.stdout
     done = job("train", "--resume=named", f"--storage-path={tmp_path}")
@@ -99,11 +93,3 @@ def test_sizes_and_intervals():
     for bad in ("0", "0m", "-3", "m"):
         with pytest.raises(ValueError):
             parse_interval(bad)
-
-
-def test_every_space_fits_the_settings():
-    from unet.tuning import SPACES, load_space
-
-    for path in SPACES.glob("*.yaml"):
-        space, _ = load_space(path.stem, TrainSettings())
-        assert set(space) == set(load_yaml(path)) >= {"dropout", "base_filters", "learning_rate"}

@@ -7,6 +7,7 @@ underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
 import difflib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -229,21 +230,60 @@ class EvaluateSettings(Part):
     door: DoorSettings = DoorSettings()
 
 
+# The flag is --register; that every Pydantic model has an unrelated method of this name does no harm.
+warnings.filterwarnings("ignore", message='Field name "register" in "SweepSettings" shadows')
+
+
 class SweepSettings(Part):
     """The search."""
 
     space: str = "default"
     """A space of tune_spaces/ by name, or a YAML file."""
-    num_samples: Annotated[int, Field(ge=1)] = 10
-    """How many trials."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """Stop bad trials early (asha), or train each to its end."""
+    num_samples: Annotated[int | None, Field(ge=1)] = None
+    """How many trials. Default: 10; with --minutes as many as fit; with --search grid all combinations."""
+    minutes: Annotated[float | None, Field(gt=0)] = None
+    """Stop the sweep after so long; trials under way keep their scores so far."""
+    search: Literal["random", "grid", "tpe"] = "random"
+    """Draw at random, try every combination, or learn from the scores so far (Optuna's TPE)."""
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """Stop bad trials early (asha), let bad ones take over the weights and nearby settings of good ones (pbt), or
+    train each to its end."""
+    grace_epochs: Annotated[int, Field(ge=1)] = 1
+    """asha stops no trial before; pbt compares the trials every so many epochs."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3
+    """asha lets the best 1/F go on at the epochs GRACE, GRACE*F, GRACE*F*F, …"""
+    register: Annotated[str | None, Field(min_length=1)] = None
+    """Register the best trial's model in MLflow under this name."""
+    extend: Annotated[int | None, Field(ge=1)] = None
+    """Add so many trials to a sweep that is finished."""
+
+    @field_validator("space")
+    @classmethod
+    def _found_from_anywhere(cls, value):
+        return str(Path(value).expanduser().absolute()) if value.endswith((".yaml", ".yml")) else value
 
 
 class TuneSettings(TrainSettings):
     """A training's settings and the search over some of them."""
 
     sweep: SweepSettings = SweepSettings()
+
+    @model_validator(mode="after")
+    def _search_fits(self):
+        sweep = self.sweep
+        if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
+            raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
+        if sweep.scheduler == "pbt" and self.compute.num_workers > 1:
+            raise ValueError(
+                "--scheduler pbt hands weights from trial to trial, which works for trials of one worker only: give "
+                "--num-workers 1, or --scheduler asha"
+            )
+        if sweep.scheduler == "pbt" and sweep.search != "random":
+            raise ValueError(
+                f"--scheduler pbt changes settings in flight, so --search {sweep.search} could not learn from or "
+                "cover them: leave out --search"
+            )
+        return self
 
 
 MAY_CHANGE = frozenset(
@@ -253,6 +293,12 @@ MAY_CHANGE = frozenset(
     )
 )
 """Settings that may change when a run continues (its data are compared by their digest)."""
+SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan"} | {"minutes", "register", "extend"}
+"""The same of a sweep, whose trials must stay comparable."""
+SEARCHABLE = frozenset(ModelSettings.model_fields) | frozenset(TrainingSettings.model_fields) - {
+    *("epochs", "patience", "on_nan"),
+}
+"""Settings that a space may draw: what changes the model or how it learns, not how long or on what."""
 
 
 def check_image_size(image_size: int, depth: int) -> None:

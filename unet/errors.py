@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class RunFailed(Exception):
     """A run that had started and failed. Exit code 1."""
+
+
+class Diverged(RunFailed):
+    """A run whose numbers stopped being finite: starting it again would end the same."""

@@ -54,11 +54,13 @@ class DropoutKey:
         seed: the run's seed.
         step: int64 scalar tensor, the step being trained, from 1.
         position: int64 scalar tensor, where in the global batch the first sample of this forward pass stands.
+        rate: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
     """
 
     seed: int
     step: tf.Tensor
     position: tf.Tensor
+    rate: tf.Tensor | None = None
 
 
 _active_key: list[DropoutKey] = []
@@ -93,10 +95,12 @@ class KeyedDropout(keras.layers.Layer):
             return inputs
         if not _active_key:
             raise RuntimeError("Training needs a key for dropout: call the model inside `dropout_key(...)`.")
-        keep = self._keep(inputs, _active_key[-1])
-        return inputs * tf.cast(keep, inputs.dtype) * tf.cast(1 / (1 - self.rate), inputs.dtype)
+        key = _active_key[-1]
+        rate = tf.constant(self.rate, tf.float64) if key.rate is None else key.rate
+        scale = tf.cast(tf.cast(1 / (1 - rate), tf.float32), inputs.dtype)
+        return inputs * tf.cast(self._keep(inputs, key, rate), inputs.dtype) * scale
 
-    def _keep(self, inputs, key: DropoutKey):
+    def _keep(self, inputs, key: DropoutKey, rate):
         """A bool tensor of the inputs' shape: which elements stay."""
         shape = tf.shape(inputs, out_type=tf.int64)
         elements = inputs.shape[1] * inputs.shape[2] * inputs.shape[3]
@@ -109,7 +113,7 @@ class KeyedDropout(keras.layers.Layer):
             dtype=tf.uint32,
         )
         bits = tf.reshape(tf.bitcast(words, tf.uint16), [shape[0], blocks * 8])[:, :elements]
-        return tf.reshape(bits, shape) >= tf.constant(round(self.rate * 65536), tf.uint16)
+        return tf.reshape(bits, shape) >= tf.cast(tf.round(rate * 65536), tf.uint16)
 
     def get_config(self):
         return super().get_config() | {"rate": self.rate, "layer_index": self.layer_index}

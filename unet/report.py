@@ -49,7 +49,7 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
         axes.set_ylim(0, 1)
         for item in classes:
             values = _series(history, f"val_{metric}_{item.name}")
-            axes.plot(*values, color=_unit(item.colour, on_white=True), label=item.name, **style)
+            axes.plot(*values, color=unit(item.colour, on_white=True), label=item.name, **style)
     iou.plot(*_series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
     figure.legend(handles=iou.get_lines(), loc="outside lower center", ncols=8, **LEGEND)
 
@@ -71,7 +71,7 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
             linespacing=1.4,
         )
     for axes, title in zip(panels, ("Loss", "Validation IoU", "Validation Dice"), strict=True):
-        _calm(axes, title)
+        calm(axes, title)
         axes.spines["bottom"].set(visible=True, color="#c3c7cd")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.set_xlabel("epoch", fontsize=10, color=QUIET)
@@ -108,7 +108,7 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path:
         upper, lower = cell_text(confusion[row, column], totals[row])
         axes.text(column, row, upper, ha="center", va="bottom" if lower else "center", color=colour, size=share_size)
         axes.text(column, row + 0.1, lower, ha="center", va="top", color=colour, size=pixel_size)
-    _calm(axes, "Confusion matrix")
+    calm(axes, "Confusion matrix")
     tilt = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(count), names, fontsize=name_size, color=INK, **tilt)
     axes.set_yticks(range(count), names, fontsize=name_size, color=INK)
@@ -157,7 +157,7 @@ def gallery(
         raise ValueError("There are no samples to show: pass at least one image.")
     texts = [iou_caption(*pair, classes) for pair in zip(truth, predicted, strict=True)]
     captions = ["\n".join(line.rstrip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
-    legend = [Patch(facecolor=_unit(item.colour), label=item.name) for item in classes]
+    legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in classes]
     if (truth == IGNORE).any():
         legend.append(Patch(facecolor="#8d8d8d", edgecolor="#c9c9c9", hatch="/////", linewidth=0, label="ignored"))
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
@@ -272,13 +272,13 @@ def _tint(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
     return tint
 
 
-def _calm(axes: Axes, title: str) -> None:
+def calm(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=13, color=INK, loc="left", pad=11)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=10, labelcolor=QUIET, pad=6)
 
 
-def _unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, ...]:
+def unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, ...]:
     """Return `colour` in 0..1; `on_white` darkens a light one just enough for a thin line on paper."""
     bright = np.dot(colour, (0.2126, 0.7152, 0.0722)) / 255
     return tuple(channel / 255 * (min(1, 0.68 / max(bright, 0.01)) if on_white else 1) for channel in colour)

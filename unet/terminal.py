@@ -53,7 +53,7 @@ class Display:
             parts.append(f"loss {live.loss:.4f}")
         if live.seconds_per_step is not None and live.phase == "train":
             steps = live.steps - live.step + (epochs - live.epoch) * live.steps
-            parts.append(f"{_duration(steps * live.seconds_per_step)} left")
+            parts.append(f"{duration(steps * live.seconds_per_step)} left")
         if live.data_wait_fraction is not None:  # last: a narrow terminal cuts here
             parts.append(f"data wait {live.data_wait_fraction:.0%}")
         self._progress(" · ".join(parts))
@@ -92,7 +92,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

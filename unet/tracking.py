@@ -5,6 +5,7 @@ again is harmless, and whatever could not be delivered is sent with the next lin
 never stops a training.
 """
 
+import contextlib
 import copy
 import getpass
 import logging
@@ -126,11 +127,20 @@ class Tracker:
         self.client.log_batch(self.run_id, params=[mlflow.entities.Param(k, str(v)) for k, v in known.items()])
         return self.run_id
 
-    def of_run(self, run_id: str) -> "Tracker":
+    def of_run(self, run_id: str | None) -> "Tracker":
         """The same store, for another run of it."""
         other = copy.copy(self)
         other.run_id, other._outbox, other._files = run_id, [], []
         return other
+
+    def register(self, model: str) -> str:
+        """Make the run's packaged model a version of a registered model; the version."""
+        import mlflow
+
+        with contextlib.suppress(mlflow.exceptions.MlflowException):  # it is there already
+            self.client.create_registered_model(model)
+        source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
+        return self.client.create_model_version(model, source, self.run_id).version
 
     def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
         """The run's input data, as the UI's column shows it."""
@@ -197,6 +207,20 @@ class Tracker:
                     break
                 waiting.pop(0)
         return not (self._outbox or self._files)
+
+
+class Untracked:
+    """Stands in for a `Tracker` where somebody else writes the run: a sweep writes those of its trials."""
+
+    run_id = None
+
+    def start(self, *args, **kwargs) -> None:
+        """Nothing, as with all that would be sent."""
+
+    dataset = epoch = metrics = tags = artifacts = status = start
+
+    def deliver(self) -> bool:
+        return True
 
 
 def code_version() -> str:

@@ -87,12 +87,17 @@ class OrderedData(DataConfig):
         self.ingest = ingest
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-        shards = [Shard(self.ingest, rank, world_size) for rank in range(world_size)]
-        units = [] if self.ingest.kept is not None else list(_units(self.ingest, world_size))
-        if units:  # none where only the test is left to do
-            streams = _stream(self.ingest, units, world_size).streaming_split(world_size, equal=False)
-            shards = [replace(shard, stream=stream) for shard, stream in zip(shards, streams, strict=True)]
-        return [dict.fromkeys(datasets, shard) for shard in shards]
+        return [dict.fromkeys(datasets, shard) for shard in shards(self.ingest, world_size)]
+
+
+def shards(ingest: Ingest, world_size: int) -> list["Shard"]:
+    """Each worker's shard; where the data are streamed, of one execution of Ray Data for all that is left to read."""
+    found = [Shard(ingest, rank, world_size) for rank in range(world_size)]
+    units = [] if ingest.kept is not None else list(_units(ingest, world_size))
+    if units:  # none where only the test is left to do
+        streams = _stream(ingest, units, world_size).streaming_split(world_size, equal=False)
+        found = [replace(shard, stream=stream) for shard, stream in zip(found, streams, strict=True)]
+    return found
 
 
 @dataclass(frozen=True)

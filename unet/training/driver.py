@@ -18,16 +18,17 @@ from unet.classes import CLASSES
 from unet.data import ingest
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
-from unet.errors import InputError, RunFailed
+from unet.errors import Diverged, InputError, RunFailed
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.tracking import Tracker, without_password
+from unet.tracking import Tracker, Untracked, without_password
 from unet.training import resources, results
 from unet.training.backend import TensorflowBackendConfig
+from unet.training.loop import Job, not_finite
 from unet.training.monitor import Monitor
-from unet.training.run import CONFIG, Run
+from unet.training.run import CONFIG, Run, where
 from unet.training.signals import stop_wish
-from unet.training.worker import Job, train_worker
+from unet.training.worker import train_worker
 
 MAX_RESTARTS = 3
 POLL_SECONDS = 0.5
@@ -36,7 +37,6 @@ POLL_SECONDS = 0.5
 def train(
     run: Run,
     display: Display | None = None,
-    parent_run_id: str | None = None,
     callbacks: tuple = (),
     as_trial: bool = False,
     together: int = 1,
@@ -45,7 +45,8 @@ def train(
     """Train an opened run to its end; its summary (the content of `summary.json`).
 
     Ray must be connected (`unet.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test split,
-    pictures and packaging; `together` trials share the cluster. `started` is when the job began, in seconds since 1970.
+    pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is when the
+    job began, in seconds since 1970.
 
     Raises:
         InputError: before anything started.
@@ -53,7 +54,8 @@ def train(
     """
     started, display, settings = started or time.time(), display or Display(quiet=True), run.settings
     latest = run.checkpoints.latest()
-    if run.summary.get("status") == "finished" and latest:
+    # A trial of a sweep may be finished without a test score, which is then made up for.
+    if run.summary.get("status") == "finished" and latest and (as_trial or run.summary.get("test")):
         done, best = latest[1].epoch - 1, latest[1].best_epoch
         patience, stale = settings.training.patience, latest[1].stale_epochs
         if patience is not None and stale >= patience:
@@ -80,24 +82,16 @@ def train(
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, len(CLASSES))
     plan = resources.plan(settings, nodes, data_bytes, together)
-    resources.check_free(plan.num_workers, plan.cpus_per_worker, _free_cpus(plan))
+    if not as_trial:  # the sweep has asked for all its trials
+        need = plan.num_workers * plan.cpus_per_worker
+        resources.check_free(plan.num_workers, plan.cpus_per_worker, resources.free_cpus(need))
     resources.check_disk(settings, storage, parameters)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan))
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     session = _Session(run, prepared, counts, plan, parameters, display, callbacks, as_trial, started)
-    return session.run_to_end(parent_run_id)
-
-
-def _free_cpus(plan: resources.Plan) -> float:
-    """CPUs that nobody holds, giving what just ended a moment to hand back its own."""
-    for _ in range(40):
-        free = ray.available_resources().get("CPU", 0)
-        if ray.util.get_current_placement_group() is not None or free + 1e-6 >= plan.num_workers * plan.cpus_per_worker:
-            return max(free, plan.num_workers * plan.cpus_per_worker)
-        time.sleep(0.25)
-    return free
+    return session.run_to_end()
 
 
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
@@ -136,19 +130,21 @@ class _Session:
     callbacks: tuple
     as_trial: bool
     started: float
-    tracker: Tracker | None = None
+    tracker: Tracker | Untracked = field(default_factory=Untracked)
     history: list[dict] = field(default_factory=list)
-    failure: str | None = None
+    failure: Diverged | None = None
     stopped: bool = False
     starts: int = 0
     restarts_before: int = 0
     test: dict | None = None
     gallery: dict | None = None
+    package: dict[str, bytes] | None = None
 
-    def run_to_end(self, parent_run_id: str | None) -> dict:
+    def run_to_end(self) -> dict:
         run, settings = self.run, self.run.settings
-        storage = Folder(settings.run.storage_path)
-        self.tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
+        if not self.as_trial:
+            storage = Folder(settings.run.storage_path)
+            self.tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
         self.restarts_before = run.summary.get("restarts") or 0
         run.start(data_digest=self.prepared.manifest.data_digest, parameters=self.parameters)
         # What the checkpoints vouch for: the file may lack an epoch that a kill kept from being written.
@@ -158,7 +154,7 @@ class _Session:
         self.monitor = Monitor.remote()
         with stop_wish() as wish:
             try:
-                error = self._train(wish, parent_run_id)
+                error = self._train(wish)
                 return self._finish(error)
             except RunFailed:
                 raise
@@ -173,13 +169,13 @@ class _Session:
                 if ray.is_initialized():
                     ray.kill(self.monitor)
 
-    def _train(self, wish: threading.Event, parent_run_id: str | None) -> BaseException | None:
+    def _train(self, wish: threading.Event) -> BaseException | None:
         """Run the workers in a thread to their end, whatever it is; what they failed with."""
         with ThreadPoolExecutor(1, thread_name_prefix="fit") as pool:
             fit = pool.submit(self._fit)
             try:
                 # While the workers import TensorFlow; the first use of a store takes seconds.
-                self._open_run(parent_run_id)
+                self._open_run()
                 self._follow(fit, wish)
             except KeyboardInterrupt:  # the second one
                 ray.shutdown()  # ends the workers at once, and with them the thread that waits for them
@@ -189,13 +185,13 @@ class _Session:
                 raise
             return fit.exception()
 
-    def _open_run(self, parent_run_id: str | None) -> None:
+    def _open_run(self) -> None:
         run = self.run
         manifest = self.prepared.manifest
         params = run.shown_settings() | {"parameters": self.parameters, "data_digest": manifest.data_digest}
         tags = {"status": "running", "data_digest": manifest.data_digest, "run_folder": str(run.folder)}
-        run_id = self.tracker.start(run.name, run.summary["mlflow_run_id"], params, tags, parent_run_id)
-        run.write_summary(mlflow_run_id=run_id)
+        run_id = self.tracker.start(run.name, run.summary["mlflow_run_id"], params, tags)
+        run.write_summary(mlflow_run_id=run_id or run.summary["mlflow_run_id"])
         self.tracker.dataset(manifest.source, manifest.data_digest, str(self.prepared.folder))
         for record in self.history:
             self.tracker.epoch(record)
@@ -254,7 +250,8 @@ class _Session:
         seen = 0
         while True:
             ended = fit.done()  # asked before the news, so that the last of them are taken in
-            live, events = ray.get(self.monitor.poll.remote(seen))
+            lives, events = ray.get(self.monitor.poll.remote(seen))
+            live = lives.get(self.run.folder.uri)
             seen += len(events)
             for kind, content in events:
                 getattr(self, f"_on_{kind}")(content)
@@ -311,17 +308,16 @@ class _Session:
     def _on_gallery(self, gallery: dict) -> None:
         self.gallery = gallery
 
+    def _on_package(self, files: dict[str, bytes]) -> None:
+        self.package = files
+
     def _on_stopped(self, step: int) -> None:
         self.stopped = True
 
     def _on_not_finite(self, content: dict) -> None:
-        samples = content["samples"]
-        self.failure = (
-            f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss sum "
-            f"{content['loss_sum']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}"
-            f"{f' and {len(samples) - 8} more' if len(samples) > 8 else ''}. "
-            "The last checkpoint is whole: go on with --on-nan skip, or start anew with a smaller --learning-rate or "
-            "--clip-norm 1."
+        self.failure = Diverged(
+            f"{not_finite(content)} The last checkpoint is whole: go on with --on-nan skip, or start anew with a "
+            "smaller --learning-rate or --clip-norm 1."
         )
 
     def _finish(self, error: BaseException | None) -> dict:
@@ -337,25 +333,27 @@ class _Session:
             "restarts": self._restarts,
         }
         # A wish to stop that came when all was scored already changes nothing.
-        if error is None and self.failure is None and (not self.stopped or self.test is not None):
+        if error is None and self.failure is None and (not self.stopped or self.package is not None):
             self._keep(state, facts)
             return run.summary
         status = "stopped" if self.stopped else "failed"
         run.write_summary(status=status, **facts)
-        reason = self.failure or (_cause(error) if error else "stopped by the user")
+        reason = str(self.failure or (_cause(error) if error else "stopped by the user"))
         self.tracker.tags({"status": status, "reason": reason[:500]})
         self.tracker.status(status)
         if self.stopped:
             at = f"step {state.step}" if state else "the start"
-            self.display.say(f"Stopped at {at}. Continue: python jobs/train.py --resume {run.name}{run.where()}")
+            self.display.say(
+                f"Stopped at {at}. Continue: python jobs/train.py --resume {run.name}{where(run.settings.run)}"
+            )
             return run.summary
-        raise RunFailed(self.failure or f"The training failed: {_cause(error)}") from error
+        raise self.failure or RunFailed(f"The training failed: {_cause(error)}") from error
 
     def _keep(self, state, facts: dict) -> None:
         run, tracker, tags = self.run, self.tracker, {}
         if not self.as_trial:
-            self.display.waiting("drawing and packaging")
-            tags = results.keep(run, state, self.history, self.test, self.gallery, tracker)
+            self.display.waiting("drawing")
+            tags = results.keep(run, state, self.history, self.test, self.gallery, self.package, tracker)
             facts |= tags | {"test": self.test}
             self.display.close()
         if not results.finish(run, tracker, facts, tags):

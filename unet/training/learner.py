@@ -15,7 +15,7 @@ from unet.classes import CLASSES, IGNORE
 from unet.config import TrainSettings
 from unet.model import DropoutKey, build_unet, dropout_key
 
-MIN_LOSS_SCALE = 1.0
+MIN_LOSS_SCALE, INITIAL_LOSS_SCALE = 1.0, 2.0**15
 LOSS_SCALE_STEPS = 2000
 """After so many finite steps the scale of mixed_float16 doubles (Micikevicius et al., 2018)."""
 
@@ -52,8 +52,10 @@ class Learner:
         self.optimizer = keras.optimizers.Adam(training.learning_rate)
         self.optimizer.build(self.model.trainable_variables)
         self.scales_loss = training.precision == "mixed_float16"
-        self.loss_scale = tf.Variable(2.0**15 if self.scales_loss else 1.0, trainable=False)
+        self.loss_scale = tf.Variable(INITIAL_LOSS_SCALE if self.scales_loss else 1.0, trainable=False)
         self.good_steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+        # A variable, so that the one traced step serves trials that differ in it.
+        self.dropout = tf.Variable(settings.model.dropout, dtype=tf.float64, trainable=False)
         keras.config.set_dtype_policy("float32")
         self.float32_model = self.model if training.precision == "float32" else self._build()
         # A share holds equal micro-shards; with more workers than shards (always 1 then) it is one.
@@ -134,7 +136,8 @@ class Learner:
 
     def _local_gradients(self, images, masks, step, position):
         """Gradients of the loss sum over a constant, the same for all workers, then [loss sum, valid pixels]."""
-        with tf.GradientTape() as tape, dropout_key(DropoutKey(self.settings.training.seed, step, position)):
+        key = DropoutKey(self.settings.training.seed, step, position, self.dropout)
+        with tf.GradientTape() as tape, dropout_key(key):
             loss_sum, pixels, _ = _loss(self.model(_as_input(images), training=True), masks)
             # The constant keeps numbers near one (for float16); the true count is known only after the sum.
             scaled = loss_sum * (self.loss_scale / self._nominal_pixels)
@@ -191,6 +194,21 @@ class Learner:
 
         return self.strategy.run(reduce, args=(tensor,))
 
+    def restart(self, weights: list[np.ndarray], settings: TrainSettings) -> None:
+        """Begin anew from initial weights, with settings that differ in nothing the graphs were traced for."""
+        self.model.set_weights(weights)
+        for variable in self.optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
+        self.loss_scale.assign(INITIAL_LOSS_SCALE if self.scales_loss else 1.0)
+        self.good_steps.assign(0)
+        self.settings = settings
+        self.set_rates()
+
+    def set_rates(self) -> None:
+        """Take learning rate and dropout from the settings (a loaded optimizer brings the rate of its own run)."""
+        self.optimizer.learning_rate.assign(self.settings.training.learning_rate)
+        self.dropout.assign(self.settings.model.dropout)
+
     def synchronise(self) -> None:
         """Give every worker the state of rank 0, exactly."""
         if self.world_size == 1:
@@ -208,6 +226,13 @@ class Learner:
         """What a step changes beside the weights, by a stable name."""
         slots = {f"optimizer/{i:03d}": v for i, v in enumerate(self.optimizer.variables)}
         return slots | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
+
+
+def traced_for(settings: TrainSettings) -> tuple:
+    """What a learner's graphs and initial weights depend on: with equal ones, a learner serves both settings."""
+    training, model = settings.training, settings.model
+    data = (settings.data.image_size, model.base_filters, model.depth, model.dropout > 0)
+    return (*data, training.batch_size, training.precision, training.clip_norm, training.grad_shards, training.seed)
 
 
 def _graph(function, signature=None):

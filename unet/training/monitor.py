@@ -36,11 +36,11 @@ class Monitor:
     """A mailbox owned by the driver; dies with it."""
 
     def __init__(self):
-        self._live, self._events, self._stop = None, [], False
+        self._live, self._events, self._stop = {}, [], False
 
-    def live(self, live: Live) -> bool:
-        """Rank 0 says where it is; answers whether it should stop."""
-        self._live = live
+    def live(self, run: str, live: Live) -> bool:
+        """Rank 0 of a run says where it is; answers whether it should stop."""
+        self._live[run] = live
         return self._stop
 
     def event(self, kind: str, content) -> None:
@@ -49,15 +49,16 @@ class Monitor:
     def stop(self) -> None:
         self._stop = True
 
-    def poll(self, seen: int) -> tuple[Live | None, list[tuple]]:
+    def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
+        """Where each run is, and the events after the first `seen`."""
         return self._live, self._events[seen:]
 
 
 class Line:
     """Rank 0's end of the line to the monitor; never waits inside a step. Other ranks keep silent."""
 
-    def __init__(self, monitor, rank: int):
-        self._monitor, self._speaks = monitor, rank == 0
+    def __init__(self, monitor, run: str, rank: int = 0):
+        self._monitor, self._run, self._speaks = monitor, run, rank == 0
         self._pending, self._last, self.stop_wished = None, 0.0, False
 
     def live(self, live: Live) -> None:
@@ -68,7 +69,7 @@ class Line:
             self._pending = None
         if self._pending is None and time.monotonic() - self._last >= LIVE_SECONDS:
             self._last = time.monotonic()
-            self._pending = self._monitor.live.remote(live)
+            self._pending = self._monitor.live.remote(self._run, live)
 
     def event(self, kind: str, content=None) -> None:
         """Delivered before this returns: what follows may be the end of the process."""

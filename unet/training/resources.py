@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: 
         num_workers=workers,
         cpus_per_worker=cpus,
         threads=threads,
-        use_gpu=sum(int(n.gpus) for n in nodes) >= workers,
+        use_gpu=sum(int(n.gpus) for n in nodes) >= processes,
         kept=data_bytes <= min(budget, 0.6 * store),
         data_bytes=data_bytes,
         stream_bytes=int(min(max(budget, 256e6), 0.5 * store)),
@@ -105,6 +106,42 @@ def worker_bytes(settings: TrainSettings, share: int) -> float:
     # About 12 maps of a level's size and filters live until the backward pass (measured at 16 and 64 filters).
     activations = sum(12 * f * (side / 2**level) ** 2 for level, f in enumerate(filters)) * 4
     return WORKER_BYTES + 4 * weights + share * activations
+
+
+def plan_trials(
+    settings: TrainSettings, nodes: list[Node], data_bytes: int, at_most: int | None = None
+) -> tuple[Plan, int]:
+    """Fit as many such trainings beside each other as CPUs, GPUs and memory allow, and no more than `at_most`.
+
+    Raises:
+        InputError: not even one fits; with the settings that would.
+    """
+    workers, cpus, gpus = (
+        settings.compute.num_workers,
+        int(sum(n.cpus for n in nodes)),
+        int(sum(n.gpus for n in nodes)),
+    )
+    together = max(1, (gpus if gpus >= workers else cpus) // workers)
+    together = min(together, at_most or together)
+    while True:
+        try:
+            return plan(settings, nodes, data_bytes, together), together
+        except InputError:
+            if together == 1:
+                raise
+            together -= 1
+
+
+def free_cpus(need: float) -> float:
+    """CPUs that nobody holds, giving what just ended a moment to hand back its own."""
+    import ray
+
+    for _ in range(40):
+        free = ray.available_resources().get("CPU", 0)
+        if free + 1e-6 >= need:
+            break
+        time.sleep(0.25)
+    return free
 
 
 def check_free(num_workers: int, cpus_per_worker: float, available_cpus: float) -> None:

@@ -7,16 +7,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import ray
 
 from unet import report
 from unet.classes import CLASSES
 from unet.metrics import flat as flat_metrics
-from unet.packaging import package
 from unet.terminal import Display
 from unet.tracking import Tracker, without_password
 from unet.training.checkpoint import State
-from unet.training.run import SUMMARY, Run
+from unet.training.run import SUMMARY, Run, where
 
 
 def finish(run: Run, tracker: Tracker, facts: dict, tags: dict[str, str]) -> bool:
@@ -28,14 +26,20 @@ def finish(run: Run, tracker: Tracker, facts: dict, tags: dict[str, str]) -> boo
     return tracker.deliver()
 
 
-def keep(run: Run, state: State, history: list[dict], test: dict, gallery: dict, tracker: Tracker) -> dict[str, str]:
+def keep(
+    run: Run,
+    state: State,
+    history: list[dict],
+    test: dict,
+    gallery: dict,
+    package: dict[str, bytes],
+    tracker: Tracker,
+) -> dict[str, str]:
     """Write and send the scores of test, the pictures, the best checkpoint and its packaged model.
 
     Returns:
         `model_uri` of the packaged model.
     """
-    # In a process of its own: packaging imports TensorFlow, which the driver does without.
-    packaging = ray.remote(num_cpus=0, max_calls=1)(package).remote(run.folder.uri, state.best_checkpoint, run.settings)
     tracker.metrics(flat_metrics("test", test), state.epoch - 1, int(time.time() * 1000))
     figures = draw(history, test, gallery)
     for name, content in figures.items():
@@ -43,7 +47,7 @@ def keep(run: Run, state: State, history: list[dict], test: dict, gallery: dict,
     tracker.artifacts("", figures)
     best = run.checkpoints.folder / state.best_checkpoint
     tracker.artifacts("best_checkpoint", {name: best.read_bytes(name) for name in best.names()})
-    tracker.artifacts("model", ray.get(packaging))
+    tracker.artifacts("model", package)
     return {"model_uri": f"runs:/{tracker.run_id}/model"}
 
 
@@ -82,8 +86,8 @@ def show(run: Run, tracker: Tracker, display: Display) -> None:
             ("look", look),
             (
                 "evaluate",
-                f"python jobs/evaluate.py --model {run.name} --data {data}{run.where(tracking=False)}",
+                f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",
             ),
-            ("continue", f"python jobs/train.py --resume {run.name} --epochs {more}{run.where()}"),
+            ("continue", f"python jobs/train.py --resume {run.name} --epochs {more}{where(run.settings.run)}"),
         ],
     )

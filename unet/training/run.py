@@ -39,6 +39,14 @@ class Run:
     folder: Folder
     summary: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def load(cls, name: str, settings: TrainSettings) -> "Run":
+        """The run of that name under the settings' storage path, with what it says about itself if it exists."""
+        run = cls(name, settings, Folder(settings.run.storage_path) / name)
+        if run.folder.exists(SUMMARY):
+            run.summary = json.loads(run.folder.read_text(SUMMARY))
+        return run
+
     @property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder)
@@ -65,14 +73,15 @@ class Run:
             values["tracking_uri"] = without_password(values["tracking_uri"])
         return values
 
-    def where(self, tracking: bool = True) -> str:
-        """The flags that a later command needs to find this run, and its MLflow store where it asks for one."""
-        flags, run = "", self.settings.run
-        if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
-            flags += f" --storage-path {shlex.quote(run.storage_path)}"
-        if tracking and run.tracking_uri:
-            flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
-        return flags
+
+def where(run: RunSettings, tracking: bool = True) -> str:
+    """The flags that a later command needs to find a run or sweep, and its MLflow store where it asks for one."""
+    flags = ""
+    if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
+        flags += f" --storage-path {shlex.quote(run.storage_path)}"
+    if tracking and run.tracking_uri:
+        flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
+    return flags
 
 
 def open_run(settings: TrainSettings) -> Run:
@@ -95,15 +104,26 @@ def _identify(settings: TrainSettings) -> Run:
         InputError: the name belongs to a run with other settings.
     """
     name = settings.run.resume or settings.run.run_name or time.strftime("unet-%Y%m%d-%H%M%S")
-    run = Run(name, settings, Folder(settings.run.storage_path) / name)
+    run = Run.load(name, settings)
     if not run.folder.exists(CONFIG):
         if run.folder.exists(SUMMARY) or run.folder.exists("manifest.json"):
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
-    before, now = yaml.safe_load(run.folder.read_text(CONFIG)), flat(settings)
-    changed = sorted(k for k in now.keys() - MAY_CHANGE if before.get(k, now[k]) != now[k])
+    before = yaml.safe_load(run.folder.read_text(CONFIG))
+    if "space" in before:
+        raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
+    refuse_changes(name, before, flat(settings), MAY_CHANGE)
+    run.summary.setdefault("run_name", name)
+    return run
+
+
+def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:
+    """Refuse to continue under a name with other settings than it was started with.
+
+    Raises:
+        InputError: with the settings that differ.
+    """
+    changed = sorted(k for k in now.keys() - may_change if before.get(k, now[k]) != now[k])
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
         raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")
-    run.summary = json.loads(run.folder.read_text(SUMMARY)) if run.folder.exists(SUMMARY) else {"run_name": name}
-    return run

@@ -1,0 +1,177 @@
+"""What a sweep tries next and whom it stops: spaces, draws, the past that a search is told. No cluster."""
+
+import json
+
+import pytest
+import yaml
+from conftest import job
+from ray.tune.search import Searcher
+
+from unet.config import TuneSettings, unflat
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.tuning.ledger import Ledger, ranked
+from unet.tuning.schedule import check_schedule, make_scheduler
+from unet.tuning.search import Search, variants
+from unet.tuning.space import SPACES, parse_space, read_space
+
+RANGES = "dropout: {uniform: [0.0, 0.5]}\nlearning_rate: {loguniform: [0.001, 0.1]}\nbase_filters: {choice: [4, 8]}\n"
+
+
+def space_of(text: str, **settings):
+    return parse_space(text, "small.yaml", unflat(TuneSettings, settings))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
+def test_every_space_of_the_folder_is_valid(name):
+    space = parse_space(read_space(name), name, TuneSettings())
+    assert set(space.draws) == set(yaml.safe_load(space.text)) >= {"dropout", "learning_rate"}
+    assert name == "pbt" or "base_filters" in space.draws
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: {uniform: [0.1, 0.2]}", "did you mean learning_rate?"),
+        ("epochs: {choice: [1, 2]}", "cannot search 'epochs'"),
+        ("dropout: {unifrom: [0.1, 0.2]}", "did you mean uniform?"),
+        ("dropout: {uniform: 0.3}", "`uniform: [low, high]`"),
+        ("dropout: {uniform: [0.5, 0.2]}", "`uniform: [low, high]`"),
+        ("learning_rate: {loguniform: [0, 1]}", "above 0"),
+        ("dropout: {uniform: [0.2, 1.5]}", "--dropout 1.5"),
+        ("base_filters: {choice: [8, none]}", "--base-filters none"),
+        ("base_filters: {choice: []}", "`choice: [a, b, …]`"),
+        ("depth: {choice: [3, 6]}", "--image-size 96"),  # six poolings do not divide 96 px
+        ("dropout", "needs lines such as"),
+        ("dropout: [", "not valid YAML"),
+    ],
+)
+def test_a_space_that_cannot_work_is_refused(text, words):
+    with pytest.raises(InputError) as error:
+        space_of(text, image_size=96)
+    assert words in str(error.value) and "small.yaml" in str(error.value)
+
+
+def test_a_space_is_found_by_name_or_path_and_the_nearest_is_named(tmp_path):
+    for flags, words in (
+        (["--space", "defualt"], "did you mean default?"),
+        (["--space", tmp_path / "none.yaml"], "none.yaml: No such file"),
+        (["--search", "grid"], "needs choices"),
+        (["--search", "grid", "--num-samples", "3"], "leave out --num-samples"),
+        (["--scheduler", "pbt", "--num-workers", "2"], "one worker"),
+        (["--scheduler", "pbt"], "--space pbt"),
+        (["--extend", "3", "--run-name", "none"], "There is no sweep none"),
+    ):
+        done = job("tune", *flags, f"--storage-path={tmp_path}")
+        assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
+def test_the_largest_trial_is_what_memory_is_planned_for():
+    largest = space_of("base_filters: {choice: [8, 64, 16]}\nbatch_size: {randint: [4, 32]}").largest
+    assert (largest.model.base_filters, largest.training.batch_size) == (64, 32)
+
+
+def test_random_draws_repeat_by_seed_and_stay_inside():
+    space = space_of(RANGES)
+
+    def first(seed, count=40):
+        stream = variants(space, "random", seed)
+        return [next(stream) for _ in range(count)]
+
+    assert first(3) == first(3) != first(4)
+    assert all(0 <= d["dropout"] <= 0.5 and 0.001 <= d["learning_rate"] <= 0.1 for d in first(3))
+    assert {d["base_filters"] for d in first(3)} == {4, 8}
+    assert json.loads(json.dumps(first(3))) == first(3)  # plain numbers
+    stream = variants(space_of("batch_size: {randint: [4, 6]}"), "random", 0)
+    ends = {next(stream)["batch_size"] for _ in range(60)}
+    assert ends == {4, 5, 6}
+
+
+def test_the_grid_is_every_combination_once():
+    space = space_of("base_filters: {choice: [4, 8]}\ndropout: {choice: [0.0, 0.1, 0.2]}")
+    found = [tuple(sorted(d.items())) for d in variants(space, "grid", 0)]
+    assert len(found) == len(set(found)) == 6
+
+
+def searched(folder, kind, planned, seed=0, scores=None):
+    """Let a search run dry against made-up scores; what it suggested, in order."""
+    ledger, space = Ledger(Folder(folder)), space_of(RANGES)
+    search, draws = Search(space, kind, seed, ledger, planned, None), []
+    while (suggested := search.suggest(f"id-{len(draws)}")) != Searcher.FINISHED:
+        score = scores(suggested["draw"]) if scores else 0.5
+        ledger.update(suggested["trial"], end="finished", best_val_mean_iou=score)
+        search.on_trial_complete(f"id-{len(draws)}", {"best_val_mean_iou": score})
+        draws.append(suggested)
+    return draws
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe"])
+def test_suggestions_repeat_by_seed_and_a_continued_search_repeats_none(kind, tmp_path):
+    whole = searched(tmp_path / "whole", kind, 6)
+    assert searched(tmp_path / "again", kind, 6) == whole and len(whole) == 6
+    assert searched(tmp_path / "other", kind, 6, seed=1) != whole
+    first = searched(tmp_path / "parts", kind, 3)
+    rest = searched(tmp_path / "parts", kind, 6)
+    assert [d["trial"] for d in first + rest] == [f"trial-{i:03d}" for i in range(1, 7)]
+    assert len({d["draw"]["learning_rate"] for d in first + rest}) == 6
+    if kind == "random":  # as if it had never been interrupted
+        assert first + rest == whole
+
+
+def test_tpe_learns_from_the_past_of_an_earlier_start(tmp_path):
+    """Twenty past trials that all say: dropout near 0.1. Its next draws lie nearer than random ones."""
+    target = lambda draw: 1 - abs(draw["dropout"] - 0.1)  # noqa: E731
+    searched(tmp_path, "random", 20, scores=target)
+    learnt = [d["draw"] for d in searched(tmp_path, "tpe", 40, scores=target)]
+    drawn = [d["draw"] for d in searched(tmp_path / "random", "random", 20)]
+    distance = lambda draws: sum(abs(d["dropout"] - 0.1) for d in draws) / len(draws)  # noqa: E731
+    assert len(learnt) == 20 and distance(learnt) < 0.6 * distance(drawn)
+
+
+def test_trials_under_way_go_on_before_new_ones(tmp_path):
+    ledger = Ledger(Folder(tmp_path))
+    for end in ("finished", "running", "stopped", "pruned", "failed"):
+        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end=end, best_val_mean_iou=0.5)
+    search = Search(space_of(RANGES), "random", 0, Ledger(Folder(tmp_path)), 6, None)
+    suggested = [search.suggest(str(i)) for i in range(4)]
+    assert [s["trial"] for s in suggested[:3]] == ["trial-002", "trial-003", "trial-006"]
+    assert suggested[0]["draw"] == {"dropout": 0.1} and suggested[3] == Searcher.FINISHED
+
+
+def test_asha_knows_the_trials_of_an_earlier_start(tmp_path):
+    """A trial that is worse than nine past ones at the first rung is stopped; without the past it would go on."""
+    settings, space = unflat(TuneSettings, {"epochs": 9}), space_of(RANGES)
+    empty = make_scheduler(settings, space, Ledger(Folder(tmp_path / "empty")))
+    ledger = Ledger(Folder(tmp_path / "past"))
+    for i in range(9):
+        row = ledger.begin({"dropout": 0.1})
+        ledger.update(row["trial"], end="pruned")
+        line = json.dumps({"epoch": 1, "val_mean_iou": 0.3 + 0.05 * i})
+        (Folder(tmp_path / "past") / row["trial"]).write_text("metrics.jsonl", line + "\n")
+    told = make_scheduler(settings, space, ledger)
+
+    class Trial:
+        trial_id = "new"
+
+    for scheduler, decision in ((empty, "CONTINUE"), (told, "STOP")):
+        scheduler.on_trial_add(None, Trial)
+        assert scheduler.on_trial_result(None, Trial, {"epoch": 1, "val_mean_iou": 0.4}) == decision
+
+
+def test_pbt_stays_inside_the_space_and_needs_settings_that_can_change(tmp_path):
+    settings = unflat(TuneSettings, {"scheduler": "pbt"})
+    with pytest.raises(InputError, match="base_filters"):
+        check_schedule(settings, space_of(RANGES))
+    space = space_of("dropout: {uniform: [0.1, 0.2]}\nlearning_rate: {choice: [0.001, 0.01]}")
+    check_schedule(settings, space)
+    scheduler = make_scheduler(settings, space, Ledger(Folder(tmp_path)))
+    moved = scheduler._custom_explore_fn({"draw": {"dropout": 0.24, "learning_rate": 0.01}})
+    assert moved["draw"] == {"dropout": 0.2, "learning_rate": 0.01}
+
+
+def test_the_ledger_outlives_its_process_and_ranks_by_score(tmp_path):
+    ledger = Ledger(Folder(tmp_path))
+    for score in (0.2, None, 0.5):
+        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end="finished", best_val_mean_iou=score)
+    assert Ledger(Folder(tmp_path)).rows == ledger.rows
+    assert [r["trial"] for r in ranked(ledger.rows)] == ["trial-003", "trial-001", "trial-002"]

@@ -1,0 +1,306 @@
+"""The training loop of one worker: restore, then epochs of steps, each followed by validation, then the test.
+
+All workers run this; what one of them decides (stopping, saving by the clock) is decided on rank 0 and travels
+with the step's sum, so nobody waits for another for ever.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import ray
+
+from unet import metrics
+from unet.config import TrainSettings, parse_interval
+from unet.data.ingest import Batch
+from unet.data.shards import Prepared, pixels
+from unet.evaluation import score
+from unet.packaging import package
+from unet.storage import Folder
+from unet.training.checkpoint import Checkpoints, State, name_of
+from unet.training.monitor import Line, Live
+
+STOP, SAVE = 1, 2
+GALLERY = 8
+"""How many validation photos are shown with their masks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Attributes:
+        settings: of the run.
+        shown: the same, flat, without passwords: what may be written down.
+        run: URI of the run's folder.
+        threads: TensorFlow threads of this worker.
+        data_digest: of the prepared data.
+        monitor: handle of the `Monitor`.
+        score_test: whether the run ends with the test split (a trial of a sweep does not).
+    """
+
+    settings: TrainSettings
+    shown: dict
+    run: str
+    threads: int
+    data_digest: str
+    monitor: ray.actor.ActorHandle
+    score_test: bool = True
+
+
+@dataclass
+class Clock:
+    """Where the time of an epoch's training goes. Validation has no part in it."""
+
+    images: int = 0
+    waiting: float = 0.0
+    stepping: float = 0.0
+    steps: int = 0
+
+    def add(self, images: int, waiting: float, stepping: float) -> None:
+        self.steps, self.images = self.steps + 1, self.images + images
+        self.waiting, self.stepping = self.waiting + waiting, self.stepping + stepping
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.images / (self.waiting + self.stepping) if self.images else None
+
+    @property
+    def data_wait_fraction(self) -> float | None:
+        return self.waiting / (self.waiting + self.stepping) if self.images else None
+
+
+@dataclass
+class Loop:
+    """The loop of one worker and its state, restored from the run's latest checkpoint if it has one."""
+
+    job: Job
+    learner: object
+    reader: object
+    line: Line
+    rank: int
+    world_size: int
+    state: State = field(init=False)
+    last_save: float = field(init=False)
+    stepped: bool = False
+
+    def __post_init__(self):
+        self.settings = self.job.settings
+        self.plan = self.reader.ingest.plan("train", self.world_size)
+        self.checkpoints = Checkpoints(Folder(self.job.run))
+        every = self.settings.run.checkpoint_every
+        self.interval = parse_interval(every) if every else None
+        self._restore()
+        self.last_save = time.monotonic()
+
+    def _restore(self) -> None:
+        equality = self._equality()
+        latest = self.checkpoints.latest()
+        if latest is None:
+            self.state = State(self.settings.training.seed, self.job.data_digest, self.job.shown, equality)
+        else:
+            name, self.state = latest
+            self.checkpoints.load(name, self.learner)
+            self.learner.set_rates()
+            changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
+            self.state.equality, self.state.settings = equality, self.job.shown
+            changed = [] if self.is_done else changed
+            self.line.event("resumed", {"history": self.state.history, "changed": changed})
+        self.learner.synchronise()
+
+    def _equality(self) -> dict:
+        import keras
+        import tensorflow as tf
+
+        return {
+            "num_workers": self.world_size,
+            "threads": self.job.threads,
+            "precision": self.settings.training.precision,
+            "processor": _processor(),
+            "python": platform.python_version(),
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+        }
+
+    def train(self, report: Callable[[dict], None]) -> bool:
+        """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
+        while not self.is_done:
+            record = self.run_epoch()
+            if record is None:
+                return False
+            report(record)
+        return True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last epoch is behind, or patience has run out."""
+        patience = self.settings.training.patience
+        stale = patience is not None and self.state.stale_epochs >= patience
+        return stale or self.state.epoch > self.settings.training.epochs
+
+    def run_epoch(self) -> dict | None:
+        """What is left of the epoch under way, its validation and its checkpoint.
+
+        Returns:
+            Its line of `metrics.jsonl`; None if the run was stopped or failed on the way.
+        """
+        clock = Clock()
+        if not self._train_epoch(clock):
+            return None
+        self._finish_epoch(clock, self.evaluate("val", self.reader.validation(self.state.epoch)))
+        return self.state.history[-1]
+
+    def _train_epoch(self, clock: Clock) -> bool:
+        """The steps that are left of the epoch; False if the run is to end here."""
+        state, waited = self.state, time.perf_counter()
+        for batch in self.reader.train(state.epoch, state.epoch_step):
+            began = time.perf_counter()
+            result = self.learner.train_step(batch.images, batch.masks, state.step + 1, self._control())
+            ended = time.perf_counter()
+            if not result.finite and not self._pass_over(batch, result):
+                return False
+            state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
+            if result.finite:
+                state.loss_sum, state.pixels = state.loss_sum + result.loss_sum, state.pixels + result.pixels
+            images = min(self.plan.batch_size, self.plan.samples - batch.step * self.plan.batch_size)
+            if self.stepped:  # the first step of all traces the graph
+                clock.add(images, began - waited, ended - began)
+            else:
+                self.line.event("first_step", time.time())
+                self.stepped = True
+            self._tell(clock, "train", batch.step + 1, self.plan.steps)
+            if result.control & STOP:
+                self._save()
+                self.line.event("stopped", state.step)
+                return False
+            # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
+            if self._is_due(result.control) and state.epoch_step < self.plan.steps:
+                self._save()
+            waited = time.perf_counter()
+        return True
+
+    def _control(self) -> int:
+        """Rank 0's decisions, which reach all workers with the sum of the step."""
+        if self.rank:
+            return 0
+        by_clock = self.interval and self.interval[0] == "seconds"
+        due = by_clock and time.monotonic() - self.last_save >= self.interval[1]
+        return STOP * self.line.stop_wished + SAVE * bool(due)
+
+    def _is_due(self, control: int) -> bool:
+        by_steps = self.interval and self.interval[0] == "steps" and self.state.step % self.interval[1] == 0
+        return bool(by_steps or control & SAVE)
+
+    def _pass_over(self, batch: Batch, result) -> bool:
+        """After a step whose numbers were not finite (nothing was updated): whether to go on."""
+        # In float16 an overflow only means that the loss scale was too large, unless it cannot shrink further.
+        scale = float(self.learner.loss_scale.numpy())
+        expected = self.learner.scales_loss and scale > 1.0
+        if expected or self.settings.training.on_nan == "skip":
+            self.state.skipped_steps += 1
+            return True
+        prepared = Prepared(Folder(self.reader.ingest.folder))
+        order = self.reader.ingest.order("train", batch.epoch)
+        size = self.plan.batch_size
+        names = prepared.names("train")
+        samples = [names[i] for i in order[batch.step * size : (batch.step + 1) * size]]
+        content = {"epoch": batch.epoch, "step": self.state.step + 1, "grad_norm": result.grad_norm}
+        self.line.event("not_finite", content | {"loss_sum": result.loss_sum, "samples": samples})
+        return False
+
+    def _finish_epoch(self, clock: Clock, validation: dict) -> None:
+        state = self.state
+        record = {
+            "epoch": state.epoch,
+            "step": state.step,
+            "time": int(time.time() * 1000),
+            "train_loss": state.loss_sum / state.pixels if state.pixels else None,
+            "learning_rate": self.settings.training.learning_rate,
+            "images_per_second": clock.images_per_second,
+            "data_wait_fraction": clock.data_wait_fraction,
+            **metrics.flat("val", validation),
+        }
+        score = validation["mean_iou"]
+        if score is not None and (state.best_score is None or score > state.best_score):
+            state.best_score, state.best_epoch, state.best_checkpoint = score, state.epoch, name_of(state.step)
+            state.stale_epochs, state.validation = 0, validation
+        else:
+            state.stale_epochs += 1
+        record |= {"best_val_mean_iou": state.best_score, "best_epoch": state.best_epoch}
+        state.history.append({k: v for k, v in record.items() if v is not None and math.isfinite(v)})
+        state.score = score
+        state.epoch, state.epoch_step, state.loss_sum, state.pixels = state.epoch + 1, 0, 0.0, 0.0
+        self._save()
+        state.score = None
+        self.line.event("epoch", {"record": state.history[-1], "validation": state.validation})
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            self.checkpoints.save(self.learner, self.state)
+            self.checkpoints.prune(self.settings.run.keep_checkpoints)
+        self.last_save = time.monotonic()
+
+    def evaluate(self, split: str, batches) -> dict:
+        plan = self.reader.ingest.plan(split, self.world_size)
+        tell = lambda batch: self._tell(Clock(), split, batch.step + 1, plan.steps)  # noqa: E731
+        return score(self.learner, batches, plan.samples, tell)
+
+    def test(self) -> None:
+        """Score the test split once with the best weights, show what they do on validation photos, package them."""
+        best = self.state.best_checkpoint or self.checkpoints.whole()[-1]
+        self.checkpoints.load_weights(best, self.learner.model)
+        result = self.evaluate("test", self.reader.direct("test"))
+        if self.rank == 0:
+            self.line.event("test", result)
+            self.line.event("gallery", self._gallery())
+            # Here, where TensorFlow is loaded already: another process would take ten seconds more.
+            self.line.event("package", package(self.job.run, best, self.settings))
+
+    def _gallery(self) -> dict:
+        """Photos of validation with their truth and what the model says: names and uint8 arrays."""
+        ingest = self.reader.ingest
+        prepared = Prepared(Folder(ingest.folder))
+        split = "val" if ingest.samples["val"] else "train"
+        table = prepared.read_chunk(split, 0, ("name", "image", "mask")).slice(0, GALLERY)
+        size = ingest.image_size
+        images, truth = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
+        rows = [self.learner.predict(images[i : i + 1]) for i in range(len(images))]
+        return {
+            "names": table["name"].to_pylist(),
+            "images": images.copy(),
+            "truth": truth.copy(),
+            "predicted": np.concatenate(rows),
+        }
+
+    def _tell(self, clock: Clock, phase: str, step: int, steps: int) -> None:
+        state = self.state
+        seconds = (clock.waiting + clock.stepping) / clock.steps if clock.steps else None
+        loss = state.loss_sum / state.pixels if state.pixels and phase == "train" else None
+        self.line.live(
+            Live(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds)
+        )
+
+
+def not_finite(content: dict) -> str:
+    """The event of the same name as a sentence."""
+    samples = content["samples"]
+    more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+    return (
+        f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss sum "
+        f"{content['loss_sum']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
+    )
+
+
+def _processor() -> str:
+    """The kind of processor, as far as the system says."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            lines = dict(line.split(":", 1) for line in info.read().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {k.strip(): v.strip() for k, v in lines.items()}
+        return " ".join(fields.get(k, "") for k in ("model name", "cpu family", "model", "stepping")).strip()
+    except OSError:
+        return platform.processor() or platform.machine()

@@ -1,0 +1,150 @@
+"""A sweep in the terminal: a live table of trials, or plain lines where there is no terminal."""
+
+import time
+from collections.abc import Callable
+
+import ray
+from ray import tune
+from rich.console import Group
+from rich.live import Live as LiveView
+from rich.table import Table
+from rich.text import Text
+
+from unet.classes import CLASSES
+from unet.terminal import PLAIN_SECONDS, Display, duration
+from unet.training.monitor import Live
+from unet.tuning.ledger import Ledger, ranked
+from unet.tuning.recorder import name
+from unet.tuning.search import BEST
+
+REFRESH_SECONDS = 0.5
+SHOWN = 12
+"""Ended trials in the live table; the rest is a number."""
+STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red", "stopped": "yellow"}
+
+
+class Board(tune.Callback):
+    """Shows the ledger and where the running trials are. `left` estimates the seconds that are left, if it can."""
+
+    def __init__(self, display: Display, ledger: Ledger, monitor, epochs: int, left: Callable[[], float | None]):
+        self._display, self._ledger, self._monitor, self._epochs, self._left = display, ledger, monitor, epochs, left
+        self._view: LiveView | None = None
+        self._shown = self._printed = time.monotonic()
+        self._lives: dict[str, Live] = {}
+
+    def __getstate__(self):
+        return {}  # Tune pickles its callbacks for a restore, which a terminal has no part in
+
+    def __enter__(self):
+        if self._display.console.is_terminal:
+            self._view = LiveView(console=self._display.console, transient=True, auto_refresh=False)
+            self._view.start()
+        return self
+
+    def __exit__(self, *error):
+        if self._view:
+            self._view.stop()
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self._say(f"{name(trial)} starts  {drawn(trial.config['draw'])}", "dim")
+
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        self._display.say(f"{name(trial)} lost its process and goes on from its checkpoint", "yellow")
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self._ended(name(trial))
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self._ended(name(trial))
+
+    def _ended(self, trial: str) -> None:
+        row = self._ledger[trial]
+        reason = f": {row['reason']}" if row["reason"] else ""
+        text = f"{trial} {row['end']} after epoch {row['epochs']}, best mean IoU {number(row[BEST])}{reason}"
+        if row["end"] == "failed":
+            self._display.say(text, "red")
+        else:
+            self._say(text)
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        """What the live table shows anyway is a line only where there is none."""
+        if not self._view:
+            self._printed = time.monotonic()
+            self._display.say(text, style)
+
+    def on_step_end(self, iteration, trials, **info):
+        now = time.monotonic()
+        if now - self._shown < REFRESH_SECONDS:
+            return
+        self._shown = now
+        if self._view:
+            self._lives = {
+                uri.rpartition("/")[2]: live for uri, live in ray.get(self._monitor.poll.remote())[0].items()
+            }
+            self._view.update(Group(self._table(), Text(self._status(), style="dim")), refresh=True)
+        elif now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            self._display.say("  " + self._status())
+
+    def _table(self) -> Table:
+        rows = self._ledger.rows
+        running = [r for r in rows if r["end"] == "running"]
+        ended = ranked(r for r in rows if r["end"] != "running")
+        shown = running + ended[:SHOWN]
+        table = trial_table(shown, lambda row: self._progress(row))
+        if len(ended) > SHOWN:
+            table.caption = f"and {len(ended) - SHOWN} more that ended"
+        return table
+
+    def _progress(self, row: dict) -> str:
+        live = self._lives.get(row["trial"])
+        if row["end"] != "running" or live is None:
+            return f"{row['epochs']}/{self._epochs}"
+        return f"{live.epoch}/{self._epochs} · {live.phase} {live.step}/{live.steps}"
+
+    def _status(self) -> str:
+        rows = self._ledger.rows
+        ended = [r for r in rows if r["end"] != "running"]
+        parts = [f"{len(ended)} trials ended, {len(rows) - len(ended)} running"]
+        best = next(iter(ranked(rows)), None)
+        if best and best[BEST] is not None:
+            by_class = ", ".join(f"{c.name} {number(best.get(f'val_iou_{c.name}'))}" for c in CLASSES)
+            parts.append(f"best {best['trial']} {number(best[BEST])} ({by_class})")
+        parts.append(f"{epochs_saved(rows, self._epochs)} trial-epochs saved by pruning")
+        if (left := self._left()) is not None:
+            parts.append(f"{duration(left)} left")
+        return " · ".join(parts)
+
+
+def trial_table(rows: list[dict], progress: Callable[[dict], str], title: str | None = None) -> Table:
+    """Trials with their settings, state, epochs and IoU by class of their best epoch."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    table.add_column("trial", no_wrap=True)
+    for heading in [
+        *(k.replace("_", " ") for k in (rows[0]["settings"] if rows else ())),
+        "state",
+        "epoch",
+        "mean IoU",
+    ]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for c in CLASSES:
+        table.add_column(c.name, justify="right", no_wrap=True)
+    for row in rows:
+        values = [number(v) if isinstance(v, float) else str(v) for v in row["settings"].values()]
+        iou = [number(row.get(f"val_iou_{c.name}")) for c in CLASSES]
+        state = Text(row["end"], style=STYLES[row["end"]])
+        table.add_row(row["trial"], *values, state, progress(row), number(row[BEST]), *iou)
+    return table
+
+
+def epochs_saved(rows: list[dict], epochs: int) -> int:
+    """Trial-epochs that pruned trials did not train."""
+    return sum(epochs - row["epochs"] for row in rows if row["end"] == "pruned")
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def drawn(settings: dict) -> str:
+    return "  ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in settings.items())

@@ -1,0 +1,106 @@
+"""Pictures of a sweep: scores over time, each setting against the score, which settings mattered."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from unet.report import DPI, INK, LEGEND, QUIET, calm
+from unet.tuning.search import BEST
+from unet.tuning.space import Space
+
+ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b", "running": "#b8860b"}
+IMPORTANCE_TRIALS = 8
+"""With fewer trials an importance would be noise."""
+
+
+def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], path: Path) -> None:
+    """Val mean IoU of every trial by epoch, the best one drawn strong."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    best = rows[0]["trial"]
+    for row in reversed(rows):
+        records = histories[row["trial"]]
+        strong = row["trial"] == best
+        line = {"linewidth": 2.6, "zorder": 3} if strong else {"linewidth": 1.2, "alpha": 0.75}
+        points = [(r["epoch"], r["val_mean_iou"]) for r in records if "val_mean_iou" in r]
+        if points:
+            colour = INK if strong else ENDS.get(row["end"], "#b3412f")
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, **line)
+    handles = [axes.plot([], [], color=ENDS[e], label=e)[0] for e in ENDS if any(r["end"] == e for r in rows)]
+    handles.append(axes.plot([], [], color=INK, linewidth=2.6, label=f"best, {best}")[0])
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **LEGEND)
+    calm(axes, "Validation mean IoU by epoch, a line a trial")
+    axes.set_xlabel("epoch", fontsize=10, color=QUIET)
+    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.savefig(path, format="png")
+
+
+def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
+    """Each searched setting against the best val mean IoU of its trials."""
+    from matplotlib.figure import Figure
+
+    scored, names = [r for r in rows if r[BEST] is not None], list(space.draws)
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.9 * lines + 0.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        is_log = "Log" in type(space.draws[name].get_sampler()).__name__
+        values = [r["settings"][name] for r in scored]
+        words = not all(isinstance(v, int | float) for v in values)
+        for end in sorted({r["end"] for r in scored}):
+            points = [(r["settings"][name], r[BEST]) for r in scored if r["end"] == end]
+            xs = [str(x) for x, _ in points] if words else [x for x, _ in points]
+            colour = ENDS.get(end, "#b3412f")
+            axes.scatter(xs, [y for _, y in points], s=42, color=colour, alpha=0.85, label=end, linewidths=0)
+        winner = str(values[0]) if words else values[0]
+        axes.scatter([winner], [scored[0][BEST]], s=150, facecolors="none", edgecolors=INK, linewidths=1.8)
+        if is_log:
+            axes.set_xscale("log")
+        calm(axes, name.replace("_", " "))
+        axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("best val mean IoU", fontsize=10, color=QUIET)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), **LEGEND)
+    figure.savefig(path, format="png")
+
+
+def parameter_importance(rows: Sequence[dict], space: Space, seed: int) -> dict[str, float]:
+    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty where too few speak.
+
+    Pruned trials count with the score they had, so what mattered early weighs more.
+    """
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    scored = [r for r in rows if r[BEST] is not None]
+    if len(scored) < IMPORTANCE_TRIALS or len({r[BEST] for r in scored}) < 2:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    distributions = OptunaSearch.convert_search_space(space.draws)
+    for row in scored:
+        study.add_trial(optuna.trial.create_trial(params=row["settings"], distributions=distributions, value=row[BEST]))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def importance_picture(importance: dict[str, float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1.5 + 0.5 * len(importance)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    names = [name.replace("_", " ") for name in importance]
+    bars = axes.barh(names, list(importance.values()), color="#174a7e", height=0.55)
+    axes.bar_label(bars, fmt="{:.0%}", padding=5, color=INK, fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08)
+    calm(axes, "Share of the score's variance that a setting explains")
+    axes.set_xticks([])
+    figure.savefig(path, format="png")

@@ -1,0 +1,85 @@
+"""A sweep's own memory, `trials.jsonl`: a line a trial, in the order of their starts.
+
+The file is replaced whole at each change, so no kill tears it. Tune's own state is disposable: whatever continues,
+extends or ranks a sweep reads this and the trials' run folders.
+"""
+
+import json
+import threading
+from collections.abc import Iterable
+
+from unet.storage import Folder
+from unet.training.run import METRICS, SUMMARY
+
+TRIALS = "trials.jsonl"
+UNDER_WAY = ("running", "stopped")
+
+
+class Ledger:
+    """The trials of a sweep's folder: what they draw, how far they came, why they ended.
+
+    A row holds `trial` (its name and the name of its run), `end` (running, finished, pruned, failed, stopped),
+    `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
+    `val_iou_<class>` of that epoch, `seconds` of training, `pid` and `memory_mb` of its process, `mlflow_run_id`.
+    """
+
+    def __init__(self, folder: Folder):
+        self._folder, self._lock = folder, threading.RLock()
+        lines = folder.read_text(TRIALS).splitlines() if folder.exists(TRIALS) else []
+        self._rows = {row["trial"]: row for row in map(json.loads, lines)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, trial: str) -> dict:
+        return self._rows[trial]
+
+    @property
+    def rows(self) -> list[dict]:
+        with self._lock:
+            return [dict(row) for row in self._rows.values()]
+
+    def under_way(self) -> list[dict]:
+        """The trials that have begun and are to go on."""
+        return [row for row in self.rows if row["end"] in UNDER_WAY]
+
+    def begin(self, settings: dict) -> dict:
+        """A new trial."""
+        row = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
+        row |= {"tries": 0, "epochs": 0, "best_val_mean_iou": None, "best_epoch": None, "seconds": 0.0}
+        with self._lock:
+            self._rows[row["trial"]] = row
+        self.write()
+        return row
+
+    def update(self, trial: str, write: bool = True, **changes) -> None:
+        with self._lock:
+            self._rows[trial] |= changes
+        if write:
+            self.write()
+
+    def write(self) -> None:
+        with self._lock:
+            self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+
+    def history(self, trial: str) -> list[dict]:
+        """The epochs of a trial, as its run wrote them down."""
+        run = self._folder / trial
+        return [json.loads(line) for line in run.read_text(METRICS).splitlines()] if run.exists(METRICS) else []
+
+    def run_summary(self, trial: str) -> dict:
+        """What a trial's run says of itself."""
+        run = self._folder / trial
+        return json.loads(run.read_text(SUMMARY)) if run.exists(SUMMARY) else {}
+
+    def close_run(self, trial: str, end: str) -> None:
+        """Write into a trial's run how it ended (a pruned run was stopped) and which MLflow run is its own."""
+        if summary := self.run_summary(trial):
+            row, status = self[trial], {"pruned": "stopped"}.get(end, end)
+            summary |= {"status": status, "end": end, "mlflow_run_id": row.get("mlflow_run_id")}
+            (self._folder / trial).write_text(SUMMARY, json.dumps(summary, indent=2))
+
+
+def ranked(rows: Iterable[dict]) -> list[dict]:
+    """Best first by val mean IoU; those without a score last."""
+    return sorted(rows, key=lambda r: -1.0 if r["best_val_mean_iou"] is None else r["best_val_mean_iou"], reverse=True)

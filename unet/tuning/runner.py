@@ -1,0 +1,314 @@
+"""A sweep from its opened folder to its end: data, resources, Ray Tune, and what follows its last trial."""
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+
+import ray
+from ray import tune
+
+import unet.data.prepare as preparing
+from unet.config import SweepSettings
+from unet.data import ingest
+from unet.data.shards import Prepared
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.tracking import Tracker, code_version, without_password
+from unet.training import resources
+from unet.training.monitor import Monitor
+from unet.training.run import where
+from unet.training.signals import stop_wish
+from unet.tuning import outcome
+from unet.tuning.board import Board, epochs_saved
+from unet.tuning.ledger import Ledger
+from unet.tuning.recorder import ChildRuns, Recorder
+from unet.tuning.schedule import make_scheduler
+from unet.tuning.search import BEST, Search, population, variants
+from unet.tuning.sweep import SPACE, Sweep
+from unet.tuning.trial import Shared, WarmTrial, group_trial
+
+MAX_RETRIES = 2
+"""How often a trial whose process is lost begins again from its checkpoint."""
+DEFAULT_TRIALS = 10
+
+
+def run_sweep(sweep: Sweep, display: Display) -> dict:
+    """Run an opened sweep to its end; the content of its `summary.json`. Ray must be connected.
+
+    Raises:
+        InputError: before anything started.
+        RunFailed: no trial came to a score.
+    """
+    settings, ledger = sweep.settings, Ledger(sweep.folder)
+    if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
+        best = f"best {sweep.summary['best_trial']}, val mean IoU {sweep.summary[BEST]:.4f}"
+        display.say(f"The sweep {sweep.name} is finished ({len(ledger)} trials, {best}). More: --extend 10.")
+        return sweep.summary
+    planned = _planned(sweep, len(ledger))
+    nodes, storage = resources.cluster_nodes(), Folder(settings.run.storage_path)
+    resources.plan_trials(sweep.space.largest, nodes, 0, planned)  # before the data are prepared
+    try:
+        prepared = preparing.resolve(settings.data.data, settings.data.image_size, storage, display.preparing)
+    finally:
+        display.close()
+    digest = prepared.manifest.data_digest
+    if sweep.summary.get("data_digest", digest) != digest:
+        raise InputError(f"The sweep {sweep.name} was begun with other data: give those, or another --run-name.")
+    counts = resources.check_samples(settings, prepared)
+    data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
+    plan, together = resources.plan_trials(sweep.space.largest, nodes, data_bytes, planned)
+    cpus = plan.num_workers * plan.cpus_per_worker
+    free = resources.free_cpus(together * cpus)
+    resources.check_free(plan.num_workers, plan.cpus_per_worker, free)
+    together = min(together, int((free + 1e-6) // cpus))
+    tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
+    session = _Session(sweep, ledger, prepared, counts, plan, together, planned, tracker, display)
+    return session.run_to_end()
+
+
+def _planned(sweep: Sweep, begun: int) -> int | None:
+    """How many trials the sweep has when it is finished; None where only the time limits it.
+
+    An extension that was broken off is continued by the same command, not extended again.
+    """
+    part, before = sweep.settings.sweep, sweep.summary
+    if part.extend:
+        return before["planned"] if before["extending"] and before["status"] != "finished" else begun + part.extend
+    if before.get("extending"):
+        return before["planned"]
+    if part.search == "grid":
+        return sum(1 for _ in variants(sweep.space, "grid", 0))
+    # PBT needs its whole population at once.
+    return part.num_samples or (None if part.minutes and part.scheduler != "pbt" else DEFAULT_TRIALS)
+
+
+class _Stopper(tune.Stopper):
+    """Ends Tune's part when somebody wishes so or the time is over."""
+
+    def __init__(self, session: "_Session", wish: threading.Event):
+        self._session, self._wish = session, wish
+
+    def __getstate__(self):
+        return {}  # Tune pickles it for a restore that a sweep does not use
+
+    def __call__(self, trial_id, result) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self._wish.is_set():
+            self._session.stop("stopped by the user")
+        elif self._session.seconds_of_budget == 0:
+            self._session.stop("the time was over")
+        return self._session.stopped is not None
+
+
+@dataclass
+class _Session:
+    """One start of a sweep."""
+
+    sweep: Sweep
+    ledger: Ledger
+    prepared: Prepared
+    counts: dict[str, int]
+    plan: resources.Plan
+    together: int
+    planned: int | None
+    tracker: Tracker
+    display: Display
+    stopped: str | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def run_to_end(self) -> dict:
+        sweep, tracker, digest = self.sweep, self.tracker, self.prepared.manifest.data_digest
+        extending = bool(sweep.settings.sweep.extend) or sweep.summary.get("extending", False)
+        sweep.start(planned=self.planned, extending=extending, data_digest=digest)
+        shown = sweep.shown_settings()
+        tags = {"kind": "sweep", "status": "running", "data_digest": digest, "run_folder": str(sweep.folder)}
+        # What the space draws is a parameter of the children only.
+        params = {k: v for k, v in shown.items() if k not in sweep.space.draws}
+        params["searched"] = sweep.space.described()
+        run_id = tracker.start(sweep.name, sweep.summary.get("mlflow_run_id"), params, tags)
+        sweep.write_summary(mlflow_run_id=run_id)
+        tracker.artifacts("", {SPACE: sweep.space.text.encode()})
+        self.display.table(f"Sweep {sweep.name}", self._overview())
+        self.monitor = Monitor.remote()
+        with stop_wish() as wish:
+            try:
+                return self._run(wish, shown)
+            except BaseException as error:
+                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                sweep.write_summary(status=status)
+                tracker.tags({"status": status, "reason": str(error)[:500]})
+                tracker.status(status)
+                raise
+            finally:
+                self.display.close()
+                if ray.is_initialized():
+                    ray.kill(self.monitor)
+
+    def _run(self, wish: threading.Event, shown: dict) -> dict:
+        shared = self._shared(shown)
+        tags = {"data_digest": shared.data_digest, "code": code_version()}
+        self.children = ChildRuns(self.tracker, self.ledger, shared.base, tags)
+        self.recorder = Recorder(self.ledger, self.children)
+        try:
+            if self.ledger.under_way() or self.planned is None or len(self.ledger) < self.planned:
+                self._tune(shared, wish)
+            for row in self.ledger.rows:  # Tune tells nothing of those that it stopped at our wish
+                if row["end"] == "running":
+                    self.recorder.end(row["trial"], "stopped", self.stopped)
+        finally:
+            self.children.close()
+        return self._stop() if wish.is_set() else self._conclude(shared)
+
+    def _shared(self, shown: dict) -> Shared:
+        settings, folder = self.sweep.settings, self.prepared.folder.uri
+        base = {k: v for k, v in shown.items() if k not in SweepSettings.model_fields}
+        base |= {"data": folder, "storage_path": self.sweep.folder.uri}
+        base["tracking_uri"] = without_password(self.tracker.uri)  # trials do not write there
+        reading = ingest.Ingest(
+            folder=folder,
+            image_size=settings.data.image_size,
+            samples=self.counts,
+            batch_size=settings.training.batch_size,
+            seed=settings.training.seed,
+            epochs=settings.training.epochs,
+            start=lambda: (1, 0),
+            memory=self.plan.stream_bytes // self.together,
+        )
+        if self.plan.kept and self.plan.num_workers == 1:
+            reading = ingest.keep(reading)
+        digest = self.prepared.manifest.data_digest
+        return Shared(base, self.sweep.folder.uri, reading, self.plan.threads, digest, self.monitor, self.together)
+
+    def _tune(self, shared: Shared, wish: threading.Event) -> None:
+        """Tune's part: trials until none is left, the time is over or somebody stops it."""
+        settings, plan = self.sweep.settings, self.plan
+        warm = plan.num_workers == 1
+        # Nothing reserved for a trial of several workers itself: it only waits for them.
+        asked = {"CPU": plan.cpus_per_worker if warm else 0.001} | ({"GPU": 1} if warm and plan.use_gpu else {})
+        trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
+        state = self.sweep.folder / ".tune"
+        # Ctrl-C is our wish to stop, not Tune's, which would end the sweep as if it were finished.
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+        self._forget(state)
+        with Board(self.display, self.ledger, self.monitor, settings.training.epochs, self._left) as board:
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, asked),
+                **self._search(reuse_actors=warm and plan.kept),
+                run_config=tune.RunConfig(
+                    name=".tune",
+                    storage_path=self.sweep.folder.uri,
+                    verbose=0,
+                    stop=_Stopper(self, wish),
+                    failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+                    # The trials keep their own; only PBT asks for a copy to hand on.
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False) if warm else None,
+                    callbacks=[self.recorder, board],
+                ),
+            )
+            tuner.fit()
+        self._forget(state)
+
+    def _search(self, reuse_actors: bool) -> dict:
+        """What Tune is to try, and whom to stop."""
+        settings, space, ledger = self.sweep.settings, self.sweep.space, self.ledger
+        seed, scheduler = settings.training.seed, make_scheduler(settings, space, ledger)
+        common = {
+            "scheduler": scheduler,
+            "reuse_actors": reuse_actors,
+            "trial_name_creator": lambda trial: trial.config["trial"],
+            "trial_dirname_creator": lambda trial: trial.config["trial"],
+        }
+        if settings.sweep.scheduler == "pbt":  # compares all trials at the same age: they take turns
+            trials = population(space, seed, ledger, self.planned)
+            return {"param_space": trials, "tune_config": tune.TuneConfig(**common)}
+        asha = scheduler if settings.sweep.scheduler == "asha" else None
+        search = Search(space, settings.sweep.search, seed, ledger, self.planned, asha)
+        common |= {"search_alg": search, "num_samples": -1, "max_concurrent_trials": self.together}
+        return {"tune_config": tune.TuneConfig(**common)}
+
+    def _forget(self, state: Folder) -> None:
+        """Remove Tune's own state: a sweep continues from its ledger."""
+        if state.names():
+            state.fs.delete_dir(state.path)
+
+    @property
+    def seconds_of_budget(self) -> float | None:
+        """What is left of --minutes, at least 0; None without."""
+        minutes = self.sweep.settings.sweep.minutes
+        return None if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - self.began))
+
+    def _left(self) -> float | None:
+        """An estimate of the seconds to the end of the last trial: those that ended give the pace."""
+        left, rows = [], self.ledger.rows
+        if self.seconds_of_budget is not None:
+            left.append(self.seconds_of_budget)
+        ended = [r["seconds"] for r in rows if r["end"] in ("finished", "pruned")]
+        if ended and self.planned:
+            under_way = sum(r["seconds"] for r in rows if r["end"] == "running")
+            mean, missing = sum(ended) / len(ended), self.planned - len(ended)
+            left.append(max(0.0, mean * missing - under_way) / self.together)
+        return min(left, default=None)
+
+    def stop(self, reason: str) -> None:
+        """Mark the runs first, since a submitted job may have few seconds left, then tell the trials."""
+        if self.stopped is not None:
+            return
+        self.stopped = reason
+        self.monitor.stop.remote()
+        if reason == "stopped by the user":
+            self.sweep.write_summary(status="stopped")
+            self.tracker.tags({"status": "stopped", "reason": reason})
+            self.tracker.status("stopped")
+            self.display.say("Stopping: the trials under way save a checkpoint (again to stop at once).")
+
+    def _stop(self) -> dict:
+        name = self.sweep.name
+        self.display.say(f"Stopped. Continue: python jobs/tune.py --resume {name}{where(self.sweep.settings.run)}")
+        return self.sweep.summary
+
+    def _conclude(self, shared: Shared) -> dict:
+        sweep, settings, tracker = self.sweep, self.sweep.settings, self.tracker
+        rows = outcome.rank(self.ledger)
+        files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared.base)
+        best = rows[0]
+        saved = epochs_saved(rows, settings.training.epochs)
+        facts = {"trials": len(rows), "trial_epochs_saved": saved, "best_trial": best["trial"], BEST: best[BEST]}
+        self.display.waiting(f"scoring the test split with {best['trial']}")
+        run = outcome.score_best(best, shared, tracker.uri)
+        facts |= {"model_uri": run["model_uri"], "test": run["test"]}
+        if name := settings.sweep.register:
+            version = tracker.of_run(best["mlflow_run_id"]).register(name)
+            facts["registered"] = f"models:/{name}/{version}"
+        self.display.close()
+        outcome.tell_parent(tracker, rows, settings.training.epochs, facts | {"status": "finished"}, files)
+        sweep.write_summary(status="finished", extending=False, **facts)
+        if not tracker.deliver():
+            self.display.say("MLflow did not take everything; the sweep's folder holds it all.", "yellow")
+        outcome.show(sweep.name, sweep.folder, rows, sweep.summary, settings, where(settings.run), self.display)
+        return sweep.summary
+
+    def _overview(self) -> list[tuple[str, str]]:
+        settings, part = self.sweep.settings, self.sweep.settings.sweep
+        mode = "read once and shared" if self.plan.kept else "streamed"
+        trials = "as many as fit" if self.planned is None else str(self.planned)
+        if part.minutes:
+            trials += f", for {part.minutes:g} minutes"
+        if len(self.ledger):
+            trials += f" ({len(self.ledger)} begun before, {len(self.ledger.under_way())} of them go on)"
+        workers = (
+            f"{self.plan.num_workers} worker(s) x {self.plan.cpus_per_worker:g} CPUs, {self.plan.threads} thread(s)"
+        )
+        return [
+            ("data", f"{self.prepared.folder} ({self.plan.data_bytes / 1e6:.0f} MB, {mode})"),
+            ("splits", ", ".join(f"{name} {count:,}" for name, count in self.counts.items())),
+            ("space", self.sweep.space.described()),
+            ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
+            ("trials", f"{trials}; {self.together} at a time, {workers} each"),
+            ("results", str(self.sweep.folder)),
+            ("tracking", f"{without_password(self.tracker.uri)}, experiment {settings.run.experiment}"),
+        ]

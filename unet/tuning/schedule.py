@@ -1,0 +1,80 @@
+"""What happens to a trial after an epoch: ASHA stops the bad ones, PBT lets them take over from good ones."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search.sample import Categorical, Integer
+
+from unet.config import TuneSettings
+from unet.errors import InputError
+from unet.tuning.ledger import Ledger
+from unet.tuning.space import Space
+
+SCORE = "val_mean_iou"
+IN_FLIGHT = ("learning_rate", "dropout")
+"""What can change in a training under way: variables of the traced step."""
+
+
+class Asha(ASHAScheduler):
+    """Asynchronous successive halving (Li et al., 2020) that can be told of trials of an earlier start."""
+
+    def know(self, trial_id: str, history: list[dict]) -> None:
+        """Take in the epochs of a trial, as if it had run under this scheduler."""
+        trial = SimpleNamespace(trial_id=trial_id)
+        self.on_trial_add(None, trial)
+        for record in history:
+            self.on_trial_result(None, trial, record)
+
+
+def check_schedule(settings: TuneSettings, space: Space) -> None:
+    """Refuse a space whose settings PBT cannot change in flight.
+
+    Raises:
+        InputError: with what to do.
+    """
+    fixed = [name for name in space.draws if name not in IN_FLIGHT]
+    if settings.sweep.scheduler == "pbt" and fixed:
+        raise InputError(
+            f"--scheduler pbt changes {' and '.join(IN_FLIGHT)} in flight, and the space also draws "
+            f"{', '.join(fixed)}, which a trained network cannot change: give --space pbt, or --scheduler asha."
+        )
+
+
+def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> TrialScheduler | None:
+    """Tune's scheduler, told of the ended trials of the ledger; None to train every trial to its end."""
+    sweep = settings.sweep
+    common = {"time_attr": "epoch", "metric": SCORE, "mode": "max"}
+    if sweep.scheduler == "asha":
+        asha = Asha(
+            **common,
+            grace_period=min(sweep.grace_epochs, settings.training.epochs),
+            max_t=settings.training.epochs,
+            reduction_factor=sweep.reduction_factor,
+        )
+        for row in ledger.rows:
+            if row["end"] in ("finished", "pruned"):
+                asha.know(row["trial"], ledger.history(row["trial"]))
+        return asha
+    if sweep.scheduler == "none":
+        return None
+    random.seed(settings.training.seed)  # whom a trial copies, and where to it moves
+    np.random.seed(settings.training.seed)
+
+    def within(config: dict) -> dict:
+        """Keep what a perturbation made inside the space."""
+        for name, domain in space.draws.items():
+            if not isinstance(domain, Categorical):
+                upper = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+                config["draw"][name] = min(max(config["draw"][name], domain.lower), upper)
+        return config
+
+    mutations = {n: d.categories if isinstance(d, Categorical) else d for n, d in space.draws.items()}
+    return PopulationBasedTraining(
+        **common,
+        perturbation_interval=sweep.grace_epochs,
+        hyperparam_mutations={"draw": mutations},
+        custom_explore_fn=within,
+        log_config=False,
+    )

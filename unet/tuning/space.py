@@ -1,0 +1,140 @@
+"""Search spaces: small readable YAML files, checked against the settings before anything starts.
+
+A line is `setting: {draw: [values]}`. Draws: `uniform` and `loguniform` between two ends, `randint` between two
+integers (both included), `choice` among values.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.tune.search.sample import Categorical, Domain
+
+from unet.config import SEARCHABLE, TrainSettings, flat, unflat
+from unet.errors import InputError
+
+SPACES = Path(__file__).resolve().parent.parent.parent / "tune_spaces"
+DRAWS = {
+    "uniform": tune.uniform,
+    "loguniform": tune.loguniform,
+    "randint": lambda low, high: tune.randint(low, high + 1),  # Tune leaves the upper end out
+    "choice": lambda *values: tune.choice(list(values)),
+}
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a sweep searches.
+
+    Attributes:
+        draws: Tune's domain by setting.
+        text: the YAML it was read from.
+        largest: the training's settings with the most filters and levels that it can draw, for planning.
+    """
+
+    draws: dict[str, Domain]
+    text: str
+    largest: TrainSettings
+
+    def grid(self) -> dict[str, dict]:
+        """Every combination, in Tune's terms.
+
+        Raises:
+            InputError: a range has no grid.
+        """
+        for name, domain in self.draws.items():
+            if not isinstance(domain, Categorical):
+                raise InputError(
+                    f"--search grid needs choices, and {name} is drawn from a range: write "
+                    f"`{name}: {{choice: [a, b]}}` in the space, or give --search random."
+                )
+        return {name: tune.grid_search(domain.categories) for name, domain in self.draws.items()}
+
+    def described(self) -> str:
+        return ", ".join(f"{name} {_described(domain)}" for name, domain in self.draws.items())
+
+
+def read_space(name: str) -> str:
+    """The YAML of `tune_spaces/NAME.yaml`, or of a file.
+
+    Raises:
+        InputError: there is no such space (with the nearest known).
+    """
+    known = {path.stem: path for path in SPACES.glob("*.yaml")}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}, or give a YAML file."
+        raise InputError(f"There is no space {name!r}: {hint}")
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read --space {path}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
+    """A space from its YAML.
+
+    Raises:
+        InputError: it names an unknown setting or draw (with the nearest known), or a value that does not fit.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"The space {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"The space {source} needs lines such as `dropout: {{uniform: [0.0, 0.5]}}`.")
+    draws, values = {}, {}
+    for setting, draw in content.items():
+        if setting not in SEARCHABLE:
+            near = difflib.get_close_matches(str(setting), SEARCHABLE, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(SEARCHABLE))}."
+            raise InputError(f"The space {source} cannot search {setting!r}; {hint}")
+        draws[setting], values[setting] = _parse_draw(source, setting, draw)
+    base = flat(settings)
+    for setting, ends in values.items():
+        for value in ends:
+            try:
+                unflat(type(settings), base | {setting: value})
+            except InputError as error:
+                raise InputError(f"The space {source}: {str(error).removeprefix('the settings: ')}") from error
+    largest = {k: max(values[k]) for k in ("base_filters", "depth", "batch_size") if k in values}
+    try:
+        return Space(draws, text, unflat(type(settings), base | largest))
+    except InputError as error:
+        raise InputError(f"The space {source}, at its largest: {str(error).removeprefix('the settings: ')}") from error
+
+
+def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
+    """Tune's domain, and the values that must fit the settings: the ends of a range, or every choice."""
+    if not isinstance(draw, dict) or len(draw) != 1:
+        raise InputError(f"The space {source}: {setting} needs one draw, such as `{{uniform: [0.0, 0.5]}}`.")
+    ((kind, values),) = draw.items()
+    if kind not in DRAWS:
+        near = difflib.get_close_matches(str(kind), DRAWS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DRAWS)}."
+        raise InputError(f"The space {source}: unknown draw {kind!r} for {setting}; {hint}")
+    number = int if kind == "randint" else float
+    try:
+        if kind == "choice":
+            if not isinstance(values, list) or not values:
+                raise ValueError
+        else:
+            low, high = values = [number(v) for v in values]
+            if not low < high or (kind == "loguniform" and low <= 0):
+                raise ValueError
+    except (TypeError, ValueError) as error:
+        needs = "[a, b, …]" if kind == "choice" else "[low, high]" + (" above 0" if kind == "loguniform" else "")
+        raise InputError(f"The space {source}: {setting} needs `{kind}: {needs}`.") from error
+    return DRAWS[kind](*values), list(values)
+
+
+def _described(domain: Domain) -> str:
+    if isinstance(domain, Categorical):
+        return "{" + ", ".join(str(v) for v in domain.categories) + "}"
+    last = domain.upper - 1 if isinstance(domain, tune.search.sample.Integer) else domain.upper
+    scale = " (log)" if "Log" in type(domain.get_sampler()).__name__ else ""
+    return f"{domain.lower:g}…{last:g}{scale}"

@@ -1,0 +1,88 @@
+"""A sweep's folder: which sweep the settings mean, and what it says about itself."""
+
+import json
+import time
+from dataclasses import dataclass, field
+
+import yaml
+
+import unet.data.prepare as preparing
+from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.tracking import check_server, without_password
+from unet.training import resources
+from unet.training.run import CONFIG, SUMMARY, refuse_changes
+from unet.tuning.schedule import check_schedule
+from unet.tuning.space import Space, parse_space, read_space
+
+SPACE = "space.yaml"
+
+
+@dataclass
+class Sweep:
+    """A sweep's folder and what it says about itself.
+
+    Attributes:
+        name: of the sweep, its folder and its MLflow run.
+        settings: it runs with.
+        folder: `<storage-path>/<name>`, with a run's folder for each trial.
+        space: what is searched.
+        summary: the content of `summary.json`; empty for a new sweep.
+    """
+
+    name: str
+    settings: TuneSettings
+    folder: Folder
+    space: Space
+    summary: dict = field(default_factory=dict)
+
+    def start(self, **facts) -> None:
+        """Write down that the sweep is on: its settings, its space and what is known of it."""
+        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
+        self.folder.write_text(SPACE, self.space.text)
+        self.write_summary(sweep=self.name, status="running", **facts)
+
+    def shown_settings(self) -> dict:
+        """The settings as they may be saved and sent: this sweep's name, and no password."""
+        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None, "extend": None}
+        if values["tracking_uri"]:
+            values["tracking_uri"] = without_password(values["tracking_uri"])
+        return values
+
+    def write_summary(self, **changes) -> None:
+        self.summary |= changes
+        self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+
+
+def open_sweep(settings: TuneSettings) -> Sweep:
+    """The sweep that the settings mean, new or to continue, after every check that needs no cluster.
+
+    Raises:
+        InputError: the settings, the space, the data or the tracking server cannot work.
+    """
+    storage = Folder(settings.run.storage_path)
+    resources.check_writable(storage)
+    name = settings.run.resume or settings.run.run_name or time.strftime("sweep-%Y%m%d-%H%M%S")
+    folder, saved, summary = storage / name, None, {}
+    if folder.exists(CONFIG):
+        before = yaml.safe_load(folder.read_text(CONFIG))
+        if "space" not in before:
+            raise InputError(f"{name} is the run of a training: give another --run-name.")
+        # The space may have moved: what it holds is compared.
+        refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
+        saved, summary = folder.read_text(SPACE), json.loads(folder.read_text(SUMMARY))
+    elif folder.names():
+        raise InputError(f"{folder} is no sweep: give another --run-name.")
+    elif settings.sweep.extend:
+        raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")
+    text = saved if saved is not None and settings.run.resume else read_space(settings.sweep.space)
+    space = parse_space(text, settings.sweep.space, settings)
+    if saved is not None and yaml.safe_load(saved) != yaml.safe_load(text):
+        raise InputError(f"The sweep {name} searches another space, {folder}/{SPACE}: give another --run-name.")
+    if settings.sweep.search == "grid":
+        space.grid()
+    check_schedule(settings, space)
+    preparing.check_source(settings.data.data)
+    check_server(settings.run.tracking_uri)
+    return Sweep(name, settings, folder, space, summary)

@@ -1,0 +1,175 @@
+"""One trial of a sweep: a training as `jobs/train.py` does it, an epoch at a time.
+
+Trials of one worker run in warm processes: TensorFlow is imported once, a traced step serves every trial it was
+traced for, and the data are mapped from the object store. Trials of several workers go through Ray Train.
+"""
+
+import gc
+import os
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import psutil
+import ray
+from ray import tune
+
+from unet.config import TrainSettings, unflat
+from unet.data.ingest import Ingest, shards
+from unet.errors import Diverged
+from unet.storage import Folder
+from unet.training.checkpoint import Checkpoints
+from unet.training.loop import Job, Loop, not_finite
+from unet.training.monitor import Line
+from unet.training.run import Run, open_run
+from unet.training.worker import start_tensorflow
+from unet.tuning.schedule import SCORE
+from unet.tuning.search import BEST
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep have in common.
+
+    Attributes:
+        base: flat settings of a training, without what the space draws.
+        folder: URI of the sweep's folder, where the trials' runs are.
+        reading: the data, read once and kept; each trial sets its own batch, seed and start.
+        threads: TensorFlow threads of a trial of one worker.
+        data_digest, parameters: for the trials' summaries.
+        monitor: handle of the sweep's `Monitor`.
+        together: how many trials share the cluster.
+    """
+
+    base: dict
+    folder: str
+    reading: Ingest
+    threads: int
+    data_digest: str
+    monitor: ray.actor.ActorHandle
+    together: int
+
+    def settings(self, trial: str, draw: dict) -> TrainSettings:
+        return unflat(TrainSettings, self.base | draw | {"run_name": trial})
+
+
+class WarmTrial(tune.Trainable):
+    """A trial of one worker in a process that outlives it."""
+
+    def setup(self, config: dict, shared: Shared) -> None:
+        self._shared, self._learners = shared, None
+        start_tensorflow(shared.threads, 1)
+        self._begin(config["draw"])
+
+    def reset_config(self, config: dict) -> bool:
+        self._begin(config["draw"])
+        return True
+
+    def _begin(self, draw: dict) -> None:
+        """Open the trial's run, or continue it at its latest checkpoint."""
+        shared = self._shared
+        settings = shared.settings(self.trial_name, draw)  # Tune's name stays when PBT copies another's config
+        self._run = Run.load(self.trial_name, settings)
+        self._run.start(data_digest=shared.data_digest)
+        self._line = _TrialLine(shared.monitor, self._run.folder.uri)
+        if self._learners is None:
+            self._learners = Learners()
+        learner = self._learners.get(settings)
+        latest = self._run.checkpoints.latest()
+        training = settings.training
+        reading = replace(
+            shared.reading,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            start=lambda: (latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
+        )
+        shown = self._run.shown_settings()
+        job = Job(settings, shown, self._run.folder.uri, shared.threads, shared.data_digest, shared.monitor, False)
+        self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._line, 0, 1)
+
+    def step(self) -> dict:
+        """An epoch; its record with `done`, the seconds it took and this process's memory."""
+        began, loop = time.perf_counter(), self._loop
+        if not loop.is_done:  # else a kill fell between its last checkpoint and the report of it
+            loop.run_epoch()
+        state = loop.state
+        self._run.write_history(state.history)
+        best = {"best_epoch": state.best_epoch, "val": state.validation}
+        best["best_checkpoint"] = state.best_checkpoint and f"checkpoints/{state.best_checkpoint}"
+        status = "failed" if self._line.diverged else "finished" if loop.is_done else "running"
+        self._run.write_summary(status=status, reason=self._line.diverged, **best)
+        # A trial that diverged is the worst there is.
+        last = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch} if self._line.diverged else {}
+        facts = {"epoch_seconds": time.perf_counter() - began, "memory_mb": psutil.Process().memory_info().rss / 1e6}
+        history = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
+        return history | last | facts | {"done": loop.is_done or bool(self._line.diverged)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For PBT: this trial's latest checkpoint, which another may take over."""
+        name, _ = self._run.checkpoints.latest()
+        own = self._run.checkpoints.folder / name
+        Checkpoints(Folder(checkpoint_dir)).folder.commit(name, {file: own.read_bytes(file) for file in own.names()})
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
+        donated = Checkpoints(Folder(checkpoint_dir))
+        name, state = donated.latest()
+        if state.settings["run_name"] != self._run.name:  # its own was restored when it began
+            donated.load(name, self._loop.learner)
+            self._loop.learner.set_rates()
+
+
+class _TrialLine(Line):
+    """The loop's line: where it is goes to the sweep's monitor, what happens stays here."""
+
+    diverged: str | None = None
+
+    def event(self, kind: str, content=None) -> None:
+        if kind == "not_finite":
+            self.diverged = not_finite(content)
+
+
+class Learners:
+    """Learners with their traced graphs and initial weights, the latest few of a process."""
+
+    KEPT = 3
+
+    def __init__(self):
+        self._kept = OrderedDict()
+
+    def get(self, settings: TrainSettings):
+        """A learner at the start of a training with these settings: equal, bit for bit, to a new one."""
+        import keras
+
+        from unet.training.learner import Learner, traced_for
+
+        key = traced_for(settings)
+        if key in self._kept:
+            learner, weights = self._kept.pop(key)
+            learner.restart(weights, settings)
+        else:
+            while len(self._kept) >= self.KEPT:
+                self._kept.popitem(last=False)
+                gc.collect()  # graphs and models refer to each other in circles
+                keras.utils.clear_session()
+            learner = Learner(settings)
+            weights = learner.model.get_weights()
+        self._kept[key] = (learner, weights)
+        return learner
+
+
+def group_trial(config: dict, shared: Shared) -> None:
+    """A trial of several workers, in a process of Tune that only waits for them."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from unet.session import ray_session
+    from unet.training.driver import train
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    run = open_run(shared.settings(tune.get_context().get_trial_name(), config["draw"]))
+    with ray_session():
+        try:
+            train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
+        except Diverged as error:
+            run.write_summary(reason=str(error))
+            tune.report({SCORE: 0.0, BEST: 0.0, "epoch": len(run.checkpoints.latest()[1].history) + 1})
