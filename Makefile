@@ -29,3 +29,4 @@ lint: setup
 
 bench: setup  ## Every speed claim of the README
 	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/sweep.py

@@ -77,14 +77,17 @@ class Board(tune.Callback):
         if now - self._shown < REFRESH_SECONDS:
             return
         self._shown = now
+        if not self._view and now - self._printed < PLAIN_SECONDS:
+            return
+        lives, _ = ray.get(self._monitor.poll.remote())
+        self._lives = {uri.partition("?")[0].rpartition("/")[2]: live for uri, live in lives.items()}
         if self._view:
-            self._lives = {
-                uri.rpartition("/")[2]: live for uri, live in ray.get(self._monitor.poll.remote())[0].items()
-            }
             self._view.update(Group(self._table(), Text(self._status(), style="dim")), refresh=True)
-        elif now - self._printed >= PLAIN_SECONDS:
-            self._printed = now
-            self._display.say("  " + self._status())
+            return
+        self._printed = now
+        running = [r for r in self._ledger.rows if r["end"] == "running"]
+        under_way = ", ".join(f"{r['trial']} at {self._progress(r)}" for r in running)
+        self._display.say(f"  {self._status()}" + (f" · {under_way}" if under_way else ""))
 
     def _table(self) -> Table:
         rows = self._ledger.rows

@@ -20,7 +20,8 @@ class Ledger:
 
     A row holds `trial` (its name and the name of its run), `end` (running, finished, pruned, failed, stopped),
     `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
-    `val_iou_<class>` of that epoch, `seconds` of training, `pid` and `memory_mb` of its process, `mlflow_run_id`.
+    `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` of training,
+    `pid` and `memory_mb` of its process, `mlflow_run_id`.
     """
 
     def __init__(self, folder: Folder):

@@ -46,7 +46,7 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     """`sweep.csv`, `best_config.yaml` and the pictures into the sweep's folder; their content by name."""
     table = io.StringIO()
     columns = ["trial", "end", "epochs", *space.draws, BEST, "best_epoch", *(f"val_iou_{c.name}" for c in CLASSES)]
-    columns += ["seconds", "tries", "reason", "mlflow_run_id"]
+    columns += ["started", "ended", "seconds", "tries", "reason", "mlflow_run_id"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(row | row["settings"] for row in rows)

@@ -1,6 +1,7 @@
 """What happens to the trials, written down: the ledger at each start and end, MLflow after each epoch."""
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ray import tune
@@ -80,7 +81,9 @@ class Recorder(tune.Callback):
         return {}  # Tune pickles its callbacks for a restore that a sweep does not use
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self._ledger.update(name(trial), end="running", reason=None, tries=self._ledger[name(trial)]["tries"] + 1)
+        row = self._ledger[name(trial)]
+        started = row.get("started") or round(time.time(), 1)
+        self._ledger.update(name(trial), end="running", reason=None, tries=row["tries"] + 1, started=started)
         self._children.sync(name(trial))
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
@@ -107,7 +110,7 @@ class Recorder(tune.Callback):
         self.end(name(trial), "failed", lines[-1] if lines else "unknown")
 
     def end(self, trial: str, end: str, reason: str | None = None) -> None:
-        self._ledger.update(trial, end=end, reason=reason)
+        self._ledger.update(trial, end=end, reason=reason, ended=round(time.time(), 1))
         self._ledger.close_run(trial, end)
         self._children.end(trial, self._ledger[trial]["epochs"], end, reason)
 
