@@ -22,7 +22,7 @@ test: setup  ## The whole suite
 	$(BIN)/python -m pytest -q
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

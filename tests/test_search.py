@@ -175,3 +175,15 @@ def test_the_ledger_outlives_its_process_and_ranks_by_score(tmp_path):
         ledger.update(ledger.begin({"dropout": 0.1})["trial"], end="finished", best_val_mean_iou=score)
     assert Ledger(Folder(tmp_path)).rows == ledger.rows
     assert [r["trial"] for r in ranked(ledger.rows)] == ["trial-003", "trial-001", "trial-002"]
+
+
+def test_importance_names_the_setting_that_decides(tmp_path):
+    """Forty trials whose score is their learning rate's alone; too few trials say nothing."""
+    from unet.tuning.figures import parameter_importance
+
+    space = space_of(RANGES)
+    searched(tmp_path, "random", 40, scores=lambda draw: draw["learning_rate"])
+    rows = Ledger(Folder(tmp_path)).rows
+    importance = parameter_importance(rows, space, 0)
+    assert importance["learning_rate"] > 0.9 and sum(importance.values()) == pytest.approx(1)
+    assert parameter_importance(rows[:5], space, 0) == {}

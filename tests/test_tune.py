@@ -228,6 +228,44 @@ def test_a_lost_process_is_replaced_and_a_diverging_trial_does_not_sink_the_swee
     assert {c.data.tags["trial"]: c.info.status for c in children} == {"trial-001": "FINISHED", "trial-002": "FAILED"}
 
 
+def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, packed, space_file):
+    """Ctrl-C saves the trials under way and marks all runs; continued, they go on until the minutes are over."""
+    flags = flags_of(data=packed, storage_path=storage, space=space_file, num_samples=2, scheduler="none")
+    flags += flags_of(**FLAGS | {"epochs": 100_000}, run_name="halted")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    folder, command = storage / "halted", [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    while len([r for r in epochs_now(folder) if r["epochs"] >= 2]) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "--resume halted" in output and "Traceback" not in output, output
+    before = epochs_now(folder)
+    assert read_json(folder / "summary.json")["status"] == "stopped"
+    assert [(r["end"], r["reason"]) for r in before] == [("stopped", "stopped by the user")] * 2
+    _, parent, children = children_of(storage, folder)
+    assert [r.info.status for r in (parent, *children)] == ["KILLED"] * 3
+    for row in before:  # saved at the step, not at the epoch's end
+        last = sorted((folder / row["trial"] / "checkpoints").glob("step_*"))[-1]
+        assert read_json(last / "state.json")["step"] >= metrics_of(folder, row["trial"])[-1]["step"]
+
+    done = job("tune", "--resume=halted", f"--storage-path={storage}", "--minutes=0.4", env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout
+    after = epochs_now(folder)
+    assert [r["trial"] for r in after] == [r["trial"] for r in before]
+    assert all(a["epochs"] > b["epochs"] and a["end"] == "stopped" for a, b in zip(after, before, strict=True))
+    assert {r["reason"] for r in after} == {"the time was over"}
+    summary = read_json(folder / "summary.json")
+    assert summary["status"] == "finished" and summary["test"]["images"] == 21
+    for row in after:  # the chosen one is scored as it is, not trained on
+        epochs = [line["epoch"] for line in metrics_of(folder, row["trial"])]
+        assert epochs == list(range(1, row["epochs"] + 1))
+    _, parent, children = children_of(storage, folder)
+    assert len(children) == 2 and parent.info.status == "FINISHED"
+
+
 def epochs_now(folder) -> list[dict]:
     """The ledger's rows with the epochs that the trials' runs have by now."""
     rows = rows_of(folder)

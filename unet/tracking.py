@@ -91,7 +91,9 @@ class Tracker:
             # Absolute, since MLflow's default is a folder of the current directory. A server knows its own place.
             location = f"{storage.path}/mlartifacts/{name}" if own_store else None
             try:
-                return self.client.create_experiment(name, artifact_location=location)
+                # Without the kind, the UI opens an experiment on its page for language models.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return self.client.create_experiment(name, artifact_location=location, tags=kind)
             except mlflow.exceptions.MlflowException:  # somebody else was quicker
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
@@ -153,6 +155,8 @@ class Tracker:
     def epoch(self, record: dict) -> None:
         """One line of `metrics.jsonl`, with its own time (milliseconds) and the epoch as step."""
         values = {k: v for k, v in record.items() if k not in ("epoch", "step", "time")}
+        # First what the UI's comparison of runs shows first.
+        values = dict(sorted(values.items(), key=lambda item: item[0] != "best_val_mean_iou"))
         self.metrics(values, record["epoch"], record["time"])
 
     def metrics(self, values: dict[str, float], step: int, time_ms: int) -> None:

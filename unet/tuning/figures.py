@@ -4,11 +4,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ray.tune.search.sample import Categorical
+
 from unet.report import DPI, INK, LEGEND, QUIET, calm
 from unet.tuning.search import BEST
 from unet.tuning.space import Space
 
-ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b", "running": "#b8860b"}
+ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b"}
+FAILED = "#b3412f"
 IMPORTANCE_TRIALS = 8
 """With fewer trials an importance would be noise."""
 
@@ -27,7 +30,7 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
         line = {"linewidth": 2.6, "zorder": 3} if strong else {"linewidth": 1.2, "alpha": 0.75}
         points = [(r["epoch"], r["val_mean_iou"]) for r in records if "val_mean_iou" in r]
         if points:
-            colour = INK if strong else ENDS.get(row["end"], "#b3412f")
+            colour = INK if strong else ENDS.get(row["end"], FAILED)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, **line)
     handles = [axes.plot([], [], color=ENDS[e], label=e)[0] for e in ENDS if any(r["end"] == e for r in rows)]
     handles.append(axes.plot([], [], color=INK, linewidth=2.6, label=f"best, {best}")[0])
@@ -40,27 +43,39 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
 
 
 def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
-    """Each searched setting against the best val mean IoU of its trials."""
+    """Each searched setting against the best val mean IoU of its trials, the best one ringed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     scored, names = [r for r in rows if r[BEST] is not None], list(space.draws)
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.9 * lines + 0.4), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for axes, name in zip(panels, names, strict=False):
-        is_log = "Log" in type(space.draws[name].get_sampler()).__name__
-        values = [r["settings"][name] for r in scored]
-        words = not all(isinstance(v, int | float) for v in values)
+        domain = space.draws[name]
+        choices = domain.categories if isinstance(domain, Categorical) else None
+
+        def place(row, name=name, choices=choices):
+            value = row["settings"][name]
+            return value if choices is None else choices.index(value)
+
         for end in sorted({r["end"] for r in scored}):
-            points = [(r["settings"][name], r[BEST]) for r in scored if r["end"] == end]
-            xs = [str(x) for x, _ in points] if words else [x for x, _ in points]
-            colour = ENDS.get(end, "#b3412f")
-            axes.scatter(xs, [y for _, y in points], s=42, color=colour, alpha=0.85, label=end, linewidths=0)
-        winner = str(values[0]) if words else values[0]
-        axes.scatter([winner], [scored[0][BEST]], s=150, facecolors="none", edgecolors=INK, linewidths=1.8)
-        if is_log:
+            of_end = [r for r in scored if r["end"] == end]
+            style = {"s": 42, "color": ENDS.get(end, FAILED), "alpha": 0.85, "linewidths": 0}
+            axes.scatter([place(r) for r in of_end], [r[BEST] for r in of_end], label=end, **style)
+        ring = {"s": 150, "facecolors": "none", "edgecolors": INK, "linewidths": 1.8}
+        axes.scatter([place(scored[0])], [scored[0][BEST]], **ring)
+        if choices is not None:
+            axes.set_xticks(range(len(choices)), [str(c) for c in choices])
+            axes.set_xlim(-0.6, len(choices) - 0.4)
+        elif "Log" in type(domain.get_sampler()).__name__:
             axes.set_xscale("log")
+            axes.set_xlim(domain.lower / 1.15, domain.upper * 1.15)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
         calm(axes, name.replace("_", " "))
         axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
     for axes in panels[len(names) :]:

@@ -76,9 +76,16 @@ class Recorder(tune.Callback):
 
     def __init__(self, ledger: Ledger, children: ChildRuns):
         self._ledger, self._children = ledger, children
+        self._lively, self.idle_seconds = time.monotonic(), 0.0
 
     def __getstate__(self):
         return {}  # Tune pickles its callbacks for a restore that a sweep does not use
+
+    def on_step_end(self, iteration, trials, **info):
+        now = time.monotonic()
+        if any(trial.status == "RUNNING" for trial in trials):
+            self._lively = now
+        self.idle_seconds = now - self._lively
 
     def on_trial_start(self, iteration, trials, trial, **info):
         row = self._ledger[name(trial)]

@@ -12,7 +12,7 @@ import unet.data.prepare as preparing
 from unet.config import SweepSettings
 from unet.data import ingest
 from unet.data.shards import Prepared
-from unet.errors import InputError
+from unet.errors import InputError, RunFailed
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking import Tracker, code_version, without_password
@@ -32,6 +32,9 @@ from unet.tuning.trial import Shared, WarmTrial, group_trial
 MAX_RETRIES = 2
 """How often a trial whose process is lost begins again from its checkpoint."""
 DEFAULT_TRIALS = 10
+IDLE_SECONDS = 600
+"""How long a sweep waits for a place to run any trial, where others took what was free when it began."""
+NO_PLACE = "no trial found free CPUs for ten minutes"
 
 
 def run_sweep(sweep: Sweep, display: Display) -> dict:
@@ -101,6 +104,8 @@ class _Stopper(tune.Stopper):
             self._session.stop("stopped by the user")
         elif self._session.seconds_of_budget == 0:
             self._session.stop("the time was over")
+        elif self._session.recorder.idle_seconds > IDLE_SECONDS:
+            self._session.stop(NO_PLACE)
         return self._session.stopped is not None
 
 
@@ -161,6 +166,8 @@ class _Session:
                     self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
             self.children.close()
+        if self.stopped == NO_PLACE:
+            raise RunFailed(f"The sweep ended because {NO_PLACE}: see `ray status`; the same command continues it.")
         return self._stop() if wish.is_set() else self._conclude(shared)
 
     def _shared(self, shown: dict) -> Shared:
