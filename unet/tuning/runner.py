@@ -250,15 +250,17 @@ class _Session:
         return None if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - self.began))
 
     def _left(self) -> float | None:
-        """An estimate of the seconds to the end of the last trial: those that ended give the pace."""
+        """An estimate of the seconds to the end of the last trial, if those under way train to their end."""
         left, rows = [], self.ledger.rows
         if self.seconds_of_budget is not None:
             left.append(self.seconds_of_budget)
         ended = [r["seconds"] for r in rows if r["end"] in ("finished", "pruned")]
         if ended and self.planned:
-            under_way = sum(r["seconds"] for r in rows if r["end"] == "running")
-            mean, missing = sum(ended) / len(ended), self.planned - len(ended)
-            left.append(max(0.0, mean * missing - under_way) / self.together)
+            mean, epochs = sum(ended) / len(ended), self.sweep.settings.training.epochs
+            running = [r for r in rows if r["end"] == "running"]
+            rest = [(epochs - r["epochs"]) * r["seconds"] / r["epochs"] if r["epochs"] else mean for r in running]
+            waiting = (self.planned - len(rows)) * mean
+            left.append(max([*rest, (sum(rest) + waiting) / self.together]))
         return min(left, default=None)
 
     def stop(self, reason: str) -> None:
