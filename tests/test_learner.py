@@ -125,3 +125,26 @@ def test_checkpoints_keep_the_best_and_the_last_and_pass_over_damage(tmp_path):
     (folder / "notes.txt").write_text("mine")
     checkpoints.prune(keep_best=1)
     assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", "step_00000002"]
+
+
+def test_a_restarted_learner_is_a_new_one_bit_for_bit():
+    """As a warm process of a sweep uses it: other settings and another width in between, dropout and rate changed."""
+    from unet.tuning.trial import Learners
+
+    base = {"image_size": 16, "depth": 2, "batch_size": 4, "base_filters": 4}
+    first = unflat(TrainSettings, base | {"dropout": 0.2, "learning_rate": 0.003})
+    others = [unflat(TrainSettings, base | o) for o in ({"dropout": 0.4}, {"base_filters": 2}, {"learning_rate": 0.1})]
+    rng = np.random.default_rng(0)
+    images, masks = rng.integers(0, 256, (4, 16, 16, 3), np.uint8), rng.integers(0, 3, (4, 16, 16), np.uint8)
+
+    def train(learner):
+        for step in range(1, 4):
+            learner.train_step(images, masks, step)
+        return [*learner.model.get_weights(), *(v.numpy() for v in learner.optimizer_variables().values())]
+
+    learners = Learners()
+    alone = train(Learner(first))
+    used = [train(learners.get(settings)) for settings in (first, *others, first)]
+    for weights in (used[0], used[-1]):
+        assert all(np.array_equal(a, b) for a, b in zip(alone, weights, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(alone, used[1], strict=True))

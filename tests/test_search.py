@@ -42,13 +42,15 @@ def test_every_space_of_the_folder_is_valid(name):
         ("base_filters: {choice: [8, none]}", "--base-filters none"),
         ("base_filters: {choice: []}", "`choice: [a, b, …]`"),
         ("depth: {choice: [3, 6]}", "--image-size 96"),  # six poolings do not divide 96 px
+        ("base_filters: {uniform: [8, 16]}", "randint or choice"),
+        ("batch_size: {randint: [4, 32]}", "draws what does not fit together: --grad-shards 4"),
         ("dropout", "needs lines such as"),
         ("dropout: [", "not valid YAML"),
     ],
 )
 def test_a_space_that_cannot_work_is_refused(text, words):
     with pytest.raises(InputError) as error:
-        space_of(text, image_size=96)
+        space_of(text, image_size=96, grad_shards=4)
     assert words in str(error.value) and "small.yaml" in str(error.value)
 
 
@@ -69,6 +71,12 @@ def test_a_space_is_found_by_name_or_path_and_the_nearest_is_named(tmp_path):
 def test_the_largest_trial_is_what_memory_is_planned_for():
     largest = space_of("base_filters: {choice: [8, 64, 16]}\nbatch_size: {randint: [4, 32]}").largest
     assert (largest.model.base_filters, largest.training.batch_size) == (64, 32)
+
+
+def test_choices_are_read_as_the_settings_read_them():
+    """YAML takes 1e-3 for a text, and a number in quotes is one too."""
+    assert space_of("learning_rate: {choice: [1e-3, 0.01]}").draws["learning_rate"].categories == [0.001, 0.01]
+    assert space_of('base_filters: {choice: ["8", 16]}').largest.model.base_filters == 16
 
 
 def test_random_draws_repeat_by_seed_and_stay_inside():

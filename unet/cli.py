@@ -47,6 +47,8 @@ def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseM
     values = {}
     if given.resume:
         values = _settings_of_run(given.resume, given.storage_path)
+        if "space" in values and "sweep" not in settings.model_fields:
+            raise InputError(f"{given.resume} is a sweep: continue it with `jobs/tune.py --resume {given.resume}`.")
         if ":***@" in (values.get("tracking_uri") or "") and not given.tracking_uri:
             raise InputError(f"Give --tracking-uri again: the password of {values['tracking_uri']} was not saved.")
     if given.config:

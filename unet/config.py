@@ -242,7 +242,7 @@ class SweepSettings(Part):
     num_samples: Annotated[int | None, Field(ge=1)] = None
     """How many trials. Default: 10; with --minutes as many as fit; with --search grid all combinations."""
     minutes: Annotated[float | None, Field(gt=0)] = None
-    """Stop the sweep after so long; trials under way keep their scores so far."""
+    """Stop the sweep so long after this start of it; trials under way keep their scores so far."""
     search: Literal["random", "grid", "tpe"] = "random"
     """Draw at random, try every combination, or learn from the scores so far (Optuna's TPE)."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
@@ -252,7 +252,7 @@ class SweepSettings(Part):
     """asha stops no trial before; pbt compares the trials every so many epochs."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
     """asha lets the best 1/F go on at the epochs GRACE, GRACE*F, GRACE*F*F, …"""
-    register: Annotated[str | None, Field(min_length=1)] = None
+    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
     """Register the best trial's model in MLflow under this name."""
     extend: Annotated[int | None, Field(ge=1)] = None
     """Add so many trials to a sweep that is finished."""

@@ -135,6 +135,12 @@ class Tracker:
         other.run_id, other._outbox, other._files = run_id, [], []
         return other
 
+    def child(self, trial: str) -> str | None:
+        """The id of this run's child for a trial, if there is one."""
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.trial = '{trial}'"
+        found = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return found[0].info.run_id if found else None
+
     def register(self, model: str) -> str:
         """Make the run's packaged model a version of a registered model; the version."""
         import mlflow

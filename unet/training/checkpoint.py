@@ -30,6 +30,7 @@ class State:
         stale_epochs: epochs since the best one.
         skipped_steps: steps passed over for numbers that were not finite.
         loss_sum, pixels: training sums of the epoch under way.
+        taken_over: whose weights a trial of a sweep took over last, as run/checkpoint.
         history: the lines of `metrics.jsonl` so far.
         seed, data_digest, settings: what the run is.
         equality: what bit-equal continuation depends on (workers, threads, precision, versions, processor).
@@ -51,6 +52,7 @@ class State:
     loss_sum: float = 0.0
     pixels: float = 0.0
     validation: dict | None = None
+    taken_over: str | None = None
     history: list[dict] = field(default_factory=list)
 
 

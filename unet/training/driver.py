@@ -1,5 +1,6 @@
 """A training from an opened run to its end: data, resources, the workers of Ray Train, and their news."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -41,12 +42,13 @@ def train(
     as_trial: bool = False,
     together: int = 1,
     started: float | None = None,
+    wish: threading.Event | None = None,
 ) -> dict:
     """Train an opened run to its end; its summary (the content of `summary.json`).
 
     Ray must be connected (`unet.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test split,
     pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is when the
-    job began, in seconds since 1970.
+    job began, in seconds since 1970; `wish` ends it with a checkpoint (default: set by Ctrl-C).
 
     Raises:
         InputError: before anything started.
@@ -91,7 +93,7 @@ def train(
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     session = _Session(run, prepared, counts, plan, parameters, display, callbacks, as_trial, started)
-    return session.run_to_end()
+    return session.run_to_end(wish)
 
 
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
@@ -140,7 +142,7 @@ class _Session:
     gallery: dict | None = None
     package: dict[str, bytes] | None = None
 
-    def run_to_end(self) -> dict:
+    def run_to_end(self, wish: threading.Event | None = None) -> dict:
         run, settings = self.run, self.run.settings
         if not self.as_trial:
             storage = Folder(settings.run.storage_path)
@@ -152,7 +154,7 @@ class _Session:
         self.history = latest[1].history if latest else []
         run.write_history(self.history)
         self.monitor = Monitor.remote()
-        with stop_wish() as wish:
+        with contextlib.nullcontext(wish) if wish else stop_wish() as wish:
             try:
                 error = self._train(wish)
                 return self._finish(error)

@@ -86,6 +86,8 @@ class Loop:
     state: State = field(init=False)
     last_save: float = field(init=False)
     stepped: bool = False
+    seconds: float = 0.0
+    """Spent training and validating, without the first step, which traces the graph, and without saving."""
 
     def __post_init__(self):
         self.settings = self.job.settings
@@ -149,9 +151,14 @@ class Loop:
             Its line of `metrics.jsonl`; None if the run was stopped or failed on the way.
         """
         clock = Clock()
-        if not self._train_epoch(clock):
+        trained = self._train_epoch(clock)
+        self.seconds += clock.waiting + clock.stepping
+        if not trained:
             return None
-        self._finish_epoch(clock, self.evaluate("val", self.reader.validation(self.state.epoch)))
+        began = time.perf_counter()
+        validation = self.evaluate("val", self.reader.validation(self.state.epoch))
+        self.seconds += time.perf_counter() - began
+        self._finish_epoch(clock, validation)
         return self.state.history[-1]
 
     def _train_epoch(self, clock: Clock) -> bool:

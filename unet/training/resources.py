@@ -12,6 +12,7 @@ from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 
+READERS = 2
 RESERVED_CPUS = 0.5
 """Left on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`)."""
 WORKER_BYTES = 0.8e9
@@ -125,7 +126,10 @@ def plan_trials(
     together = min(together, at_most or together)
     while True:
         try:
-            return plan(settings, nodes, data_bytes, together), together
+            found = plan(settings, nodes, data_bytes, together)
+            if found.kept or together <= READERS * len(nodes):
+                return found, together
+            together = READERS * len(nodes)  # each trial that streams has readers of its own
         except InputError:
             if together == 1:
                 raise
@@ -170,8 +174,8 @@ def check_writable(storage: Folder) -> None:
         raise InputError(f"Cannot write to {storage}: give another --storage-path, or change who may write there.")
 
 
-def check_disk(settings: TrainSettings, storage: Folder, parameters: int) -> None:
-    """Refuse a run whose checkpoints would not fit on a local disk.
+def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: int = 1) -> None:
+    """Refuse runs whose checkpoints would not fit on a local disk.
 
     Raises:
         InputError: with what is needed and what is free.
@@ -180,7 +184,7 @@ def check_disk(settings: TrainSettings, storage: Folder, parameters: int) -> Non
     if place is None:
         return
     # Weights and two moments of Adam; the best, the last, and the one being written; the packaged model.
-    need, free = parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
+    need, free = runs * parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
     if need > free:
         raise InputError(
             f"The checkpoints need about {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "

@@ -31,6 +31,7 @@ class Board(tune.Callback):
         self._view: LiveView | None = None
         self._shown = self._printed = time.monotonic()
         self._lives: dict[str, Live] = {}
+        self._begun: set[str] = set()
 
     def __getstate__(self):
         return {}  # Tune pickles its callbacks for a restore, which a terminal has no part in
@@ -46,10 +47,13 @@ class Board(tune.Callback):
             self._view.stop()
 
     def on_trial_start(self, iteration, trials, trial, **info):
+        if name(trial) in self._begun:  # PBT lets trials take turns
+            return
+        self._begun.add(name(trial))
         self._say(f"{name(trial)} starts  {drawn(trial.config['draw'])}", "dim")
 
     def on_trial_recover(self, iteration, trials, trial, **info):
-        self._display.say(f"{name(trial)} lost its process and goes on from its checkpoint", "yellow")
+        self._display.say(f"{name(trial)} failed and goes on from its checkpoint", "yellow")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         self._ended(name(trial))

@@ -8,7 +8,7 @@ from ray.tune.search.sample import Categorical
 
 from unet.report import DPI, INK, LEGEND, QUIET, calm
 from unet.tuning.search import BEST
-from unet.tuning.space import Space
+from unet.tuning.space import Space, is_log
 
 ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b"}
 FAILED = "#b3412f"
@@ -70,7 +70,7 @@ def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
         if choices is not None:
             axes.set_xticks(range(len(choices)), [str(c) for c in choices])
             axes.set_xlim(-0.6, len(choices) - 0.4)
-        elif "Log" in type(domain.get_sampler()).__name__:
+        elif is_log(domain):
             axes.set_xscale("log")
             axes.set_xlim(domain.lower / 1.15, domain.upper * 1.15)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

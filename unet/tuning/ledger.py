@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 
 from unet.storage import Folder
+from unet.training.checkpoint import Checkpoints
 from unet.training.run import METRICS, SUMMARY
 
 TRIALS = "trials.jsonl"
@@ -20,8 +21,9 @@ class Ledger:
 
     A row holds `trial` (its name and the name of its run), `end` (running, finished, pruned, failed, stopped),
     `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
-    `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` of training,
-    `pid` and `memory_mb` of its process, `mlflow_run_id`.
+    `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
+    `training_seconds` of them (without the first step, which traces), `pid` and `memory_mb` of that process,
+    `diverged`, `mlflow_run_id`, and `sent`: whether MLflow has it all.
     """
 
     def __init__(self, folder: Folder):
@@ -68,16 +70,34 @@ class Ledger:
         run = self._folder / trial
         return [json.loads(line) for line in run.read_text(METRICS).splitlines()] if run.exists(METRICS) else []
 
+    def continued(self, trial: str) -> list[dict]:
+        """The epochs that a trial under way has behind it when it goes on: its latest checkpoint knows."""
+        latest = Checkpoints(self._folder / trial).latest()
+        return latest[1].history if latest else []
+
+    def refresh(self, trial: str, epochs: int | None = None) -> None:
+        """Bring a row up to date with its run, up to an epoch; in memory, since the run is on disk."""
+        history = self.continued(trial) if epochs is None else self.history(trial)
+        records = [r for r in history if epochs is None or r["epoch"] <= epochs]
+        scored = [r for r in records if "val_mean_iou" in r]
+        facts = {"epochs": records[-1]["epoch"] if records else 0}
+        if scored:
+            best = max(scored, key=lambda r: r["val_mean_iou"])  # the first of equals
+            facts |= {"best_val_mean_iou": best["val_mean_iou"], "best_epoch": best["epoch"]}
+            facts |= {key: value for key, value in best.items() if key.startswith("val_iou_")}
+        self.update(trial, write=False, **facts)
+
     def run_summary(self, trial: str) -> dict:
         """What a trial's run says of itself."""
         run = self._folder / trial
         return json.loads(run.read_text(SUMMARY)) if run.exists(SUMMARY) else {}
 
-    def close_run(self, trial: str, end: str) -> None:
+    def close_run(self, trial: str) -> None:
         """Write into a trial's run how it ended (a pruned run was stopped) and which MLflow run is its own."""
         if summary := self.run_summary(trial):
-            row, status = self[trial], {"pruned": "stopped"}.get(end, end)
-            summary |= {"status": status, "end": end, "mlflow_run_id": row.get("mlflow_run_id")}
+            row = self[trial]
+            summary |= {"status": {"pruned": "stopped"}.get(row["end"], row["end"]), "end": row["end"]}
+            summary |= {"reason": row["reason"], "mlflow_run_id": row.get("mlflow_run_id")}
             (self._folder / trial).write_text(SUMMARY, json.dumps(summary, indent=2))
 
 

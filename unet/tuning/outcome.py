@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from unet import report
 from unet.classes import CLASSES
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.errors import RunFailed
+from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
 from unet.terminal import Display
 from unet.tracking import Tracker
@@ -70,14 +71,17 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     return files
 
 
-def score_best(best: dict, shared: Shared, tracking_uri: str) -> dict:
+def score_best(best: dict, shared: Shared, tracking_uri: str, wish: threading.Event) -> dict:
     """Score the test split with the best trial's best weights, once, and package them; the summary of its run.
 
     The run is continued with no epoch left to train, so what follows is what follows every training.
     """
     values = shared.base | best["settings"] | {"run_name": best["trial"], "tracking_uri": tracking_uri}
     settings = unflat(TrainSettings, values | {"epochs": best["epochs"]})
-    return train(open_run(settings), Display(quiet=True))
+    try:
+        return train(open_run(settings), Display(quiet=True), wish=wish)
+    except InputError as error:  # the sweep has run: it is no matter of its input any more
+        raise RunFailed(f"The best trial could not be scored: {error} The same command tries again.") from error
 
 
 def tell_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, files: dict[str, bytes]) -> None:
@@ -89,7 +93,12 @@ def tell_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, 
     if summary.get("test"):
         metrics |= flat_metrics("test", summary["test"])
     tracker.metrics(metrics, 0, int(time.time() * 1000))
-    tags = {"status": summary["status"], "best_trial": best["trial"], "best_run_id": best.get("mlflow_run_id")}
+    tags = {
+        "status": summary["status"],
+        "reason": summary["reason"],
+        "best_trial": best["trial"],
+        "best_run_id": best.get("mlflow_run_id"),
+    }
     tracker.tags(tags | {f"best_{k}": v for k, v in best["settings"].items()})
     tracker.artifacts("", files)
     tracker.status(summary["status"])

@@ -9,6 +9,7 @@ import ray
 from ray import tune
 
 import unet.data.prepare as preparing
+from unet.classes import CLASSES
 from unet.config import SweepSettings
 from unet.data import ingest
 from unet.data.shards import Prepared
@@ -22,8 +23,9 @@ from unet.training.run import where
 from unet.training.signals import stop_wish
 from unet.tuning import outcome
 from unet.tuning.board import Board, epochs_saved
+from unet.tuning.children import ChildRuns
 from unet.tuning.ledger import Ledger
-from unet.tuning.recorder import ChildRuns, Recorder
+from unet.tuning.recorder import Recorder
 from unet.tuning.schedule import make_scheduler
 from unet.tuning.search import BEST, Search, population, variants
 from unet.tuning.sweep import SPACE, Sweep
@@ -32,8 +34,12 @@ from unet.tuning.trial import Shared, WarmTrial, group_trial
 MAX_RETRIES = 2
 """How often a trial whose process is lost begins again from its checkpoint."""
 DEFAULT_TRIALS = 10
+TUNE_STATE = ".tune"
 IDLE_SECONDS = 600
 """How long a sweep waits for a place to run any trial, where others took what was free when it began."""
+SAVE_SECONDS = 120
+"""How long the trials under way have to end their step and save."""
+BY_USER, TIME_OVER = "stopped by the user", "the time was over"
 NO_PLACE = "no trial found free CPUs for ten minutes"
 
 
@@ -46,12 +52,10 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     """
     settings, ledger = sweep.settings, Ledger(sweep.folder)
     if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
-        best = f"best {sweep.summary['best_trial']}, val mean IoU {sweep.summary[BEST]:.4f}"
-        display.say(f"The sweep {sweep.name} is finished ({len(ledger)} trials, {best}). More: --extend 10.")
-        return sweep.summary
+        return _finished(sweep, ledger, display)
     planned = _planned(sweep, len(ledger))
-    nodes, storage = resources.cluster_nodes(), Folder(settings.run.storage_path)
-    resources.plan_trials(sweep.space.largest, nodes, 0, planned)  # before the data are prepared
+    nodes, storage, largest = resources.cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
+    resources.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
     try:
         prepared = preparing.resolve(settings.data.data, settings.data.image_size, storage, display.preparing)
     finally:
@@ -61,14 +65,39 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
         raise InputError(f"The sweep {sweep.name} was begun with other data: give those, or another --run-name.")
     counts = resources.check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
-    plan, together = resources.plan_trials(sweep.space.largest, nodes, data_bytes, planned)
+    plan, together = resources.plan_trials(largest, nodes, data_bytes, planned)
     cpus = plan.num_workers * plan.cpus_per_worker
     free = resources.free_cpus(together * cpus)
     resources.check_free(plan.num_workers, plan.cpus_per_worker, free)
-    together = min(together, int((free + 1e-6) // cpus))
+    at_a_time = min(together, int((free + 1e-6) // cpus))
+    parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, len(CLASSES))
+    resources.check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
     tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
-    session = _Session(sweep, ledger, prepared, counts, plan, together, planned, tracker, display)
+    session = _Session(sweep, ledger, prepared, counts, plan, together, at_a_time, planned, tracker, display)
     return session.run_to_end()
+
+
+def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
+    """Answer for a finished sweep; register its best model if that is new."""
+    summary, model = sweep.summary, sweep.settings.sweep.register
+    best = f"best {summary['best_trial']}, val mean IoU {summary[BEST]:.4f}"
+    more = "" if sweep.settings.sweep.search == "grid" else " More: --extend 10."
+    display.say(f"The sweep {sweep.name} is finished ({len(ledger)} trials, {best}).{more}")
+    if model:
+        run = sweep.settings.run
+        tracker = Tracker(Folder(run.storage_path), run.experiment, run.tracking_uri)
+        registered = _register(tracker, ledger[summary["best_trial"]], model, summary)
+        sweep.write_summary(registered=registered, registered_trial=summary["best_trial"])
+        display.say(f"Registered: {sweep.summary['registered']}")
+    return sweep.summary
+
+
+def _register(tracker: Tracker, best: dict, model: str, summary: dict) -> str:
+    """Make the best trial's model a version of a registered one, unless it is: its URI."""
+    before = summary.get("registered") or ""
+    if before.startswith(f"models:/{model}/") and summary.get("registered_trial") == best["trial"]:
+        return before
+    return f"models:/{model}/{tracker.of_run(best['mlflow_run_id']).register(model)}"
 
 
 def _planned(sweep: Sweep, begun: int) -> int | None:
@@ -78,7 +107,9 @@ def _planned(sweep: Sweep, begun: int) -> int | None:
     """
     part, before = sweep.settings.sweep, sweep.summary
     if part.extend:
-        return before["planned"] if before["extending"] and before["status"] != "finished" else begun + part.extend
+        if before["extending"] and before["status"] != "finished":
+            return before["planned"]
+        return max(begun, before["planned"] or 0) + part.extend
     if before.get("extending"):
         return before["planned"]
     if part.search == "grid":
@@ -88,7 +119,7 @@ def _planned(sweep: Sweep, begun: int) -> int | None:
 
 
 class _Stopper(tune.Stopper):
-    """Ends Tune's part when somebody wishes so or the time is over."""
+    """Ends Tune's part when somebody wishes so or the time is over: trials first, each as it has saved itself."""
 
     def __init__(self, session: "_Session", wish: threading.Event):
         self._session, self._wish = session, wish
@@ -97,16 +128,20 @@ class _Stopper(tune.Stopper):
         return {}  # Tune pickles it for a restore that a sweep does not use
 
     def __call__(self, trial_id, result) -> bool:
-        return False
+        return bool(result.get("stopped"))
 
     def stop_all(self) -> bool:
+        session = self._session
         if self._wish.is_set():
-            self._session.stop("stopped by the user")
-        elif self._session.seconds_of_budget == 0:
-            self._session.stop("the time was over")
-        elif self._session.recorder.idle_seconds > IDLE_SECONDS:
-            self._session.stop(NO_PLACE)
-        return self._session.stopped is not None
+            session.stop(BY_USER)
+        elif session.seconds_of_budget == 0:
+            session.stop(TIME_OVER)
+        elif session.recorder.idle_seconds > IDLE_SECONDS:
+            session.stop(NO_PLACE)
+        if session.stopped is None:
+            return False
+        saving = session.plan.num_workers == 1 and session.recorder.running & session.stopping
+        return not saving or time.monotonic() - session.stopped_at > SAVE_SECONDS
 
 
 @dataclass
@@ -119,10 +154,14 @@ class _Session:
     counts: dict[str, int]
     plan: resources.Plan
     together: int
+    at_a_time: int
     planned: int | None
     tracker: Tracker
     display: Display
     stopped: str | None = None
+    stopped_at: float = 0.0
+    stopping: set[str] = field(default_factory=set)
+    search: Search | None = None
     began: float = field(default_factory=time.monotonic)
 
     def run_to_end(self) -> dict:
@@ -157,18 +196,25 @@ class _Session:
         shared = self._shared(shown)
         tags = {"data_digest": shared.data_digest, "code": code_version()}
         self.children = ChildRuns(self.tracker, self.ledger, shared.base, tags)
-        self.recorder = Recorder(self.ledger, self.children)
+        part, epochs = self.sweep.settings.sweep, self.sweep.settings.training.epochs
+        self.recorder = Recorder(self.ledger, self.children, epochs, part.scheduler)
+        for row in self.ledger.under_way():  # the kill of an earlier start may have come before their rows were written
+            self.ledger.refresh(row["trial"])
+        self.children.send_missing()
         try:
             if self.ledger.under_way() or self.planned is None or len(self.ledger) < self.planned:
                 self._tune(shared, wish)
-            for row in self.ledger.rows:  # Tune tells nothing of those that it stopped at our wish
-                if row["end"] == "running":
-                    self.recorder.end(row["trial"], "stopped", self.stopped)
+            for row in self.ledger.under_way():  # of those that it stops at our wish Tune tells nothing
+                self.ledger.refresh(row["trial"])
+                self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
-            self.children.close()
+            self._forget()
+            delivered = self.children.close()
+        if not delivered:
+            self.display.say("MLflow did not take everything; the same command sends the rest.", "yellow")
         if self.stopped == NO_PLACE:
             raise RunFailed(f"The sweep ended because {NO_PLACE}: see `ray status`; the same command continues it.")
-        return self._stop() if wish.is_set() else self._conclude(shared)
+        return self._stop() if wish.is_set() else self._conclude(shared, wish)
 
     def _shared(self, shown: dict) -> Shared:
         settings, folder = self.sweep.settings, self.prepared.folder.uri
@@ -197,28 +243,26 @@ class _Session:
         # Nothing reserved for a trial of several workers itself: it only waits for them.
         asked = {"CPU": plan.cpus_per_worker if warm else 0.001} | ({"GPU": 1} if warm and plan.use_gpu else {})
         trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
-        state = self.sweep.folder / ".tune"
         # Ctrl-C is our wish to stop, not Tune's, which would end the sweep as if it were finished.
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-        self._forget(state)
+        self._forget()
         with Board(self.display, self.ledger, self.monitor, settings.training.epochs, self._left) as board:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, asked),
                 **self._search(reuse_actors=warm and plan.kept),
                 run_config=tune.RunConfig(
-                    name=".tune",
+                    name=TUNE_STATE,
                     storage_path=self.sweep.folder.uri,
                     verbose=0,
                     stop=_Stopper(self, wish),
                     failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
-                    # The trials keep their own; only PBT asks for a copy to hand on.
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False) if warm else None,
+                    # The trials keep their own; only PBT asks for copies to hand on.
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False) if warm else None,
                     callbacks=[self.recorder, board],
                 ),
             )
             tuner.fit()
-        self._forget(state)
 
     def _search(self, reuse_actors: bool) -> dict:
         """What Tune is to try, and whom to stop."""
@@ -234,12 +278,13 @@ class _Session:
             trials = population(space, seed, ledger, self.planned)
             return {"param_space": trials, "tune_config": tune.TuneConfig(**common)}
         asha = scheduler if settings.sweep.scheduler == "asha" else None
-        search = Search(space, settings.sweep.search, seed, ledger, self.planned, asha)
-        common |= {"search_alg": search, "num_samples": -1, "max_concurrent_trials": self.together}
+        self.search = Search(space, settings.sweep.search, seed, ledger, self.planned, asha)
+        common |= {"search_alg": self.search, "num_samples": -1, "max_concurrent_trials": self.at_a_time}
         return {"tune_config": tune.TuneConfig(**common)}
 
-    def _forget(self, state: Folder) -> None:
+    def _forget(self) -> None:
         """Remove Tune's own state: a sweep continues from its ledger."""
+        state = self.sweep.folder / TUNE_STATE
         if state.names():
             state.fs.delete_dir(state.path)
 
@@ -260,27 +305,34 @@ class _Session:
             running = [r for r in rows if r["end"] == "running"]
             rest = [(epochs - r["epochs"]) * r["seconds"] / r["epochs"] if r["epochs"] else mean for r in running]
             waiting = (self.planned - len(rows)) * mean
-            left.append(max([*rest, (sum(rest) + waiting) / self.together]))
+            left.append(max([*rest, (sum(rest) + waiting) / self.at_a_time]))
         return min(left, default=None)
 
     def stop(self, reason: str) -> None:
         """Mark the runs first, since a submitted job may have few seconds left, then tell the trials."""
         if self.stopped is not None:
             return
-        self.stopped = reason
+        self.stopped, self.stopped_at, self.stopping = reason, time.monotonic(), set(self.recorder.running)
         self.monitor.stop.remote()
-        if reason == "stopped by the user":
-            self.sweep.write_summary(status="stopped")
-            self.tracker.tags({"status": "stopped", "reason": reason})
-            self.tracker.status("stopped")
-            self.display.say("Stopping: the trials under way save a checkpoint (again to stop at once).")
+        if self.search:
+            self.search.close()
+        if reason == BY_USER:
+            self._mark_stopped()
+            how = "save a checkpoint" if self.plan.num_workers == 1 else "keep their last epoch's checkpoint"
+            self.display.say(f"Stopping: the trials under way {how} (again to stop at once).")
+
+    def _mark_stopped(self) -> None:
+        self.sweep.write_summary(status="stopped")
+        self.tracker.tags({"status": "stopped", "reason": BY_USER})
+        self.tracker.status("stopped")
 
     def _stop(self) -> dict:
+        self._mark_stopped()
         name = self.sweep.name
         self.display.say(f"Stopped. Continue: python jobs/tune.py --resume {name}{where(self.sweep.settings.run)}")
         return self.sweep.summary
 
-    def _conclude(self, shared: Shared) -> dict:
+    def _conclude(self, shared: Shared, wish: threading.Event) -> dict:
         sweep, settings, tracker = self.sweep, self.sweep.settings, self.tracker
         rows = outcome.rank(self.ledger)
         files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared.base)
@@ -288,13 +340,18 @@ class _Session:
         saved = epochs_saved(rows, settings.training.epochs)
         facts = {"trials": len(rows), "trial_epochs_saved": saved, "best_trial": best["trial"], BEST: best[BEST]}
         self.display.waiting(f"scoring the test split with {best['trial']}")
-        run = outcome.score_best(best, shared, tracker.uri)
+        self.ledger.close_run(best["trial"])  # the id of its MLflow run may have come after its end
+        run = outcome.score_best(best, shared, tracker.uri, wish)
+        if run["status"] != "finished":
+            return self._stop()
         facts |= {"model_uri": run["model_uri"], "test": run["test"]}
         if name := settings.sweep.register:
-            version = tracker.of_run(best["mlflow_run_id"]).register(name)
-            facts["registered"] = f"models:/{name}/{version}"
+            best["mlflow_run_id"] = run["mlflow_run_id"]
+            facts["registered"] = _register(tracker, best, name, sweep.summary)
+            facts["registered_trial"] = best["trial"]
         self.display.close()
-        outcome.tell_parent(tracker, rows, settings.training.epochs, facts | {"status": "finished"}, files)
+        told = facts | {"status": "finished", "reason": self.stopped or "all trials ended"}
+        outcome.tell_parent(tracker, rows, settings.training.epochs, told, files)
         sweep.write_summary(status="finished", extending=False, **facts)
         if not tracker.deliver():
             self.display.say("MLflow did not take everything; the sweep's folder holds it all.", "yellow")
@@ -317,7 +374,7 @@ class _Session:
             ("splits", ", ".join(f"{name} {count:,}" for name, count in self.counts.items())),
             ("space", self.sweep.space.described()),
             ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
-            ("trials", f"{trials}; {self.together} at a time, {workers} each"),
+            ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),
             ("results", str(self.sweep.folder)),
             ("tracking", f"{without_password(self.tracker.uri)}, experiment {settings.run.experiment}"),
         ]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search.sample import Categorical, Integer
+from ray.tune.search.sample import Categorical
 
 from unet.config import TuneSettings
 from unet.errors import InputError
@@ -66,8 +66,7 @@ def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> Tria
         """Keep what a perturbation made inside the space."""
         for name, domain in space.draws.items():
             if not isinstance(domain, Categorical):
-                upper = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
-                config["draw"][name] = min(max(config["draw"][name], domain.lower), upper)
+                config["draw"][name] = min(max(config["draw"][name], domain.lower), domain.upper)
         return config
 
     mutations = {n: d.categories if isinstance(d, Categorical) else d for n, d in space.draws.items()}

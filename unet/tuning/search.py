@@ -24,8 +24,15 @@ class Search(Searcher):
     def __init__(self, space: Space, kind: str, seed: int, ledger: Ledger, planned: int | None, asha: Asha | None):
         super().__init__(metric=BEST, mode="max")
         self._ledger, self._planned, self._asha = ledger, planned, asha
-        self._waiting = ledger.under_way()
-        self._source = Tpe(space, seed, ledger) if kind == "tpe" else Variants(space, kind, seed, len(ledger))
+        self._waiting, self._closed = ledger.under_way(), False
+        if kind == "tpe":
+            self._source = Tpe(space, seed, ledger, planned)
+        else:
+            self._source = Variants(space, kind, seed, len(ledger))
+
+    def close(self) -> None:
+        """Suggest nothing any more: the sweep is stopping."""
+        self._closed = True
 
     def __getstate__(self):
         return {}  # Tune pickles it for a restore; the ledger is what a sweep continues from
@@ -34,10 +41,12 @@ class Search(Searcher):
         return True
 
     def suggest(self, trial_id: str):
+        if self._closed:
+            return Searcher.FINISHED
         if self._waiting:
             row = self._waiting.pop(0)
             if self._asha:
-                self._asha.know(trial_id, self._ledger.history(row["trial"]))
+                self._asha.know(trial_id, self._ledger.continued(row["trial"]))
             self._source.adopt(trial_id, row["settings"])
             return {"trial": row["trial"], "draw": row["settings"]}
         draw = None
@@ -100,18 +109,24 @@ def variants(space: Space, kind: str, seed: int) -> Iterator[dict]:
 class Tpe:
     """Optuna's tree-structured Parzen estimator, as Tune integrates it, told the sweep's past."""
 
-    def __init__(self, space: Space, seed: int, ledger: Ledger):
+    RANDOM = 10
+    """Trials drawn at random before it models, Optuna's own number; a short sweep has fewer."""
+
+    def __init__(self, space: Space, seed: int, ledger: Ledger, planned: int | None):
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # A continued search must not repeat the random draws it began with: the seed moves on with the ledger.
         distributions = OptunaSearch.convert_search_space(space.draws)
-        self._optuna = OptunaSearch(space=distributions, metric=BEST, mode="max", seed=(seed + len(ledger)) % 2**32)
+        at_random = min(self.RANDOM, max(3, planned // 4)) if planned else self.RANDOM
+        sampler = optuna.samplers.TPESampler(seed=(seed + len(ledger)) % 2**32, n_startup_trials=at_random)
+        self._optuna = OptunaSearch(space=distributions, metric=BEST, mode="max", sampler=sampler)
         self._adopted = {}
         for row in ledger.rows:
-            if row["end"] in ("finished", "pruned"):
-                self._optuna.add_evaluated_point(row["settings"], row[BEST])
+            value = 0.0 if row.get("diverged") else row[BEST]
+            if row["end"] in ("finished", "pruned", "failed") and value is not None:
+                self._optuna.add_evaluated_point(row["settings"], value)
 
     def draw(self, trial_id: str) -> dict:
         return _plain(self._optuna.suggest(trial_id))

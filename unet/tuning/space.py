@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Integer
 
 from unet.config import SEARCHABLE, TrainSettings, flat, unflat
 from unet.errors import InputError
@@ -23,6 +24,9 @@ DRAWS = {
     "randint": lambda low, high: tune.randint(low, high + 1),  # Tune leaves the upper end out
     "choice": lambda *values: tune.choice(list(values)),
 }
+
+COMBINATIONS = 64
+"""How many whole draws are tried against the settings before a sweep starts."""
 
 
 @dataclass(frozen=True)
@@ -87,25 +91,38 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
         raise InputError(f"The space {source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"The space {source} needs lines such as `dropout: {{uniform: [0.0, 0.5]}}`.")
-    draws, values = {}, {}
+    base, draws, values = flat(settings), {}, {}
     for setting, draw in content.items():
         if setting not in SEARCHABLE:
             near = difflib.get_close_matches(str(setting), SEARCHABLE, n=1)
             hint = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(SEARCHABLE))}."
             raise InputError(f"The space {source} cannot search {setting!r}; {hint}")
         draws[setting], values[setting] = _parse_draw(source, setting, draw)
-    base = flat(settings)
-    for setting, ends in values.items():
-        for value in ends:
-            try:
-                unflat(type(settings), base | {setting: value})
-            except InputError as error:
-                raise InputError(f"The space {source}: {str(error).removeprefix('the settings: ')}") from error
+        for value in values[setting]:
+            _settings(settings, {setting: value}, f"The space {source}")
+        if isinstance(draws[setting], Categorical):  # as the settings read them: 1e-3 is a text in YAML
+            values[setting] = [flat(_settings(settings, {setting: v}, source))[setting] for v in values[setting]]
+            draws[setting] = tune.choice(values[setting])
+        elif isinstance(base[setting], int) and not isinstance(draws[setting], Integer):
+            raise InputError(f"The space {source}: {setting} is a whole number, so draw it by randint or choice.")
+    random_state = np.random.RandomState(0)
+    for _ in range(COMBINATIONS):
+        drawn = {name: domain.sample(random_state=random_state) for name, domain in draws.items()}
+        _settings(settings, drawn, f"The space {source} draws what does not fit together")
     largest = {k: max(values[k]) for k in ("base_filters", "depth", "batch_size") if k in values}
+    return Space(draws, text, _settings(settings, largest, f"The space {source}, at its largest"))
+
+
+def is_log(domain: Domain) -> bool:
+    """Whether a range is drawn by its logarithm."""
+    return "Log" in type(domain.get_sampler()).__name__
+
+
+def _settings(settings: TrainSettings, drawn: dict, what: str) -> TrainSettings:
     try:
-        return Space(draws, text, unflat(type(settings), base | largest))
+        return unflat(type(settings), flat(settings) | drawn)
     except InputError as error:
-        raise InputError(f"The space {source}, at its largest: {str(error).removeprefix('the settings: ')}") from error
+        raise InputError(f"{what}: {str(error).removeprefix('the settings: ')}") from error
 
 
 def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
@@ -135,6 +152,6 @@ def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
 def _described(domain: Domain) -> str:
     if isinstance(domain, Categorical):
         return "{" + ", ".join(str(v) for v in domain.categories) + "}"
-    last = domain.upper - 1 if isinstance(domain, tune.search.sample.Integer) else domain.upper
-    scale = " (log)" if "Log" in type(domain.get_sampler()).__name__ else ""
+    last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+    scale = " (log)" if is_log(domain) else ""
     return f"{domain.lower:g}…{last:g}{scale}"

@@ -39,9 +39,10 @@ class Sweep:
 
     def start(self, **facts) -> None:
         """Write down that the sweep is on: its settings, its space and what is known of it."""
-        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
         self.folder.write_text(SPACE, self.space.text)
         self.write_summary(sweep=self.name, status="running", **facts)
+        # Last: where it is, the others are.
+        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
 
     def shown_settings(self) -> dict:
         """The settings as they may be saved and sent: this sweep's name, and no password."""
@@ -72,7 +73,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         # The space may have moved: what it holds is compared.
         refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
         saved, summary = folder.read_text(SPACE), json.loads(folder.read_text(SUMMARY))
-    elif folder.names():
+    elif [n for n in folder.names() if n not in (SPACE, SUMMARY) and not n.startswith(".")]:
         raise InputError(f"{folder} is no sweep: give another --run-name.")
     elif settings.sweep.extend:
         raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")

@@ -6,7 +6,6 @@ traced for, and the data are mapped from the object store. Trials of several wor
 
 import gc
 import os
-import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -36,9 +35,9 @@ class Shared:
         folder: URI of the sweep's folder, where the trials' runs are.
         reading: the data, read once and kept; each trial sets its own batch, seed and start.
         threads: TensorFlow threads of a trial of one worker.
-        data_digest, parameters: for the trials' summaries.
+        data_digest: of the prepared data.
         monitor: handle of the sweep's `Monitor`.
-        together: how many trials share the cluster.
+        together: for how many trials beside each other the cluster was planned.
     """
 
     base: dict
@@ -57,23 +56,24 @@ class WarmTrial(tune.Trainable):
     """A trial of one worker in a process that outlives it."""
 
     def setup(self, config: dict, shared: Shared) -> None:
-        self._shared, self._learners = shared, None
+        self._shared, self._learners, self._loop = shared, None, None
         start_tensorflow(shared.threads, 1)
-        self._begin(config["draw"])
 
     def reset_config(self, config: dict) -> bool:
-        self._begin(config["draw"])
+        # The trial begins with its first task, which Tune tries again after a failure, unlike this one.
+        self._loop = None
         return True
 
-    def _begin(self, draw: dict) -> None:
+    def _begin(self) -> None:
         """Open the trial's run, or continue it at its latest checkpoint."""
-        shared = self._shared
-        settings = shared.settings(self.trial_name, draw)  # Tune's name stays when PBT copies another's config
-        self._run = Run.load(self.trial_name, settings)
+        if self._loop is not None:
+            return
+        shared, name = self._shared, self.trial_name  # Tune's name stays when PBT copies another's config
+        settings = shared.settings(name, self.config["draw"])
+        self._run = Run.load(name, settings)
         self._run.start(data_digest=shared.data_digest)
         self._line = _TrialLine(shared.monitor, self._run.folder.uri)
-        if self._learners is None:
-            self._learners = Learners()
+        self._learners = self._learners or Learners()
         learner = self._learners.get(settings)
         latest = self._run.checkpoints.latest()
         training = settings.training
@@ -86,37 +86,46 @@ class WarmTrial(tune.Trainable):
         shown = self._run.shown_settings()
         job = Job(settings, shown, self._run.folder.uri, shared.threads, shared.data_digest, shared.monitor, False)
         self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._line, 0, 1)
+        self._run.write_history(self._loop.state.history)
 
     def step(self) -> dict:
-        """An epoch; its record with `done`, the seconds it took and this process's memory."""
-        began, loop = time.perf_counter(), self._loop
-        if not loop.is_done:  # else a kill fell between its last checkpoint and the report of it
-            loop.run_epoch()
+        """An epoch; its record with `done`, and `training_seconds` and memory of this process."""
+        self._begin()
+        loop, line = self._loop, self._line
+        before = loop.seconds
+        # It may be done: a kill can fall between its last checkpoint and the report of it.
+        record = None if loop.is_done else loop.run_epoch()
         state = loop.state
         self._run.write_history(state.history)
         best = {"best_epoch": state.best_epoch, "val": state.validation}
         best["best_checkpoint"] = state.best_checkpoint and f"checkpoints/{state.best_checkpoint}"
-        status = "failed" if self._line.diverged else "finished" if loop.is_done else "running"
-        self._run.write_summary(status=status, reason=self._line.diverged, **best)
-        # A trial that diverged is the worst there is.
-        last = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch} if self._line.diverged else {}
-        facts = {"epoch_seconds": time.perf_counter() - began, "memory_mb": psutil.Process().memory_info().rss / 1e6}
-        history = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
-        return history | last | facts | {"done": loop.is_done or bool(self._line.diverged)}
+        status = "failed" if line.diverged else "finished" if loop.is_done else "running"
+        self._run.write_summary(status=status, reason=line.diverged, **best)
+        result = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
+        if line.diverged:  # the worst there is
+            result = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch, "diverged": True}
+        facts = {"training_seconds": loop.seconds - before, "memory_mb": psutil.Process().memory_info().rss / 1e6}
+        facts["stopped"] = record is None and not loop.is_done and not line.diverged
+        return result | facts | {"done": loop.is_done or bool(line.diverged)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For PBT: this trial's latest checkpoint, which another may take over."""
+        self._begin()
         name, _ = self._run.checkpoints.latest()
         own = self._run.checkpoints.folder / name
         Checkpoints(Folder(checkpoint_dir)).folder.commit(name, {file: own.read_bytes(file) for file in own.names()})
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
-        donated = Checkpoints(Folder(checkpoint_dir))
+        self._begin()
+        donated, own = Checkpoints(Folder(checkpoint_dir)), self._loop.state
         name, state = donated.latest()
-        if state.settings["run_name"] != self._run.name:  # its own was restored when it began
+        gift = f"{state.settings['run_name']}/{name}"
+        # Its own state was restored when it began, and what it took before is part of that: Tune may give it again.
+        if state.settings["run_name"] != self._run.name and gift != own.taken_over:
             donated.load(name, self._loop.learner)
             self._loop.learner.set_rates()
+            own.taken_over = gift
 
 
 class _TrialLine(Line):
@@ -172,4 +181,6 @@ def group_trial(config: dict, shared: Shared) -> None:
             train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
         except Diverged as error:
             run.write_summary(reason=str(error))
-            tune.report({SCORE: 0.0, BEST: 0.0, "epoch": len(run.checkpoints.latest()[1].history) + 1})
+            latest = run.checkpoints.latest()
+            epoch = len(latest[1].history) + 1 if latest else 1
+            tune.report({SCORE: 0.0, BEST: 0.0, "epoch": epoch, "diverged": True})
