@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup train test ui lint bench
+.PHONY: setup train test test-slow ui lint bench
 
 setup: $(STAMP)
 
@@ -18,8 +18,11 @@ $(STAMP): requirements.txt pyproject.toml
 train: setup  ## Train on drawn pets with two workers: about three minutes on 2 cores
 	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --base-filters 16 --batch-size 32 --epochs 15 --num-workers 2
 
-test: setup  ## The whole suite
+test: setup  ## The suite, about twelve minutes
 	$(BIN)/python -m pytest -q
+
+test-slow: setup  ## What takes a minute or more each
+	$(BIN)/python -m pytest -q -m slow
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"

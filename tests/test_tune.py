@@ -201,6 +201,7 @@ def sweep(storage, data, **changes) -> dict:
     return run_sweep(open_sweep(unflat(TuneSettings, values)), Display(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_a_diverging_trial_does_not_sink_the_sweep(
     ray_cluster, storage, packed, tmp_path
 ):
@@ -287,6 +288,7 @@ def test_pbt_moves_weights_and_settings_between_trials(ray_cluster, storage, pac
         assert 3e-4 <= row["settings"]["learning_rate"] <= 1e-2 and 0.05 <= row["settings"]["dropout"] <= 0.5
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers_run_through_the_trainer(ray_cluster, storage, packed, space_file):
     flags = flags_of(**FLAGS | {"epochs": 2}, data=packed, storage_path=storage, run_name="groups", space=space_file)
     address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}

@@ -51,6 +51,7 @@ def part(result, prefix):
     return [v for k, v in sorted(result.items()) if k.startswith(prefix)]
 
 
+@pytest.mark.slow
 def test_fifty_steps_with_grad_shards_agree_at_real_size(tmp_path):
     """Dropout on, real size; the two halves of a batch are summed alike by one worker and by two."""
     values = REAL_SIZE | {"grad_shards": 2}
