@@ -96,8 +96,9 @@ class Ledger:
         """Write into a trial's run how it ended (a pruned run was stopped) and which MLflow run is its own."""
         if summary := self.run_summary(trial):
             row = self[trial]
-            summary |= {"status": {"pruned": "stopped"}.get(row["end"], row["end"]), "end": row["end"]}
-            summary |= {"reason": row["reason"], "mlflow_run_id": row.get("mlflow_run_id")}
+            if not summary.get("test"):  # else it was the chosen one, and is finished whatever its end
+                summary["status"] = {"pruned": "stopped"}.get(row["end"], row["end"])
+            summary |= {"end": row["end"], "reason": row["reason"], "mlflow_run_id": row.get("mlflow_run_id")}
             (self._folder / trial).write_text(SUMMARY, json.dumps(summary, indent=2))
 
 
