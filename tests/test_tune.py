@@ -62,7 +62,7 @@ def swept(ray_cluster, storage, packed, space_file):
     for _ in range(3):
         known = {r.get("pid") for r in rows_of(folder)} | {None}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         # Not before this start's own trials are under way, then at a moment nobody chose.
         while {r.get("pid") for r in rows_of(folder)} <= known and process.poll() is None:
             assert time.monotonic() < deadline, rows_of(folder)
@@ -242,7 +242,7 @@ def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, pack
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 130 and "--resume halted" in output and "Traceback" not in output, output
     before = epochs_now(folder)
     assert read_json(folder / "summary.json")["status"] == "stopped"
@@ -253,7 +253,7 @@ def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, pack
         last = sorted((folder / row["trial"] / "checkpoints").glob("step_*"))[-1]
         assert read_json(last / "state.json")["step"] >= metrics_of(folder, row["trial"])[-1]["step"]
 
-    done = job("tune", "--resume=halted", f"--storage-path={storage}", "--minutes=0.4", env=environment, timeout=300)
+    done = job("tune", "--resume=halted", f"--storage-path={storage}", "--minutes=0.4", env=environment, timeout=400)
     assert done.returncode == 0, done.stdout
     after = epochs_now(folder)
     assert [r["trial"] for r in after] == [r["trial"] for r in before]

@@ -242,7 +242,7 @@ class SweepSettings(Part):
     num_samples: Annotated[int | None, Field(ge=1)] = None
     """How many trials. Default: 10; with --minutes as many as fit; with --search grid all combinations."""
     minutes: Annotated[float | None, Field(gt=0)] = None
-    """Stop the sweep so long after this start of it; trials under way keep their scores so far."""
+    """Stop so long after the first trial of this start began; trials under way keep their scores so far."""
     search: Literal["random", "grid", "tpe"] = "random"
     """Draw at random, try every combination, or learn from the scores so far (Optuna's TPE)."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"

@@ -14,6 +14,7 @@ class Recorder(tune.Callback):
     Attributes:
         running: the trials that have a process now.
         idle_seconds: how long no trial has had one.
+        begun: when the first trial of this start began, of `time.monotonic`; None before.
     """
 
     def __init__(self, ledger: Ledger, children: ChildRuns, epochs: int, scheduler: str):
@@ -21,6 +22,7 @@ class Recorder(tune.Callback):
         self._lively = time.monotonic()
         self.running: set[str] = set()
         self.idle_seconds = 0.0
+        self.begun: float | None = None
 
     def __getstate__(self):
         return {}  # Tune pickles its callbacks for a restore that a sweep does not use
@@ -32,6 +34,7 @@ class Recorder(tune.Callback):
         self.idle_seconds = now - self._lively
 
     def on_trial_start(self, iteration, trials, trial, **info):
+        self.begun = self.begun or time.monotonic()
         row = self._ledger[name(trial)]
         first = {"started": row.get("started") or round(time.time(), 1), "tries": max(1, row["tries"])}
         self._ledger.update(name(trial), end="running", reason=None, sent=False, **first)

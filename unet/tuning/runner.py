@@ -162,7 +162,6 @@ class _Session:
     stopped_at: float = 0.0
     stopping: set[str] = field(default_factory=set)
     search: Search | None = None
-    began: float = field(default_factory=time.monotonic)
 
     def run_to_end(self) -> dict:
         sweep, tracker, digest = self.sweep, self.tracker, self.prepared.manifest.data_digest
@@ -291,8 +290,10 @@ class _Session:
     @property
     def seconds_of_budget(self) -> float | None:
         """What is left of --minutes, at least 0; None without."""
-        minutes = self.sweep.settings.sweep.minutes
-        return None if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - self.began))
+        minutes, begun = self.sweep.settings.sweep.minutes, self.recorder.begun
+        if minutes is None:
+            return None
+        return max(0.0, 60 * minutes - (time.monotonic() - begun if begun else 0.0))
 
     def _left(self) -> float | None:
         """An estimate of the seconds to the end of the last trial, if those under way train to their end."""
