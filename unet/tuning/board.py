@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import ray
 from ray import tune
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.live import Live as LiveView
 from rich.table import Table
@@ -98,7 +99,7 @@ class Board(tune.Callback):
         running = [r for r in rows if r["end"] == "running"]
         ended = ranked(r for r in rows if r["end"] != "running")
         shown = running + ended[:SHOWN]
-        table = trial_table(shown, lambda row: self._progress(row))
+        table = trial_table(shown, self._progress, self._display.console.width)
         if len(ended) > SHOWN:
             table.caption = f"and {len(ended) - SHOWN} more that ended"
         return table
@@ -107,7 +108,7 @@ class Board(tune.Callback):
         live = self._lives.get(row["trial"])
         if row["end"] != "running" or live is None:
             return f"{row['epochs']}/{self._epochs}"
-        return f"{live.epoch}/{self._epochs} · {live.phase} {live.step}/{live.steps}"
+        return f"{live.phase} {live.step / live.steps:.0%}  {live.epoch}/{self._epochs}"
 
     def _status(self) -> str:
         rows = self._ledger.rows
@@ -123,22 +124,17 @@ class Board(tune.Callback):
         return " · ".join(parts)
 
 
-def trial_table(rows: list[dict], progress: Callable[[dict], str], title: str | None = None) -> Table:
-    """Trials with their settings, state, epochs and IoU by class of their best epoch."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+def trial_table(rows: list[dict], progress: Callable[[dict], str], width: int, title: str | None = None) -> Table:
+    """Trials with their settings, state, epochs and IoU; by class of the best epoch where the terminal has room."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
+    names = list(rows[0]["settings"]) if rows else []
+    classes = [c.name for c in CLASSES] if width >= 74 + 10 * len(names) else []
     table.add_column("trial", no_wrap=True)
-    for heading in [
-        *(k.replace("_", " ") for k in (rows[0]["settings"] if rows else ())),
-        "state",
-        "epoch",
-        "mean IoU",
-    ]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for c in CLASSES:
-        table.add_column(c.name, justify="right", no_wrap=True)
+    for heading in (*(n.replace("_", " ") for n in names), "state", "epoch", "mean IoU", *classes):
+        table.add_column(heading, justify="right", no_wrap=heading == "epoch")
     for row in rows:
-        values = [number(v) if isinstance(v, float) else str(v) for v in row["settings"].values()]
-        iou = [number(row.get(f"val_iou_{c.name}")) for c in CLASSES]
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row["settings"].values()]
+        iou = [number(row.get(f"val_iou_{c}")) for c in classes]
         state = Text(row["end"], style=STYLES[row["end"]])
         table.add_row(row["trial"], *values, state, progress(row), number(row[BEST]), *iou)
     return table
@@ -150,8 +146,8 @@ def epochs_saved(rows: list[dict], epochs: int) -> int:
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:.4f}"
 
 
 def drawn(settings: dict) -> str:
-    return "  ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in settings.items())
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())

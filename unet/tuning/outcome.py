@@ -107,7 +107,8 @@ def tell_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, 
 def show(name: str, folder, rows: list[dict], summary: dict, settings: TuneSettings, where: str, display: Display):
     """The ranked table, the best trial's test score, and the commands that follow."""
     epochs = settings.training.epochs
-    display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", "Trials, best first"))
+    width, title = display.console.width, "Trials, best first"
+    display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", width, title))
     if summary.get("test"):
         title = f"Test split, {summary['best_trial']}"
         display.console.print(report.score_table(title, summary["test"], CLASSES))
