@@ -8,7 +8,8 @@ no checkpoints, no MLflow. It trains every trial to its last epoch, so it also k
 regret is how much worse, trained to its end, the sweep's choice is.
 
 The overhead of a trial is the time from the end of the trial before it in the same process to its own end, less
-what it trained and validated; a process' first trial, which starts it, is shown apart.
+what it trained and validated. Its first step, which may trace a graph, and its checkpoints count as overhead. A process'
+first trial is shown apart.
 """
 
 import argparse
@@ -95,8 +96,8 @@ def measure(options, storage: str, number: int) -> dict:
     first, later = [], []
     for _, of_process in itertools.groupby(sorted(rows, key=lambda r: (r["pid"], r["ended"])), key=lambda r: r["pid"]):
         of_process = list(of_process)
-        first.append(of_process[0]["ended"] - of_process[0]["started"] - of_process[0]["seconds"])
-        later += [b["ended"] - a["ended"] - b["seconds"] for a, b in itertools.pairwise(of_process)]
+        first.append(of_process[0]["ended"] - of_process[0]["started"] - of_process[0]["training_seconds"])
+        later += [b["ended"] - a["ended"] - b["training_seconds"] for a, b in itertools.pairwise(of_process)]
     memory = [r["memory_mb"] for r in sorted(rows, key=lambda r: r["ended"])]
     return {
         "wall time of the sweep, s": swept,
