@@ -8,8 +8,8 @@ no checkpoints, no MLflow. It trains every trial to its last epoch, so it also k
 regret is how much worse, trained to its end, the sweep's choice is.
 
 The overhead of a trial is the time from the end of the trial before it in the same process to its own end, less
-what it trained and validated. Its first step, which may trace a graph, and its checkpoints count as overhead. A process'
-first trial is shown apart.
+what it trained and validated: its first step, which may trace a graph, and its checkpoints count as overhead. The first
+trial of a process is shown apart.
 """
 
 import argparse
