@@ -51,23 +51,26 @@ def space_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def swept(ray_cluster, storage, packed, space_file):
+def swept(ray_cluster, storage, packed, space_file, tmp_path_factory):
     """A sweep of six trials whose driver is killed three times, anywhere in wall time, then runs to its end.
 
-    Its folder, the last start's output, and what had ended at each kill.
+    Its folder, the output of all starts, and what had ended at each kill.
     """
+    log = tmp_path_factory.mktemp("log") / "output.txt"
     flags = flags_of(**FLAGS, data=packed, storage_path=storage, run_name="swept", space=space_file, num_samples=6)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
     folder, command, ended = storage / "swept", [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags], []
     for _ in range(3):
         known = {r.get("pid") for r in rows_of(folder)} | {None}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        with log.open("a") as output:
+            pipes = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = subprocess.Popen(command, env=environment, **pipes)
         deadline = time.monotonic() + 240
         # Not before this start's own trials are under way, then at a moment nobody chose.
         while {r.get("pid") for r in rows_of(folder)} <= known and process.poll() is None:
             assert time.monotonic() < deadline, rows_of(folder)
             time.sleep(0.1)
-        time.sleep(random.uniform(0, 4))
+        time.sleep(random.uniform(0, 1.5))
         if process.poll() is None:  # else the sweep had ended already
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -75,7 +78,7 @@ def swept(ray_cluster, storage, packed, space_file):
         ended.append({r["trial"]: (r, (folder / r["trial"] / "metrics.jsonl").read_bytes()) for r in done})
     last = job("tune", *flags, env={"RAY_ADDRESS": environment["RAY_ADDRESS"]}, timeout=400)
     assert last.returncode == 0, last.stdout
-    return folder, last.stdout, ended
+    return folder, log.read_text() + last.stdout, ended
 
 
 def test_three_kills_of_the_driver_cost_no_ended_trial(swept, storage):
@@ -233,9 +236,9 @@ def test_a_lost_process_is_replaced_and_a_diverging_trial_does_not_sink_the_swee
 def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, packed, space_file):
     """Ctrl-C saves the trials under way and marks all runs; continued, they go on until the minutes are over."""
     flags = flags_of(data=packed, storage_path=storage, space=space_file, num_samples=2, scheduler="none")
-    flags += flags_of(**FLAGS | {"epochs": 100_000}, run_name="halted")
+    flags += flags_of(**FLAGS | {"epochs": 100_000}, run_name="paused")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
-    folder, command = storage / "halted", [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags]
+    folder, command = storage / "paused", [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, env=environment, **pipes)
     while len([r for r in epochs_now(folder) if r["epochs"] >= 2]) < 2:
@@ -243,7 +246,7 @@ def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, pack
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
     output = process.communicate(timeout=240)[0]
-    assert process.returncode == 130 and "--resume halted" in output and "Traceback" not in output, output
+    assert process.returncode == 130 and "--resume paused" in output and "Traceback" not in output, output
     before = epochs_now(folder)
     assert read_json(folder / "summary.json")["status"] == "stopped"
     assert [(r["end"], r["reason"]) for r in before] == [("stopped", "stopped by the user")] * 2
@@ -253,7 +256,7 @@ def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, pack
         last = sorted((folder / row["trial"] / "checkpoints").glob("step_*"))[-1]
         assert read_json(last / "state.json")["step"] >= metrics_of(folder, row["trial"])[-1]["step"]
 
-    done = job("tune", "--resume=halted", f"--storage-path={storage}", "--minutes=0.4", env=environment, timeout=400)
+    done = job("tune", "--resume=paused", f"--storage-path={storage}", "--minutes=0.4", env=environment, timeout=400)
     assert done.returncode == 0, done.stdout
     after = epochs_now(folder)
     assert [r["trial"] for r in after] == [r["trial"] for r in before]
