@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from unet.classes import CLASSES
+from unet.classes import PETS
 from unet.data import sources
 from unet.data.order import CHUNK
 from unet.data.shards import (
@@ -110,7 +110,10 @@ def prepare(
         files, digests = _write_shards(samples, unfinished, image_size, shards, progress)
         manifest = Manifest(
             image_size=image_size,
-            classes=[c.name for c in CLASSES],
+            resize="stretch",
+            classes=[c.name for c in PETS.classes],
+            colours=[list(c.colour) for c in PETS.classes],
+            sha256={},
             counts={split: sum(s.split == split for s in samples) for split in SPLITS},
             files=files,
             data_digest=data_digest(digests),

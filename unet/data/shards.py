@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unet.classes import ClassInfo, Classes
 from unet.data.order import CHUNK
 from unet.errors import InputError
 from unet.storage import Folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")
 
@@ -60,19 +61,47 @@ def shard_schema(image_size: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in `manifest.json`; `counts` and `files` are by split."""
+    """What stands in `manifest.json`.
+
+    Attributes:
+        image_size: side of the square pictures, in pixels.
+        resize: how photos became square: `stretch` or `letterbox`.
+        classes: names, in the order of the ids.
+        colours: of the classes, RGB 0-255.
+        counts: samples by split.
+        files: the shards by split, in canonical order.
+        sha256: of every file beside the manifest.
+        data_digest: of names, splits and pixels, independent of sharding.
+        source, source_version: what it was made from.
+        val_fraction: share of trainval that became val.
+        original_masks: whether the shards hold `mask_original`.
+        left_out: samples that could not be used: {name, split, problem, detail}.
+        repaired: samples that were mended: {name, repair}.
+        warnings: what looks wrong but was kept: {name, problem, detail}; an empty name concerns the whole set.
+    """
 
     image_size: int
+    resize: str
     classes: list[str]
+    colours: list[list[int]]
     counts: dict[str, int]
     files: dict[str, list[str]]
+    sha256: dict[str, str]
     data_digest: str
     source: str
     source_version: str
     val_fraction: float
+    original_masks: bool = False
     left_out: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
+    warnings: list[dict] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def class_infos(self) -> Classes:
+        """The classes with their colours."""
+        pairs = zip(self.classes, self.colours, strict=True)
+        return tuple(ClassInfo(name, tuple(colour)) for name, colour in pairs)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)

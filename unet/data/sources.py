@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unet.classes import IGNORE, TRIMAP_TO_ID
+from unet.classes import IGNORE, PETS
 from unet.data import synthetic
 from unet.data.shards import is_validation, name_hash
 from unet.errors import InputError
@@ -20,7 +20,7 @@ ARCHIVES = ("images.tar.gz", "annotations.tar.gz")
 SYNTHETIC_TRAINVAL, SYNTHETIC_TEST = 1600, 400
 
 _TRIMAP_TABLE = np.full(256, IGNORE, np.uint8)
-_TRIMAP_TABLE[list(TRIMAP_TO_ID)] = list(TRIMAP_TO_ID.values())
+_TRIMAP_TABLE[list(PETS.values)] = list(PETS.values.values())
 
 
 @dataclass(frozen=True)
