@@ -6,7 +6,10 @@ data set's own README (1 foreground, 2 background, 3 not classified: the outline
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 
 class ClassInfo(NamedTuple):
@@ -20,6 +23,8 @@ Classes = tuple[ClassInfo, ...]
 
 IGNORE = 255
 """A pixel with this id has no class: it is left out of the loss and of every metric."""
+UNKNOWN = -1
+"""The "id" of a mask value that means nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,13 @@ class Labels:
 
     classes: Classes
     values: Mapping[int, int]
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """int16 (65536,): the class id of each mask value, `UNKNOWN` where it has none."""
+        table = np.full(65536, UNKNOWN, np.int16)
+        table[list(self.values)] = list(self.values.values())
+        return table
 
 
 # Orange, blue and yellow stay apart for colour-blind readers.

@@ -63,7 +63,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
     # What concerns the machine of the training does not concern this one.
     trained = unflat(TrainSettings, {k: v for k, v in values.items() if k not in MAY_CHANGE})
     trained = trained.model_copy(update={"training": trained.training.model_copy(update={"grad_shards": 1})})
-    prepared = resolve(part.data, trained.data.image_size, storage, display.preparing)
+    prepared = resolve(part.data, trained.data.image_size, trained.data.resize, storage, display.working)
 
     from unet.training.learner import Learner
 

@@ -4,11 +4,14 @@ Whatever is written here is whole or absent: local files go to a temporary name,
 object store publishes an object at its end. A set of files (a checkpoint) carries a marker written last.
 """
 
+import contextlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unet.errors import InputError
@@ -27,7 +30,7 @@ class Folder:
         else:
             try:
                 self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
-            except (pafs.pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowInvalid, OSError) as error:
                 raise InputError(f"Cannot open the storage {self.uri.split('?')[0]}: {error}") from error
 
     def __truediv__(self, name: str) -> "Folder":
@@ -37,11 +40,12 @@ class Folder:
     def __str__(self):
         return self.uri.partition("?")[0]
 
-    def _at(self, name: str) -> str:
+    def at(self, name: str) -> str:
+        """The path of a file below, as `fs` takes it."""
         return f"{self.path}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
-        return self.fs.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+        return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 
     def names(self) -> list[str]:
         """The names of the files and folders right below, sorted; none if the folder does not exist."""
@@ -49,27 +53,35 @@ class Folder:
         return sorted(info.base_name for info in found)
 
     def read_bytes(self, name: str) -> bytes:
-        with self.fs.open_input_stream(self._at(name)) as stream:
+        with self.fs.open_input_stream(self.at(name)) as stream:
             return stream.read()
 
     def read_text(self, name: str) -> str:
         return self.read_bytes(name).decode()
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream to write a file through; on a local disk the file is there once all of it is."""
         if not self.is_local:
-            with self.fs.open_output_stream(self._at(name)) as stream:
-                stream.write(data)
+            with self.fs.open_output_stream(self.at(name)) as stream:
+                yield stream
             return
-        target = Path(self._at(name))
+        target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
-            _write_synced(temporary, data)
+            with pa.OSFile(str(temporary), "wb") as stream:
+                yield stream
+            _sync(temporary)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self.writing(name) as stream:
+            stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
@@ -78,18 +90,19 @@ class Folder:
         """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count."""
         if not self.is_local:
             if self.committed(name):
-                self.fs.delete_file(self._at(f"{name}/{MARKER}"))
+                self.fs.delete_file(self.at(f"{name}/{MARKER}"))
             for file, data in files.items():
                 self.write_bytes(f"{name}/{file}", data)
             self.write_bytes(f"{name}/{MARKER}", b"")
             return
         Path(self.path).mkdir(parents=True, exist_ok=True)
-        target, temporary = Path(self._at(name)), Path(self._at(f".tmp-{name}-{uuid.uuid4().hex[:8]}"))
+        target, temporary = Path(self.at(name)), Path(self.at(f".tmp-{name}-{uuid.uuid4().hex[:8]}"))
         try:
             temporary.mkdir()
             for file, data in (files | {MARKER: b""}).items():
-                _write_synced(temporary / file, data)
-            _sync_folder(temporary)
+                (temporary / file).write_bytes(data)
+                _sync(temporary / file)
+            _sync(temporary)
             older = target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}")
             if target.exists():
                 os.replace(target, older)
@@ -98,7 +111,7 @@ class Folder:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
     def committed(self, name: str) -> bool:
         return self.exists(f"{name}/{MARKER}")
@@ -106,18 +119,12 @@ class Folder:
     def delete(self, name: str) -> None:
         """Remove a sub-folder; the marker goes first, so that a torn removal is not taken for a whole set."""
         if self.exists(f"{name}/{MARKER}"):
-            self.fs.delete_file(self._at(f"{name}/{MARKER}"))
-        self.fs.delete_dir(self._at(name))
+            self.fs.delete_file(self.at(f"{name}/{MARKER}"))
+        self.fs.delete_dir(self.at(name))
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -4,6 +4,7 @@ Without a terminal the same as plain lines, no control codes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.text import Text
 from unet.classes import CLASSES
 from unet.training.monitor import Live
 
+SHOWN = 5
+"""Names of samples in a line about them."""
 PLAIN_SECONDS = 20
 """How often the progress line is printed where it cannot be redrawn."""
 
@@ -37,11 +40,21 @@ class Display:
         for name, value in rows:
             self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
 
-    def preparing(self, done: int, total: int) -> None:
-        self._progress(f"preparing data  {done:,}/{total:,}", last=done == total)
+    def working(self, what: str, done: int, total: int) -> None:
+        """How far a long work is; `total` 0 where that is not known."""
+        self._progress(f"{what}  {done:,}/{total:,}" if total else what, last=done == total)
 
     def scoring(self, done: int, total: int) -> None:
         self._progress(f"scoring  {done:,}/{total:,} batches", last=done == total)
+
+    def problems(self, manifest) -> None:
+        """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""
+        kinds = (("left out", "problem", manifest.left_out, "red"), ("mended", "repair", manifest.repaired, None))
+        for title, key, rows, style in (*kinds, ("looks wrong", "problem", manifest.warnings, "yellow")):
+            for kind, count in Counter(row[key] for row in rows).most_common():
+                names = [row["name"] or row["detail"] for row in rows if row[key] == kind]
+                more = f", and {count - SHOWN} more" if count > SHOWN else ""
+                self.say(f"{title}: {kind} ({count}): {', '.join(names[:SHOWN])}{more}", style)
 
     def progress(self, live: Live, epochs: int) -> None:
         parts = [f"{live.phase} {live.step}/{live.steps}"]

@@ -199,7 +199,7 @@ def keep(ingest: Ingest) -> Ingest:
     ]
 
     def read(row: dict) -> pa.Table:
-        return Prepared(Folder(ingest.folder)).read_chunk(row["split"][0], int(row["chunk"][0]))
+        return Prepared(Folder(ingest.folder)).read_checked(row["split"][0], int(row["chunk"][0]))
 
     dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks))
     _in_order(dataset)
@@ -221,10 +221,13 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
     # Blocks of one row: the splitter hands blocks out in turn, so each rank receives its own.
     dataset.context.target_max_block_size = 1
 
+    first_epoch = units[0]["epoch"]
+
     def read(unit: dict) -> Iterator[pa.Table]:
         split, (epoch, first, last) = str(unit["split"][0]), (int(unit[k][0]) for k in ("epoch", "first", "last"))
         plan, prepared = ingest.plan(split, world_size), Prepared(Folder(ingest.folder))
-        chunks = _LazyChunks(prepared, split, keep=split == "train")
+        # Once a run the pixels are compared with their digests; after that the pages' checksums must do.
+        chunks = _LazyChunks(prepared, split, keep=split == "train", check=epoch == first_epoch)
         for step, shares in plan.shares(ingest.order(split, epoch), first):
             if step == last:
                 return
@@ -258,16 +261,20 @@ def _in_order(dataset: ray.data.Dataset) -> None:
 
 
 class _LazyChunks:
-    """Chunks read when first asked for: the latest only, or all of a window where `keep` is set."""
+    """Chunks read when first asked for: the latest only, or all of a window where `keep` is set.
 
-    def __init__(self, prepared: Prepared, split: str, keep: bool = False):
+    With `check`, their pixels are compared with the digests of when they were prepared.
+    """
+
+    def __init__(self, prepared: Prepared, split: str, keep: bool = False, check: bool = True):
         self._prepared, self._split, self._keep, self._read = prepared, split, keep, {}
+        self._load = prepared.read_checked if check else prepared.read_chunk
 
     def __getitem__(self, chunk: int):
         if chunk not in self._read:
             if not self._keep:
                 self._read.clear()
-            table = self._prepared.read_chunk(self._split, chunk)
+            table = self._load(self._split, chunk)
             self._read[chunk] = _arrays(table, self._prepared.manifest.image_size)
         return self._read[chunk]
 

@@ -6,6 +6,7 @@ files, so the order of training does not depend on how the data were sharded.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -13,24 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet.classes import ClassInfo, Classes
+from unet.classes import Classes, ClassInfo
 from unet.data.order import CHUNK
 from unet.errors import InputError
 from unet.storage import Folder
 
 SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
+REPREPARE = "remove {} and prepare the data again (`jobs/prepare.py --verify` shows all that is damaged)."
+MANIFEST, SAMPLES = "manifest.json", "samples.parquet"
 SPLITS = ("train", "val", "test")
 
 
 def name_hash(name: str) -> bytes:
-    """What the canonical order sorts by and what decides about validation."""
+    """What the canonical order sorts by and what decides about the split."""
     return hashlib.sha256(name.encode()).digest()
-
-
-def is_validation(name: str, val_fraction: float) -> bool:
-    """Whether a sample of the official trainval belongs to val: a property of its name, whatever the seed."""
-    return int.from_bytes(name_hash(name)[:8], "big") / 2**64 < val_fraction
 
 
 def sample_digest(name: str, split: str, image: np.ndarray, mask: np.ndarray) -> bytes:
@@ -44,8 +41,11 @@ def data_digest(digests: dict[str, bytes]) -> str:
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-def shard_schema(image_size: int) -> pa.Schema:
-    """The columns of a shard: uint8 pixels as fixed-size binary, which any Arrow reader opens."""
+def shard_schema(image_size: int, original_masks: bool = False) -> pa.Schema:
+    """The columns of a shard: uint8 pixels as fixed-size binary, which any Arrow reader opens.
+
+    `mask_original`, where it is kept, is a PNG of the class ids at the photo's own size.
+    """
     return pa.schema(
         [
             ("name", pa.string()),
@@ -55,6 +55,7 @@ def shard_schema(image_size: int) -> pa.Schema:
             ("original_height", pa.int32()),
             ("original_width", pa.int32()),
             ("breed", pa.string()),
+            *([("mask_original", pa.binary())] if original_masks else []),
         ]
     )
 
@@ -74,6 +75,7 @@ class Manifest:
         data_digest: of names, splits and pixels, independent of sharding.
         source, source_version: what it was made from.
         val_fraction: share of trainval that became val.
+        shards: files of a split, at most.
         original_masks: whether the shards hold `mask_original`.
         left_out: samples that could not be used: {name, split, problem, detail}.
         repaired: samples that were mended: {name, repair}.
@@ -91,6 +93,7 @@ class Manifest:
     source: str
     source_version: str
     val_fraction: float
+    shards: int = 4
     original_masks: bool = False
     left_out: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
@@ -104,7 +107,30 @@ class Manifest:
         return tuple(ClassInfo(name, tuple(colour)) for name, colour in pairs)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        """With `manifest_digest`, the sha256 of all the rest, so that no edit goes unseen."""
+        content = asdict(self)
+        return json.dumps(content | {"manifest_digest": _digest_of(content)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """The manifest of a file's content.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not what `to_json` wrote.
+        """
+        content = json.loads(text)
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise InputError(
+                f"the data were prepared with schema version {content['schema_version']}, this program reads "
+                f"{SCHEMA_VERSION}: prepare them again"
+            )
+        if content.pop("manifest_digest") != _digest_of(content):
+            raise ValueError("its content was changed")
+        return cls(**content)
+
+
+def _digest_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Prepared:
@@ -114,14 +140,9 @@ class Prepared:
         if not folder.exists(MANIFEST):
             raise InputError(f"{folder} holds no {MANIFEST}: prepare it first with `python jobs/prepare.py`.")
         try:
-            content = json.loads(folder.read_text(MANIFEST))
-            version = content["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise InputError(
-                    f"{folder} was prepared with schema version {version}, this program reads {SCHEMA_VERSION}: "
-                    "prepare the data again."
-                )
-            self.manifest = Manifest(**content)
+            self.manifest = Manifest.from_json(folder.read_text(MANIFEST))
+        except InputError as error:
+            raise InputError(f"{folder}: {error}.") from error
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder}/{MANIFEST} is damaged ({error}): prepare the data again.") from error
         self.folder = folder
@@ -142,7 +163,7 @@ class Prepared:
         found, rows = [], 0
         for file in self.manifest.files[split]:
             try:
-                with self.folder.fs.open_input_file(self.folder._at(file)) as stream:
+                with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
                     metadata = pq.read_metadata(stream)
             except (OSError, pa.ArrowInvalid) as error:
                 raise InputError(f"Cannot read {self.folder}/{file}: {error}. Prepare the data again.") from error
@@ -156,10 +177,64 @@ class Prepared:
         return found
 
     def read_chunk(self, split: str, chunk: int, columns: tuple[str, ...] = ("image", "mask")) -> pa.Table:
-        """One chunk of the canonical order as a table of up to 256 rows in one piece."""
+        """One chunk of the canonical order as a table of up to 256 rows in one piece.
+
+        Raises:
+            InputError: the shard is damaged (each page carries a checksum).
+        """
         file, group = self.chunks[split][chunk]
-        with self.folder.fs.open_input_file(self.folder._at(file)) as stream:
-            return pq.ParquetFile(stream).read_row_group(group, columns=list(columns)).combine_chunks()
+        try:
+            with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
+                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+                return parquet.read_row_group(group, columns=list(columns)).combine_chunks()
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.folder}/{file} is damaged ({reason}): {REPREPARE.format(self.folder)}") from error
+
+    def read_checked(self, split: str, chunk: int) -> pa.Table:
+        """The pixels of a chunk, after comparing them with the digests of `samples.parquet`.
+
+        Raises:
+            InputError: a sample's pixels are not those that were prepared; it is named.
+        """
+        table = self.read_chunk(split, chunk, ("name", "image", "mask"))
+        for (name, known), (name_here, digest) in zip(
+            self.known(split, chunk), self.digests(split, table), strict=True
+        ):
+            if (name, known) != (name_here, digest):
+                file = f"{self.folder}/{self.chunks[split][chunk][0]}"
+                raise InputError(f"{name} in {file} is not what was prepared: {REPREPARE.format(self.folder)}")
+        return table.select(("image", "mask"))
+
+    def digests(self, split: str, table: pa.Table) -> list[tuple[str, bytes]]:
+        """Name and digest of each row of a table with `name`, `image` and `mask`."""
+        size = self.manifest.image_size
+        images, masks = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
+        rows = zip(table["name"].to_pylist(), images, masks, strict=True)
+        return [(name, sample_digest(name, split, image, mask)) for name, image, mask in rows]
+
+    def known(self, split: str, chunk: int) -> list[tuple[str, bytes]]:
+        """Name and digest of each sample of a chunk, as it was prepared."""
+        before = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
+        table = self._samples(lambda file: file.read_row_group(before + chunk, columns=["name", "digest"]))
+        return list(zip(table["name"].to_pylist(), table["digest"].to_pylist(), strict=True))
+
+    def samples(self) -> pa.Table:
+        """What is known of each sample: a row a sample, by split (train, val, test), then in canonical order.
+
+        Columns: `name, split, breed, original_height, original_width, pixels` (of each class, at the network's size),
+        `ignored` (pixels), `repairs`, `mask_fit` (see `unet.data.checks`), `digest`. A row group is a chunk.
+        """
+        return self._samples(lambda file: file.read())
+
+    def _samples(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+        try:
+            with self.folder.fs.open_input_file(self.folder.at(SAMPLES)) as stream:
+                return read(pq.ParquetFile(stream, page_checksum_verification=True))
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            message = f"Cannot read {self.folder}/{SAMPLES} ({reason}): {REPREPARE.format(self.folder)}"
+            raise InputError(message) from error
 
     def names(self, split: str) -> list[str]:
         """The names of a split in canonical order."""

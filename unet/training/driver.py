@@ -71,7 +71,7 @@ def train(
     storage, nodes = Folder(settings.run.storage_path), resources.cluster_nodes()
     resources.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
     try:
-        prepared = resolve(settings.data.data, settings.data.image_size, storage, display.preparing)
+        prepared = resolve(settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working)
     finally:
         display.close()
     digest = prepared.manifest.data_digest

@@ -57,7 +57,9 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     nodes, storage, largest = resources.cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
     resources.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
     try:
-        prepared = preparing.resolve(settings.data.data, settings.data.image_size, storage, display.preparing)
+        prepared = preparing.resolve(
+            settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working
+        )
     finally:
         display.close()
     digest = prepared.manifest.data_digest

@@ -1,0 +1,95 @@
+"""Where samples come from. A source lists its samples, what their masks mean, and what it could not take."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unet.classes import PETS, Labels
+from unet.data.shards import name_hash
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample before it is decoded. `image` and `mask` are paths, empty for a drawn one; `index` is its drawing's."""
+
+    name: str
+    split: str
+    breed: str = ""
+    image: str = ""
+    mask: str = ""
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a sample (`name` empty: with the whole set), by a short name and in words."""
+
+    name: str
+    problem: str
+    detail: str
+    split: str = ""
+
+
+@dataclass
+class Source:
+    """What a source offers.
+
+    Attributes:
+        kind: as it stands in the manifest.
+        samples: in canonical order.
+        labels: what the masks mean.
+        left_out: what is listed but cannot be a sample.
+        warnings: what looks wrong.
+        repairs: by name, what the source itself has mended.
+    """
+
+    kind: str
+    samples: list[Sample]
+    labels: Labels = PETS
+    left_out: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    repairs: dict[str, str] = field(default_factory=dict)
+
+
+def canonical(samples: list[Sample]) -> list[Sample]:
+    """By split, then by hash of name: the order in which samples are written."""
+    return sorted(samples, key=lambda s: (s.split, name_hash(s.name), s.name))
+
+
+def split_of(name: str, official: str, val_fraction: float) -> str:
+    """train or val out of trainval, by hash of the name; any other split is itself."""
+    if official != "trainval":
+        return official
+    return "val" if hash_fraction(name) < val_fraction else "train"
+
+
+def hash_fraction(name: str) -> float:
+    """A number in [0, 1) that is a property of the name, whatever the seed."""
+    return int.from_bytes(name_hash(name)[:8], "big") / 2**64
+
+
+def is_plain(name: str) -> bool:
+    """Whether a listed name stays inside its folder and can be a file's name."""
+    path = Path(name)
+    return bool(name) and name.isprintable() and not path.is_absolute() and ".." not in path.parts
+
+
+def listed(listing: Path) -> list[str]:
+    """The lines of a split's list that name a sample."""
+    lines = listing.read_text(errors="replace").split("\n")
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def fingerprint(folder: Path, parts: Iterable[str]) -> str:
+    """A cheap answer to "are they still the same files?": of names, sizes and times below `folder`/`parts`."""
+    found = hashlib.sha256()
+    for part in parts:
+        top = folder / part
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file():
+                stat = path.stat()
+                found.update(
+                    f"{path.relative_to(folder)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode("utf8", "replace")
+                )
+    return found.hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""The official archives of Oxford-IIIT Pet, packed or extracted.
+
+`images/NAME.jpg`, `annotations/trimaps/NAME.png`, and `annotations/{trainval,test}.txt` whose lines begin with NAME.
+"""
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+from unet.data.sources import Problem, Sample, Source, canonical, is_plain, listed, split_of
+from unet.errors import InputError
+
+ARCHIVES = ("images.tar.gz", "annotations.tar.gz")
+FOLDERS = ("images", "annotations")
+
+
+def is_archive_folder(folder: Path) -> bool:
+    """Whether a folder looks like the official layout, packed or extracted."""
+    return all((folder / a).exists() or (folder / f).is_dir() for a, f in zip(ARCHIVES, FOLDERS, strict=True))
+
+
+def extract(folder: Path, target: Path, progress: Callable[[str, int, int], None]) -> Path:
+    """Unpack what is packed into `target`, once; give the folder that holds `images/` and `annotations/`.
+
+    Raises:
+        InputError: an archive is damaged, or holds an entry that would leave the target (absolute, `..`, a link
+            outward, a device).
+    """
+    if all((folder / f).is_dir() for f in FOLDERS):
+        return folder
+    target.mkdir(parents=True, exist_ok=True)
+    for name, archive in zip(FOLDERS, ARCHIVES, strict=True):
+        if (target / name).exists():
+            continue
+        if (folder / name).is_dir():
+            (target / name).symlink_to((folder / name).resolve())
+            continue
+        _unpack(folder / archive, name, target, progress)
+    return target
+
+
+def _unpack(archive: Path, name: str, target: Path, progress: Callable[[str, int, int], None]) -> None:
+    """The archive's folder `name` below `target`: whole, or not there."""
+    unfinished, size = target / f"{name}.unpacking", archive.stat().st_size
+    try:
+        with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
+            for entry in tar:
+                tar.extract(entry, unfinished, filter="data")
+                progress(f"unpacking {archive.name}, MB", file.tell() >> 20, size >> 20)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"Cannot unpack {archive}: {error}. Fetch the archive again.") from error
+    if not (unfinished / name).is_dir():
+        raise InputError(f"{archive} holds no folder {name}/: it is not the official archive.")
+    (unfinished / name).rename(target / name)
+
+
+def archives(folder: Path, val_fraction: float) -> Source:
+    """The samples that the official lists name, from an extracted folder.
+
+    Raises:
+        InputError: a list is missing, or none names a sample.
+    """
+    source = Source("archives", [])
+    seen: dict[str, str] = {}
+    for official in ("trainval", "test"):
+        listing = folder / "annotations" / f"{official}.txt"
+        if not listing.is_file():
+            raise InputError(f"{listing} is missing: the folder is not in the layout of the official archives.")
+        for line in listed(listing):
+            name = line.split()[0]
+            split = split_of(name, official, val_fraction)
+            if problem := _problem(folder, name, seen):
+                source.left_out.append(Problem(name, *problem, split=split))
+                continue
+            seen[name] = official
+            source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
+    if not seen:
+        raise InputError(f"The lists in {folder / 'annotations'} name no sample that is there.")
+    source.samples = canonical(source.samples)
+    known = seen.keys() | {problem.name for problem in source.left_out}
+    source.warnings += [
+        Problem(path.stem, "in_no_split", f"{path.name} is in no list")
+        for path in sorted((folder / "images").glob("*.jpg"))
+        if path.stem not in known
+    ]
+    return source
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / "images" / f"{name}.jpg", folder / "annotations" / "trimaps" / f"{name}.png"
+
+
+def _problem(folder: Path, name: str, seen: dict[str, str]) -> tuple[str, str] | None:
+    """Why a listed name cannot be a sample: a short name and words."""
+    if not is_plain(name) or Path(name).name != name:
+        return "unsafe_name", f"the list names {name!r}, which is not a plain file name"
+    if name in seen:
+        return "listed_twice", f"listed again, having been listed in {seen[name]} already"
+    image, mask = _paths(folder, name)
+    if not image.exists():
+        return "missing_image", f"images/{image.name} is missing"
+    if not mask.exists():
+        return "missing_mask", f"annotations/trimaps/{mask.name} is missing"
+    return None

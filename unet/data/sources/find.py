@@ -1,0 +1,70 @@
+"""Which source a name or folder means."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from unet.config import SOURCES
+from unet.data.shards import MANIFEST
+from unet.data.sources import Source, fingerprint
+from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
+from unet.data.sources.drawn import count_of, drawn, is_drawn
+from unet.data.sources.own import FILES, describe, is_own_folder, own
+from unet.errors import InputError
+
+TFDS = "oxford_iiit_pet"
+
+
+def check_source(source: str) -> None:
+    """Refuse a `--data` or `--source` that names nothing usable, before anything starts.
+
+    Raises:
+        InputError: with what to give instead.
+    """
+    folder = Path(source)
+    if is_drawn(source):
+        count_of(source)
+        return
+    if source == TFDS or "://" in source or (folder / MANIFEST).is_file():
+        return
+    known = (
+        "Give a prepared folder, a folder with images.tar.gz and annotations.tar.gz, a folder with images/, masks/ and "
+        f"dataset.yaml, or a name: {' or '.join(SOURCES)}."
+    )
+    if not folder.exists():
+        raise InputError(f"There is no data at {source}. {known}")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise InputError(f"{source} is not a folder with data in it. {known}")
+    if is_archive_folder(folder):
+        return
+    if not is_own_folder(folder):
+        raise InputError(f"{source} holds neither shards nor pictures that are known. {known}")
+    describe(folder)
+
+
+def version_of(source: str, source_dir: Path | None = None) -> str:
+    """What tells this source's content from another's, cheaply: of files, their names, sizes and times."""
+    if is_drawn(source):
+        return f"{count_of(source)}-drawn-v1"
+    if source == TFDS:
+        return f"tensorflow-datasets {version('tensorflow-datasets')}"
+    folder = Path(source)
+    parts = (*ARCHIVES, *FOLDERS) if is_archive_folder(folder) else FILES
+    return f"files-{fingerprint(folder, parts)}"
+
+
+def open_source(
+    source: str,
+    val_fraction: float,
+    raw: Path,
+    source_dir: Path | None,
+    cache: Path | None,
+    progress: Callable[[str, int, int], None],
+) -> Source:
+    """The samples of a source; what has to be unpacked or downloaded for it comes to lie under `raw`."""
+    if is_drawn(source):
+        return drawn(source, val_fraction)
+    folder = Path(source).resolve()
+    if is_archive_folder(folder):
+        return archives(extract(folder, raw, progress), val_fraction)
+    return own(folder, val_fraction)

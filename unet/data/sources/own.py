@@ -1,0 +1,173 @@
+"""Own photos and masks: `images/` and `masks/`, matched by name, and a `dataset.yaml` that says what masks mean.
+
+    classes:            # name: its value in the masks, or several; ids follow this order
+      road: 1
+      car: [2, 3]
+    ignore: 255         # value or values that belong to no class
+    colours:            # optional, RGB
+      road: [128, 64, 128]
+    test_fraction: 0.1  # share that becomes test, by hash of name, where no lists say it
+
+Splits may be given by lists beside it, a name a line: `trainval.txt` and `test.txt`, or `train.txt`, `val.txt`
+and `test.txt`.
+"""
+
+import colorsys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from unet.classes import IGNORE, ClassInfo, Labels
+from unet.config import Part
+from unet.data.sources import Problem, Sample, Source, canonical, hash_fraction, is_plain, listed, split_of
+from unet.errors import InputError
+
+DESCRIPTION, FOLDERS = "dataset.yaml", ("images", "masks")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
+LISTS = (("trainval", "test"), ("train", "val", "test"))
+FILES = (*FOLDERS, DESCRIPTION, *sorted({f"{name}.txt" for names in LISTS for name in names}))
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$", max_length=60)]
+Value = Annotated[int, Field(ge=0, le=65535)]
+Values = Value | Annotated[list[Value], Field(min_length=1)]
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+class Description(Part):
+    """What stands in `dataset.yaml`."""
+
+    classes: Annotated[dict[Name, Values], Field(min_length=2, max_length=IGNORE)]
+    ignore: Values | None = None
+    colours: dict[Name, tuple[Channel, Channel, Channel]] = Field(default_factory=dict)
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @field_validator("colours")
+    @classmethod
+    def _of_classes(cls, colours, info):
+        unknown = sorted(colours.keys() - info.data.get("classes", colours).keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not among the classes")
+        return colours
+
+    @model_validator(mode="after")
+    def _apart(self):
+        every = [value for values in (*self.classes.values(), self.ignore) for value in _several(values)]
+        if twice := {value for value in every if every.count(value) > 1}:
+            raise ValueError(f"the mask value {min(twice)} is given twice")
+        return self
+
+    @property
+    def labels(self) -> Labels:
+        names = list(self.classes)
+        infos = [ClassInfo(n, self.colours.get(n, _colour(i, len(names)))) for i, n in enumerate(names)]
+        values = {value: i for i, n in enumerate(names) for value in _several(self.classes[n])}
+        return Labels(tuple(infos), values | dict.fromkeys(_several(self.ignore), IGNORE))
+
+
+def is_own_folder(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in FOLDERS)
+
+
+def describe(folder: Path) -> Description:
+    """What the folder's `dataset.yaml` says.
+
+    Raises:
+        InputError: it is missing or does not fit; with what to write.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: say there what the masks' values mean, such as "
+            "`classes: {road: 1, other: 2}` and `ignore: 255`."
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("classes"), dict):
+            raise InputError("it must hold `classes:` with a line `name: mask value` for each.")
+        return Description(**content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def own(folder: Path, val_fraction: float) -> Source:
+    """The samples of an own folder. A name is the photo's path below `images/` without its suffix, its folder
+    stands as breed.
+
+    Raises:
+        InputError: `dataset.yaml` does not fit, or no photo has a mask.
+    """
+    description = describe(folder)
+    source = Source("folder", [], description.labels)
+    photos, masks = (_by_name(folder / part, source) for part in FOLDERS)
+    splits = _splits(folder, source, photos.keys(), description.test_fraction, val_fraction)
+    for name, split in splits.items():
+        if name not in photos or name not in masks:
+            missing = "missing_mask" if name in photos else "missing_image"
+            place = FOLDERS[missing == "missing_mask"]
+            source.left_out.append(Problem(name, missing, f"{place}/ holds no file of this name", split))
+            continue
+        source.samples.append(Sample(name, split, name.rpartition("/")[0], str(photos[name]), str(masks[name])))
+    known = splits.keys() | {problem.name for problem in source.left_out}
+    source.warnings += [Problem(n, "in_no_split", "in no list") for n in sorted(photos.keys() - known)]
+    source.left_out += [
+        Problem(name, "missing_image", "masks/ holds a file of this name, images/ does not")
+        for name in sorted(masks.keys() - photos.keys() - known)
+    ]
+    if not source.samples:
+        raise InputError(f"No photo in {folder / 'images'} has a mask of its name in {folder / 'masks'}.")
+    source.samples = canonical(source.samples)
+    return source
+
+
+def _by_name(folder: Path, source: Source) -> dict[str, Path]:
+    """The pictures below a folder by name; two of one name are left out."""
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+    plain = {}
+    for name, paths in found.items():
+        if not is_plain(name):
+            shown = ascii(name)
+            source.left_out.append(Problem(shown, "unsafe_name", f"the name of {folder.name}/{shown} cannot be shown"))
+        elif len(paths) > 1:
+            files = " and ".join(path.name for path in paths)
+            source.left_out.append(Problem(name, "ambiguous", f"{folder.name}/ holds {files}"))
+        else:
+            plain[name] = paths[0]
+    return plain
+
+
+def _splits(folder: Path, source: Source, names, test_fraction: float, val_fraction: float) -> dict[str, str]:
+    """The split of each name: as the lists say, else by hash of the name."""
+    lists = next((given for given in LISTS if all((folder / f"{name}.txt").is_file() for name in given)), None)
+    if lists is None:
+        drawn = {name: "test" if hash_fraction(f"test/{name}") < test_fraction else "trainval" for name in names}
+        return {name: split_of(name, official, val_fraction) for name, official in drawn.items()}
+    found: dict[str, str] = {}
+    for official in lists:
+        for line in listed(folder / f"{official}.txt"):
+            name = line if line in names else str(Path(line).with_suffix(""))
+            split = split_of(name, official, val_fraction)
+            if not is_plain(name):
+                source.left_out.append(Problem(name, "unsafe_name", "leads out of its folder", split))
+            elif name in found:
+                source.left_out.append(Problem(name, "listed_twice", f"listed in {found[name]} already", split))
+            else:
+                found[name] = split
+    return found
+
+
+def _several(values: int | list[int] | None) -> list[int]:
+    return [] if values is None else values if isinstance(values, list) else [values]
+
+
+def _colour(index: int, count: int) -> tuple[int, int, int]:
+    """A colour that stands apart from those of the other classes: hues in turn, at two brightnesses."""
+    red, green, blue = colorsys.hsv_to_rgb(index / count, 0.75, 0.95 - 0.25 * (index % 2))
+    return round(255 * red), round(255 * green), round(255 * blue)
