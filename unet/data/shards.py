@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet.classes import ClassInfo, Classes
+from unet.classes import Classes, ClassInfo
 from unet.data.order import CHUNK
 from unet.errors import InputError
 from unet.storage import Folder
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
 SPLITS = ("train", "val", "test")
 
 
@@ -160,6 +161,10 @@ class Prepared:
         file, group = self.chunks[split][chunk]
         with self.folder.fs.open_input_file(self.folder._at(file)) as stream:
             return pq.ParquetFile(stream).read_row_group(group, columns=list(columns)).combine_chunks()
+
+    def samples(self) -> pa.Table:
+        """What is known of every sample but its pixels, by split and in canonical order within a split."""
+        return pq.read_table(self.folder._at(SAMPLES), filesystem=self.folder.fs)
 
     def names(self, split: str) -> list[str]:
         """The names of a split in canonical order."""
