@@ -1,0 +1,281 @@
+"""Tests of the page that shows prepared data: its numbers, its pictures, and that nothing in the data can break it."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from unet.classes import IGNORE, PETS
+from unet.data import look
+from unet.data.look import data_report
+from unet.data.order import CHUNK
+from unet.data.shards import MANIFEST, SPLITS, Manifest, Prepared, shard_schema
+from unet.data.synthetic import draw_pet
+from unet.storage import Folder
+
+
+def write_prepared(folder: Path, rows: list[dict], classes=PETS.classes, **entries) -> Prepared:
+    """A prepared folder of rows with image and mask arrays, in their order within each split."""
+    folder.mkdir(parents=True)
+    size = len(rows[0]["mask"])
+    rows = [row for split in SPLITS for row in rows if row["split"] == split]
+    counts = {split: sum(row["split"] == split for row in rows) for split in SPLITS}
+    files = {split: [f"{split}.parquet"] if counts[split] else [] for split in SPLITS}
+    for split, names in files.items():
+        packed = [row | {key: row[key].tobytes() for key in ("image", "mask")} for row in rows if row["split"] == split]
+        for name in names:
+            pq.write_table(pa.Table.from_pylist(packed, shard_schema(size)), folder / name, row_group_size=CHUNK)
+    shown = ("name", "split", "breed", "original_height", "original_width", "repairs", "mask_fit")
+    table = [{key: row[key] for key in shown} | _pixels(row["mask"], len(classes)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(table, samples_schema(len(classes))), folder / "samples.parquet")
+    manifest = {
+        "image_size": size,
+        "resize": "stretch",
+        "classes": [item.name for item in classes],
+        "colours": [list(item.colour) for item in classes],
+        "counts": counts,
+        "files": files,
+        "sha256": {},
+        "data_digest": "4f" * 32,
+        "source": "archives",
+        "source_version": "0123456789abcdef",
+        "val_fraction": 0.1,
+    }
+    (folder / MANIFEST).write_text(Manifest(**manifest | entries).to_json())
+    return Prepared(Folder(folder))
+
+
+def _pixels(mask: np.ndarray, count: int) -> dict:
+    return {
+        "pixels": [int((mask == index).sum()) for index in range(count)],
+        "ignored": int((mask == IGNORE).sum()),
+    }
+
+
+def samples_schema(count: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("name", pa.string()),
+            ("split", pa.string()),
+            ("breed", pa.string()),
+            ("original_height", pa.int32()),
+            ("original_width", pa.int32()),
+            ("pixels", pa.list_(pa.int64(), count)),
+            ("ignored", pa.int64()),
+            ("repairs", pa.list_(pa.string())),
+            ("mask_fit", pa.float64()),
+        ]
+    )
+
+
+NASTY = ("<script>alert(1)</script>", "猫_" * 60, "no\udcffutf8")
+
+
+def pets(count: int, size: int = 32) -> list[dict]:
+    """Drawn pets of three breeds: ten of val, fifteen of test, the rest of train."""
+    rows = []
+    for index in range(count):
+        image, mask = draw_pet(index, size, seed=5)
+        rows.append(
+            {
+                "name": f"pet_{index}",
+                "split": "val" if index < 10 else "test" if index < 25 else "train",
+                "breed": ("Abyssinian", "beagle", "<b>pug</b>")[index % 3],
+                "image": image,
+                "mask": mask,
+                "original_height": 300 + index,
+                "original_width": 400,
+                "repairs": [],
+                "mask_fit": 2.0 + index,
+            }
+        )
+    return rows
+
+
+class Page(HTMLParser):
+    """What a reader sees: the text, images and links of each section; tags that do not nest are an error."""
+
+    VOID = frozenset(("meta", "img", "input", "br", "wbr"))
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.text, self.attributes, self.images, self.kinds = [], {}, [], {}, set()
+        self.section = self.name = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.kinds.add(tag)
+        self.attributes += attrs.items()
+        if tag == "section":
+            self.section = attrs["id"]
+        if tag == "img":
+            # A photo with its name, then the outlines over it.
+            self.name = attrs["alt"] or self.name
+            self.images.setdefault((self.section, self.name), []).append(attrs["src"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text[self.section] = self.text.get(self.section, "") + data
+
+    def words(self, section: str) -> str:
+        return " ".join(self.text[section].split())
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    rows = pets(60)
+    rows[30] |= {"name": "planted_empty", "mask": np.full((32, 32), 1, np.uint8), "mask_fit": float("nan")}
+    rows[40] |= {"name": "planted_unfit", "mask_fit": -3.25}
+    rows[50]["mask"] = rows[50]["mask"].copy()
+    rows[50]["mask"][:, :8] = IGNORE
+    return rows
+
+
+@pytest.fixture(scope="module")
+def html(rows, tmp_path_factory) -> str:
+    left_out = [
+        {"name": name, "split": "train", "problem": "unreadable", "detail": "a <i>bad</i> file"} for name in NASTY
+    ]
+    left_out += [{"name": f"gone_{i}", "split": "test", "problem": "no mask", "detail": ""} for i in range(500)]
+    repaired = [{"name": f"mended_{i}", "repair": "turned upright"} for i in range(7)]
+    warnings = [
+        {"name": "pet_3", "problem": "twin", "detail": "of pet_4"},
+        {"name": "", "problem": "few", "detail": "60"},
+    ]
+    folder = tmp_path_factory.mktemp("look") / "pets"
+    return data_report(write_prepared(folder, rows, left_out=left_out, repaired=repaired, warnings=warnings))
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def picture(uri: str, mode: str) -> np.ndarray:
+    """A decoded data URI, int (H, W, bands)."""
+    file = io.BytesIO(base64.b64decode(uri.partition(",")[2]))
+    return np.asarray(Image.open(file).convert(mode)).astype(int)
+
+
+def test_the_page_stands_alone(html, page):
+    assert not re.search(r"https?:|@import|url\(", html) and not page.kinds & {"script", "link", "iframe", "object"}
+    for key, value in page.attributes:
+        assert not key.startswith("on")
+        if key in ("src", "href"):
+            assert value.startswith("data:image/" if key == "src" else "#")
+    assert len(html.encode()) < 3_000_000
+
+
+def test_names_cannot_become_html(html, page):
+    assert "<script" not in html and "<i>bad" not in html and "<b>pug" not in html
+    assert NASTY[0] in page.words("left-out") and NASTY[1] in page.words("left-out")
+    assert r"no\udcffutf8" in page.words("left-out")
+    assert "<b>pug</b>" in page.words("breeds")
+
+
+def test_the_passport_and_the_lists_count_right(page):
+    words = page.words("passport")
+    for number, name in ((35, "train"), (10, "val"), (15, "test"), (503, "left out"), (7, "repaired"), (2, "warnings")):
+        assert f"{number} {name}" in words.replace(f"{number}{name}", f"{number} {name}")
+    assert "4f" * 32 in words and "stretch" in words
+    assert "3 unreadable" in page.words("left-out") and "500 no mask" in page.words("left-out")
+    assert "gone_196" in page.words("left-out") and "gone_197" not in page.words("left-out")
+    assert "The first 200 of 503; 303 more" in page.words("left-out")
+    assert "turned upright7" in page.words("repairs") and "mended_6" in page.words("repairs")
+    # What concerns the whole set comes first.
+    assert re.search("the whole set.*few.*pet_3.*twin", page.words("warnings"))
+
+
+def test_class_shares_are_those_of_the_pixels_and_add_up(html, page, rows):
+    for split in SPLITS:
+        masks = np.stack([row["mask"] for row in rows if row["split"] == split])
+        valid = masks[masks != IGNORE]
+        for index, name in enumerate(("pet", "background", "outline")):
+            share = 100 * np.mean(valid == index)
+            widths = re.findall(rf'width:([\d.]+)%;background:rgb\([\d ]+\)" title="{name} ', html)
+            assert float(widths[SPLITS.index(split)]) == pytest.approx(share, abs=1e-3)
+            assert f"{share:.1f}" in page.words("classes")
+    widths = [float(width) for width in re.findall(r'width:([\d.]+)%;background:rgb\([\d ]+\)" title', html)]
+    assert [sum(widths[i : i + 3]) for i in (0, 3, 6)] == pytest.approx([100] * 3, abs=0.01)
+    # One of the 35 training masks shows nothing but background.
+    assert "34" in page.words("classes")
+
+
+def test_breeds_are_counted_by_split(html, rows):
+    for breed in ("Abyssinian", "beagle"):
+        counts = [sum((row["breed"], row["split"]) == (breed, split) for row in rows) for split in SPLITS]
+        assert 'title="train {}, val {}, test {}"'.format(*counts) in html
+
+
+def test_offenders_are_found_with_their_numbers(page, rows):
+    words = page.words("offenders").replace("\N{NO-BREAK SPACE}", " ")
+    groups = re.split("Masks that fit|Nothing but one|The least of|The most of|The most ignored", words)[1:]
+    unfit, single, least, most, ignored = groups
+    assert re.search("mask fit −3.25 planted_unfit train.*mask fit 2.00 pet_0 val", unfit)
+    assert "planted_empty" not in unfit
+    assert "class 1 A mask" in single and "background 100 % planted_empty train" in single
+    smallest = min(np.mean(row["mask"][row["mask"] != IGNORE] == 0) or 1 for row in rows)
+    assert f"pet {100 * smallest:.1f} %" in least and "planted_empty" not in least + most
+    assert "ignored 25.0 % pet_50 train" in ignored
+
+
+def test_every_photo_is_its_own_and_carries_its_own_mask(page, rows):
+    images = np.stack([row["image"] for row in rows]).astype(int)
+    for (_, name), (photo, lines, *_) in page.images.items():
+        # JPEG is only near the pixels, but nearer than to those of any other sample.
+        row = rows[np.abs(images - picture(photo, "RGB")).mean(axis=(1, 2, 3)).argmin()]
+        assert row["name"] == name
+        expected = look.outlines(row["mask"], PETS.classes, (look.LINES, look.LINES)).convert("RGBA")
+        assert np.array_equal(picture(lines, "RGBA"), expected), name
+    assert sum(section == "samples" for section, _ in page.images) == 24
+
+
+def test_outlines_lie_on_borders_in_the_class_colours():
+    mask = np.zeros((24, 24), np.uint8)
+    mask[:, 12:] = 1
+    mask[16:] = IGNORE
+    drawn = np.asarray(look.outlines(mask, PETS.classes, (240, 240)).convert("RGBA"))
+    assert [tuple(drawn[50, x, :3]) for x in (118, 121)] == [item.colour for item in PETS.classes[:2]]
+    assert list(drawn[50, [60, 118, 121, 180], 3]) == [0, 255, 255, 0]
+    assert set(map(tuple, drawn[200, :, :3])) == {(141,) * 3, (201,) * 3} and 0 < drawn[200, 9, 3] < 255
+
+
+def test_the_padding_of_a_letterbox_is_no_part_of_the_photo(tmp_path):
+    rows = pets(12)
+    for row in rows:
+        row |= {"original_width": 800, "original_height": 400, "breed": "", "split": "train"}
+        row["mask"] = np.pad(row["mask"][8:24] % 2, ((8, 8), (0, 0)), constant_values=IGNORE)
+        row["image"] = row["image"].copy()
+        row["image"][:8] = row["image"][24:] = 0
+    html = data_report(write_prepared(tmp_path / "own", rows, PETS.classes[:2], resize="letterbox"))
+    page = Page(html)
+    assert "ignored" not in page.words("offenders") and "breeds" not in page.text
+    assert html.count("top:25.00%;left:0.00%;height:50.00%;width:100.00%") == len(re.findall("<figure", html))
+    assert {picture(photo, "RGB").shape for photo, *_ in page.images.values()} == {(16, 32, 3)}
+    for section, answer in (("left-out", "Nothing:"), ("repairs", "None:"), ("warnings", "None.")):
+        assert answer in page.words(section)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0 %"), (0.0004, "<0.1 %"), (0.123, "12.3 %"), (0.9999, ">99.9 %"), (1, "100 %")]
+)
+def test_percent_never_rounds_some_to_none_or_all(share, text):
+    assert look.percent(share) == text.replace(" ", "\N{NO-BREAK SPACE}")
