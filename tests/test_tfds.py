@@ -11,6 +11,7 @@ import socket
 import tarfile
 import threading
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,9 +20,10 @@ import pytest
 from conftest import write_archives
 from PIL import Image
 
-from unet.data import tfds
+from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
+from unet.data.sources import tfds
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.storage import Folder
@@ -109,18 +111,27 @@ def members(folder, archive, under):
         return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.startswith(under)}
 
 
-def test_the_digest_is_that_of_the_archives(ray_cluster, plain, tmp_path):
-    seen = []
-    exported = tfds.export(
-        tmp_path / "pets", tmp_path / "cache", plain, builder_of(plain), lambda *step: seen.append(step)
+def prepared(archives: Path, folder: Path, monkeypatch, through_tfds: bool):
+    """The archives prepared below `folder`: through the real builder with their own checksums, or directly."""
+    if not through_tfds:
+        return prepare(str(archives), Folder(folder / "direct"), Recipe(32))
+    builder = builder_of(archives)
+    # In this process: the builder's class could not be sent to another.
+    monkeypatch.setattr(
+        tfds, "export_in_task", lambda to, cache, given, tell: tfds.export(to, cache, given, builder, tell)
     )
-    assert exported == tfds.Exported("4.0.0", ()) and seen[-1] == (27, 27)
-    through = prepare(str(tmp_path / "pets"), Folder(tmp_path / "through"), 32)
-    direct = prepare(str(plain), Folder(tmp_path / "direct"), 32)
+    return prepare(
+        "oxford_iiit_pet", Folder(folder / "through"), Recipe(32), source_dir=archives, cache=folder / "cache"
+    )
+
+
+def test_the_digest_is_that_of_the_archives(ray_cluster, plain, tmp_path, monkeypatch):
+    through, direct = (prepared(plain, tmp_path, monkeypatch, way) for way in (True, False))
     assert through.data_digest == direct.data_digest and through.counts == direct.counts
+    assert (through.source, direct.source) == ("oxford_iiit_pet", "archives") and through.repaired == []
 
 
-def test_only_the_reencoded_photos_differ(ray_cluster, odd, tmp_path):
+def test_only_the_reencoded_photos_differ(ray_cluster, odd, tmp_path, monkeypatch):
     exported = tfds.export(tmp_path / "pets", tmp_path / "cache", odd, builder_of(odd))
     assert exported.reencoded == tuple(sorted((*DAMAGED, *PNGS)))
     written = {f"images/{p.name}": p.read_bytes() for p in (tmp_path / "pets" / "images").iterdir()}
@@ -128,12 +139,14 @@ def test_only_the_reencoded_photos_differ(ray_cluster, odd, tmp_path):
     assert {n for n in theirs if n not in written} == {f"images/{n}.jpg" for n in GIFS}
     assert {n for n in written if written[n] != theirs[n]} == {f"images/{n}.jpg" for n in exported.reencoded}
 
-    prepare(str(tmp_path / "pets"), Folder(tmp_path / "through"), 32)
-    prepare(str(odd), Folder(tmp_path / "direct"), 32)
+    manifest = prepared(odd, tmp_path, monkeypatch, through_tfds=True)
+    prepared(odd, tmp_path, monkeypatch, through_tfds=False)
     through, direct = rows_of(Folder(tmp_path / "through")), rows_of(Folder(tmp_path / "direct"))
     assert list(through) == list(direct) and len(direct) == 33
     assert all(through[n]["mask"] == direct[n]["mask"] for n in direct)
     assert {n for n in direct if through[n]["image"] != direct[n]["image"]} == set(exported.reencoded)
+    named = {row["name"] for row in manifest.repaired if row["repair"] == "re-encoded by TensorFlow Datasets"}
+    assert named == set(exported.reencoded)
 
 
 def test_lists_name_class_and_species(odd, tmp_path):

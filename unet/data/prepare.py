@@ -21,6 +21,7 @@ import ray
 
 from unet.config import Resize
 from unet.data import checks
+from unet.data.look import data_report
 from unet.data.order import CHUNK
 from unet.data.pieces import Piece, Recipe, Shard, cut, decode_piece, read_table, sha256_of, write_shard
 from unet.data.shards import MANIFEST, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, Prepared, data_digest
@@ -29,7 +30,7 @@ from unet.data.sources.find import TFDS, check_source, open_source, version_of
 from unet.errors import InputError, RunFailed
 from unet.storage import Folder
 
-RECIPE = "recipe.json"
+RECIPE, REPORT = "recipe.json", "data_report.html"
 SAMPLE_COLUMNS = (
     *("name", "split", "breed", "original_height", "original_width"),
     *("pixels", "ignored", "repairs", "mask_fit", "digest"),
@@ -246,6 +247,8 @@ class _Preparation:
             warnings=[asdict(p) for p in warnings],
         )
         shards.write_text(MANIFEST, manifest.to_json())
+        self.progress("drawing data_report.html", 0, 0)
+        shards.write_text(REPORT, data_report(Prepared(shards)))
         if self.target.is_local:
             Path(shards.path).rename(self.target.path)
         return manifest

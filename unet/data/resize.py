@@ -13,12 +13,15 @@ Box = tuple[int, int, int, int]
 
 
 def letterbox_box(height: int, width: int, size: int) -> Box:
-    """The box of a photo of that height and width; works on integer tensors too."""
-    # The longer side without `max`, which tensors do not take: integer arithmetic is exact everywhere.
-    longest = (height + width + abs(height - width)) // 2
-    new_height, new_width = ((2 * side * size + longest) // (2 * longest) for side in (height, width))
-    new_height, new_width = (side + (side < 1) * 1 for side in (new_height, new_width))
+    """The box of a photo of that height and width; takes integer arrays and tensors too."""
+    longest = _larger(height, width)
+    new_height, new_width = (_larger(1, (2 * side * size + longest) // (2 * longest)) for side in (height, width))
     return (size - new_height) // 2, (size - new_width) // 2, new_height, new_width
+
+
+def _larger(a, b):
+    # In integer arithmetic, which is the same for numbers, arrays and tensors.
+    return (a + b + abs(a - b)) // 2
 
 
 def box_of(height: int, width: int, size: int, resize: Resize) -> Box:

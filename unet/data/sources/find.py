@@ -1,12 +1,13 @@
 """Which source a name or folder means."""
 
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from unet.config import SOURCES
 from unet.data.shards import MANIFEST
-from unet.data.sources import Source, fingerprint
+from unet.data.sources import Source, fingerprint, tfds
 from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
 from unet.data.sources.drawn import count_of, drawn, is_drawn
 from unet.data.sources.own import FILES, describe, is_own_folder, own
@@ -64,7 +65,20 @@ def open_source(
     """The samples of a source; what has to be unpacked or downloaded for it comes to lie under `raw`."""
     if is_drawn(source):
         return drawn(source, val_fraction)
+    if source == TFDS:
+        return _through_tfds(val_fraction, raw, source_dir, cache or raw / "cache", progress)
     folder = Path(source).resolve()
     if is_archive_folder(folder):
         return archives(extract(folder, raw, progress), val_fraction)
     return own(folder, val_fraction)
+
+
+def _through_tfds(val_fraction, raw: Path, source_dir: Path | None, cache: Path, progress) -> Source:
+    progress("TensorFlow Datasets reads the archives" if source_dir else "TensorFlow Datasets downloads 800 MB", 0, 0)
+    pets = raw / "pets"
+    shutil.rmtree(pets, ignore_errors=True)  # of a killed start; what was re-encoded is known from a new one
+    exported = tfds.export_in_task(pets, cache, source_dir, lambda done, total: progress("exporting", done, total))
+    source = archives(pets, val_fraction)
+    source.kind = TFDS
+    source.repairs = dict.fromkeys(exported.reencoded, "re-encoded by TensorFlow Datasets")
+    return source
