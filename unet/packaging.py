@@ -7,7 +7,6 @@ the network antialiased and probabilities back bilinearly, then the likeliest cl
 import tempfile
 from pathlib import Path
 
-from unet.classes import CLASSES
 from unet.config import TrainSettings
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints
@@ -30,9 +29,10 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     from unet.model import build_unet
 
     keras.config.set_dtype_policy("float32")
-    size, model = settings.data.image_size, settings.model
-    network = build_unet(size, model.base_filters, model.depth, model.dropout, len(CLASSES))
-    Checkpoints(Folder(run)).load_weights(checkpoint, network)
+    size, model, checkpoints = settings.data.image_size, settings.model, Checkpoints(Folder(run))
+    classes = len(checkpoints.state(checkpoint).classes)
+    network = build_unet(size, model.base_filters, model.depth, model.dropout, classes)
+    checkpoints.load_weights(checkpoint, network)
 
     class Segmenter(tf.Module):
         def __init__(self):

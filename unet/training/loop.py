@@ -14,6 +14,7 @@ import numpy as np
 import ray
 
 from unet import metrics
+from unet.classes import Classes
 from unet.config import TrainSettings, parse_interval
 from unet.data.ingest import Batch
 from unet.data.shards import Prepared, pixels
@@ -38,6 +39,7 @@ class Job:
         run: URI of the run's folder.
         threads: TensorFlow threads of this worker.
         data_digest: of the prepared data.
+        classes: of the prepared data.
         monitor: handle of the `Monitor`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
     """
@@ -47,6 +49,7 @@ class Job:
     run: str
     threads: int
     data_digest: str
+    classes: Classes
     monitor: ray.actor.ActorHandle
     score_test: bool = True
 
@@ -102,7 +105,8 @@ class Loop:
         equality = self._equality()
         latest = self.checkpoints.latest()
         if latest is None:
-            self.state = State(self.settings.training.seed, self.job.data_digest, self.job.shown, equality)
+            job, seed = self.job, self.settings.training.seed
+            self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes))
         else:
             name, self.state = latest
             self.checkpoints.load(name, self.learner)
@@ -254,7 +258,7 @@ class Loop:
     def evaluate(self, split: str, batches) -> dict:
         plan = self.reader.ingest.plan(split, self.world_size)
         tell = lambda batch: self._tell(Clock(), split, batch.step + 1, plan.steps)  # noqa: E731
-        return score(self.learner, batches, plan.samples, tell)
+        return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], tell)
 
     def test(self) -> None:
         """Score the test split once with the best weights, show what they do on validation photos, package them."""
