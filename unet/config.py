@@ -39,6 +39,8 @@ class DataSettings(Part):
     by the program. What is not prepared yet is prepared on first use and kept under the storage path."""
     image_size: Annotated[int, Field(ge=16, le=2048)] = 128
     """Side of the network's square input, in pixels; a multiple of 2**depth."""
+    resize: Literal["stretch", "letterbox"] = "stretch"
+    """Stretch photos to the square, or letterbox: keep their shape and fill up with ignored pixels."""
     limit_train: Annotated[int | None, Field(ge=1)] = None
     """Use only the first so many training samples of the canonical order."""
     memory_budget: str | None = None

@@ -1,13 +1,15 @@
 """A trained model with its preprocessing, as an MLflow model that needs none of this code.
 
 uint8 (N, height, width, 3) photos of any one size in, uint8 (N, height, width) class ids out. Photos are resized to
-the network antialiased and probabilities back bilinearly, then the likeliest class is taken. Float32 throughout.
+the network antialiased, stretched or letterboxed as in training, and probabilities back bilinearly without the
+padding; then the likeliest class is taken. Float32 throughout.
 """
 
 import tempfile
 from pathlib import Path
 
 from unet.config import TrainSettings
+from unet.data.resize import letterbox_box
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints
 
@@ -33,6 +35,7 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     classes = len(checkpoints.state(checkpoint).classes)
     network = build_unet(size, model.base_filters, model.depth, model.dropout, classes)
     checkpoints.load_weights(checkpoint, network)
+    letterbox = settings.data.resize == "letterbox"
 
     class Segmenter(tf.Module):
         def __init__(self):
@@ -41,9 +44,13 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):
-            inputs = tf.image.resize(tf.cast(photos, tf.float32), (size, size), antialias=True) / 255.0
+            shape = tf.shape(photos)[1:3]
+            box = letterbox_box(shape[0], shape[1], size, tf.maximum) if letterbox else (0, 0, size, size)
+            inputs = tf.image.resize(tf.cast(photos, tf.float32), box[2:], antialias=True) / 255.0
+            inputs = tf.image.pad_to_bounding_box(inputs, *box[:2], size, size)
             probabilities = tf.nn.softmax(self.network(inputs, training=False))
-            probabilities = tf.image.resize(probabilities, tf.shape(photos)[1:3])
+            probabilities = tf.image.crop_to_bounding_box(probabilities, *box)
+            probabilities = tf.image.resize(probabilities, shape)
             return tf.cast(tf.argmax(probabilities, -1), tf.uint8)
 
     signature = ModelSignature(

@@ -17,6 +17,7 @@ from unet import metrics
 from unet.classes import Classes
 from unet.config import TrainSettings, parse_interval
 from unet.data.ingest import Batch
+from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
 from unet.evaluation import score
 from unet.packaging import package
@@ -272,19 +273,26 @@ class Loop:
             self.line.event("package", package(self.job.run, best, self.settings))
 
     def _gallery(self) -> dict:
-        """Photos of validation with their truth and what the model says: names and uint8 arrays."""
+        """Photos of validation with their truth and what the model says: names and uint8 arrays.
+
+        What the model says of a letterbox' padding becomes `IGNORE`: it is no part of the photo.
+        """
         ingest = self.reader.ingest
         prepared = Prepared(Folder(ingest.folder))
         split = "val" if ingest.samples["val"] else "train"
-        table = prepared.read_chunk(split, 0, ("name", "image", "mask")).slice(0, GALLERY)
+        columns = ("name", "image", "mask", "original_height", "original_width")
+        table = prepared.read_chunk(split, 0, columns).slice(0, GALLERY)
         size = ingest.image_size
         images, truth = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
-        rows = [self.learner.predict(images[i : i + 1]) for i in range(len(images))]
+        predicted = np.concatenate([self.learner.predict(images[i : i + 1]) for i in range(len(images))])
+        if prepared.manifest.resize == "letterbox":
+            shapes = zip(*(table[name].to_pylist() for name in columns[3:]), strict=True)
+            predicted = np.stack([ignore_padding(mask, *shape) for mask, shape in zip(predicted, shapes, strict=True)])
         return {
             "names": table["name"].to_pylist(),
             "images": images.copy(),
             "truth": truth.copy(),
-            "predicted": np.concatenate(rows),
+            "predicted": predicted,
         }
 
     def _tell(self, clock: Clock, phase: str, step: int, steps: int) -> None:
