@@ -44,7 +44,7 @@ def plain(folder: str, epochs: int) -> None:
     rows = [json.loads(line) for line in (Path(folder) / "trials.jsonl").read_text().splitlines()]
     config = yaml.safe_load((Path(folder) / rows[0]["trial"] / "config.yaml").read_text())
     prepared, arrays = Prepared(Folder(config["data"])), {}
-    side = prepared.manifest.image_size
+    side, names = prepared.manifest.image_size, prepared.manifest.classes
     for split in ("train", "val"):
         tables = [prepared.read_chunk(split, i) for i in range(len(prepared.chunks[split]))]
         arrays[split] = (
@@ -54,7 +54,7 @@ def plain(folder: str, epochs: int) -> None:
     batch, learners, scores = config["batch_size"], Learners(), {}
     images, masks = (a[: config["limit_train"]] for a in arrays["train"])
     for row in rows:
-        learner = learners.get(unflat(TrainSettings, config | row["settings"]))
+        learner = learners.get(unflat(TrainSettings, config | row["settings"]), len(names))
         order, best, step = np.random.default_rng(config["seed"]), 0.0, 0
         for _ in range(epochs):
             for chosen in np.split(order.permutation(len(images)), range(batch, len(images), batch)):
@@ -66,14 +66,14 @@ def plain(folder: str, epochs: int) -> None:
                         array[turn] = array[turn, :, ::-1]
                     learner.train_step(*pair, step)
             learner.refresh_float32()
-            confusion = np.zeros((3, 3), np.int64)
+            confusion = np.zeros((len(names), len(names)), np.int64)
             for at in range(0, len(arrays["val"][0]), batch):
                 share = [a[at : at + batch] for a in arrays["val"]]
                 missing = [(0, batch - len(share[0]))]
                 photos = np.pad(share[0], missing + [(0, 0)] * 3)
                 truth = np.pad(share[1], missing + [(0, 0)] * 2, constant_values=255)
                 confusion += learner.evaluate(photos, truth)[0]
-            best = max(best, metrics.scores(confusion)["mean_iou"])
+            best = max(best, metrics.scores(confusion, names)["mean_iou"])
         scores[row["trial"]] = best
     print(json.dumps(scores))
 

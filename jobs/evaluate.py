@@ -14,7 +14,6 @@ def run(settings: EvaluateSettings) -> None:
     import os
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from unet.classes import CLASSES
     from unet.evaluation import evaluate
     from unet.report import score_table
     from unet.session import ray_session
@@ -26,7 +25,7 @@ def run(settings: EvaluateSettings) -> None:
             result = evaluate(settings, display)
         finally:
             display.close()
-    display.console.print(score_table(f"{part.model} on {part.split}", result, CLASSES))
+    display.console.print(score_table(f"{part.model} on {part.split}", result))
     if part.output:
         Path(part.output).mkdir(parents=True, exist_ok=True)
         target = Path(part.output) / "metrics.json"

@@ -26,7 +26,7 @@ def main(rank, ports, output, values, steps, poison):
     from unet.training.learner import Learner
 
     settings = unflat(TrainSettings, values | {"num_workers": world})
-    learner = Learner(settings, rank, world, strategy)
+    learner = Learner(settings, 3, rank, world, strategy)
     learner.synchronise()
     size, batch = settings.data.image_size, settings.training.batch_size
     pets = [draw_pet(i, size) for i in range(2 * batch)]

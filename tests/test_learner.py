@@ -1,5 +1,7 @@
 """The step and the evaluation of a single worker, against plain NumPy and each other."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -16,8 +18,8 @@ def pets():
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
 
 
-def learner(**changes):
-    return Learner(unflat(TrainSettings, SMALL | changes))
+def learner(classes=3, **changes):
+    return Learner(unflat(TrainSettings, SMALL | changes), classes)
 
 
 def bits(one) -> bytes:
@@ -35,12 +37,12 @@ def test_padding_changes_nothing(pets):
         np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5)
 
 
-def test_loss_and_confusion_are_those_of_numpy(pets):
-    images, masks = pets
-    masks = masks.copy()
-    masks[0, :9] = 255
-    one = learner(precision="mixed_bfloat16")
-    one.train_step(images, masks, 1)
+@pytest.mark.parametrize("classes", [2, 21, 255])
+def test_loss_and_confusion_are_those_of_numpy(pets, classes):
+    images, masks = pets[0], np.random.default_rng(0).integers(0, classes, pets[1].shape).astype(np.uint8)
+    masks[0, :9], masks[1], masks[2, 0, 0] = 255, 255, classes - 1
+    one = learner(classes, precision="mixed_bfloat16")
+    assert one.train_step(images, masks, 1).pixels == 4 * 32 * 32 + 23 * 32
     one.refresh_float32()
     confusion, loss_sum = one.evaluate(images, masks)
     logits = one.float32_model(images.astype(np.float32) / np.float32(255)).numpy().astype(np.float64)
@@ -49,7 +51,7 @@ def test_loss_and_confusion_are_those_of_numpy(pets):
     valid = masks != 255
     expected = -np.take_along_axis(log_p, np.where(valid, masks, 0)[..., None], -1)[..., 0][valid].sum()
     assert loss_sum == pytest.approx(expected, rel=1e-5)
-    predicted, counts = logits.argmax(-1), np.zeros((3, 3), np.int64)
+    predicted, counts = logits.argmax(-1), np.zeros((classes, classes), np.int64)
     np.add.at(counts, (masks[valid], predicted[valid]), 1)
     np.testing.assert_array_equal(confusion, counts)
     assert confusion.dtype == np.int64
@@ -127,6 +129,21 @@ def test_checkpoints_keep_the_best_and_the_last_and_pass_over_damage(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", "step_00000002"]
 
 
+def test_a_checkpoint_says_what_its_outputs_mean(tmp_path):
+    from unet.classes import PETS, ClassInfo
+    from unet.storage import Folder
+    from unet.training.checkpoint import Checkpoints, State
+
+    checkpoints, classes = Checkpoints(Folder(tmp_path)), (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)))
+    name = checkpoints.save(_Weights(), State(0, "digest", {}, {}, classes=list(classes)))
+    assert checkpoints.state(name).class_infos == classes
+    path = tmp_path / "checkpoints" / name / "state.json"
+    content = json.loads(path.read_text())
+    assert content.pop("classes") == [["road", [1, 2, 3]], ["sky", [4, 5, 6]]]
+    path.write_text(json.dumps(content))  # as it was when all data were pets
+    assert checkpoints.state(name).class_infos == PETS.classes
+
+
 def test_a_restarted_learner_is_a_new_one_bit_for_bit():
     """As a warm process of a sweep uses it: other settings and another width in between, dropout and rate changed."""
     from unet.tuning.trial import Learners
@@ -143,8 +160,8 @@ def test_a_restarted_learner_is_a_new_one_bit_for_bit():
         return [*learner.model.get_weights(), *(v.numpy() for v in learner.optimizer_variables().values())]
 
     learners = Learners()
-    alone = train(Learner(first))
-    used = [train(learners.get(settings)) for settings in (first, *others, first)]
+    alone = train(Learner(first, 3))
+    used = [train(learners.get(settings, 3)) for settings in (first, *others, first)]
     for weights in (used[0], used[-1]):
         assert all(np.array_equal(a, b) for a, b in zip(alone, weights, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(alone, used[1], strict=True))

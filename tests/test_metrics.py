@@ -14,7 +14,8 @@ NAMES = ("pet", "background", "outline")
 def test_scores_are_those_of_sets_of_pixels(truth, seed):
     predicted = np.random.default_rng(seed).integers(0, 3, truth.shape).astype(np.uint8)
     pixels = [(int(t), int(p)) for t, p in zip(truth.flat, predicted.flat, strict=True) if t != 255]
-    result = scores(np.array([[sum(pair == (t, p) for pair in pixels) for p in range(3)] for t in range(3)]))
+    counts = [[sum(pair == (t, p) for pair in pixels) for p in range(3)] for t in range(3)]
+    result = scores(np.array(counts), NAMES)
     ious = []
     for i, name in enumerate(NAMES):
         true = {k for k, (t, _) in enumerate(pixels) if t == i}
@@ -30,7 +31,7 @@ def test_scores_are_those_of_sets_of_pixels(truth, seed):
 
 
 def test_an_absent_class_is_null_and_left_out_of_names():
-    result = scores(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) | {"loss": 0.5}
+    result = scores(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), NAMES) | {"loss": 0.5}
     assert result["iou"]["outline"] is None and result["mean_iou"] == (3 / 4 + 4 / 5) / 2
     names = flat("val", result)
     assert "val_iou_outline" not in names and names["val_dice_pet"] == 6 / 7 and names["val_loss"] == 0.5

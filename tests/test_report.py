@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from unet import report
+from unet.terminal import Display
 
 
 class Item(NamedTuple):
@@ -157,6 +158,15 @@ def test_gallery_sets_more_than_four_samples_two_abreast(tmp_path, count, classe
     assert (width > 1500) == (count > 4)
 
 
+@pytest.mark.parametrize("classes", [PETS, MANY])
+def test_the_line_of_an_epoch_has_room_for_few_classes(classes):
+    console = Console(record=True, width=200, file=io.StringIO())
+    record = {"epoch": 3, "val_mean_iou": 0.75} | {f"val_iou_{item.name}": 0.5 for item in classes}
+    Display(console).epoch(record, 10, classes)
+    by_class = "  pet 0.5000  background 0.5000  outline 0.5000" if classes is PETS else ""
+    assert console.export_text().strip().endswith(f"mean IoU 0.7500{by_class}")
+
+
 def test_score_table():
     scores = {
         "iou": {"pet": 0.84127, "background": 0.93, "outline": None},
@@ -168,7 +178,7 @@ def test_score_table():
         "images": 3669,
     }
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(report.score_table("Test set", scores, PETS))
+    console.print(report.score_table("Test set", scores))
     text = console.export_text()
     rows = [line.split() for line in text.splitlines()]
     assert ["pet", "0.8413", "0.9100"] in rows

@@ -218,6 +218,19 @@ def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, 
     assert refused.returncode == 2 and "'nobody' is neither" in refused.stdout
 
 
+def test_data_with_other_classes_are_refused(trained, storage, tmp_path):
+    from unet.config import EvaluateSettings, unflat
+    from unet.evaluation import evaluate
+    from unet.terminal import Display
+
+    folder, summary = trained
+    manifest = read_manifest(summary, folder)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"classes": ["pet", "background", "border"]}))
+    settings = unflat(EvaluateSettings, {"model": "trained", "data": str(tmp_path), "storage_path": str(storage)})
+    with pytest.raises(InputError, match=r"trained for the classes pet, background, outline, .* background, border:"):
+        evaluate(settings, Display(quiet=True))
+
+
 def test_mlflow_away_loses_and_doubles_nothing(tmp_path):
     """A store that refuses for a while, files for good: metrics arrive, in order, once."""
     from unet.storage import Folder

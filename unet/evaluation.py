@@ -1,12 +1,11 @@
 """A model over a split: exact scores in float32, every image counted once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from unet import metrics
-from unet.classes import CLASSES
 from unet.config import MAY_CHANGE, EvaluateSettings, TrainSettings, unflat
 from unet.data.ingest import Batch, Ingest, Shard
 from unet.data.order import PADDING
@@ -17,14 +16,16 @@ from unet.terminal import Display
 from unet.training.checkpoint import STATE, Checkpoints
 
 
-def score(learner, batches: Iterable[Batch], images: int, tell: Callable[[Batch], None] = lambda batch: None) -> dict:
-    """Scores over the batches of all workers of the learner, with `loss` and `images`.
+def score(learner, batches: Iterable[Batch], images: int, names: Sequence[str], tell: Callable[[Batch], None]) -> dict:
+    """Scores by class name over the batches of all workers of the learner, with `loss` and `images`.
+
+    `tell` is called with each batch that is done.
 
     Raises:
         RuntimeError: another number of images than `images` came by.
     """
     learner.refresh_float32()
-    confusion, sums = np.zeros((len(CLASSES), len(CLASSES)), np.int64), np.zeros(2)
+    confusion, sums = np.zeros((len(names), len(names)), np.int64), np.zeros(2)
     for batch in batches:
         matrix, loss_sum = learner.evaluate(batch.images, batch.masks)
         confusion += matrix
@@ -34,7 +35,7 @@ def score(learner, batches: Iterable[Batch], images: int, tell: Callable[[Batch]
     if counted != images:
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
     pixels = int(confusion.sum())
-    return metrics.scores(confusion) | {"loss": loss_sum / pixels if pixels else None, "images": int(counted)}
+    return metrics.scores(confusion, names) | {"loss": loss_sum / pixels if pixels else None, "images": int(counted)}
 
 
 def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
@@ -54,20 +55,30 @@ def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
 
 
 def evaluate(settings: EvaluateSettings, display: Display) -> dict:
-    """Score a run's best checkpoint (or a given one) on a split, in this process."""
+    """Score a run's best checkpoint (or a given one) on a split, in this process.
+
+    Raises:
+        InputError: there is no such model, or the data have other classes than it.
+    """
     part = settings.evaluate
     check_source(part.data)
     storage = Folder(settings.store.storage_path)
     run, checkpoint = find_checkpoint(part.model, storage)
-    values = Checkpoints(run).state(checkpoint).settings
+    state = Checkpoints(run).state(checkpoint)
     # What concerns the machine of the training does not concern this one.
-    trained = unflat(TrainSettings, {k: v for k, v in values.items() if k not in MAY_CHANGE})
+    trained = unflat(TrainSettings, {k: v for k, v in state.settings.items() if k not in MAY_CHANGE})
     trained = trained.model_copy(update={"training": trained.training.model_copy(update={"grad_shards": 1})})
     prepared = resolve(part.data, trained.data.image_size, trained.data.resize, storage, display.working)
+    names, found = [c.name for c in state.class_infos], prepared.manifest.classes
+    if names != found:
+        raise InputError(
+            f"{part.model} was trained for the classes {', '.join(names)}, {prepared.folder} has {', '.join(found)}: "
+            "give data that were prepared with the model's classes."
+        )
 
     from unet.training.learner import Learner
 
-    learner = Learner(trained)
+    learner = Learner(trained, len(names))
     Checkpoints(run).load_weights(checkpoint, learner.model)
     counts = prepared.manifest.counts
     reading = Ingest(
@@ -75,6 +86,6 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
     )
     batches = Shard(reading, 0, 1).reader().direct(part.split)
     steps = reading.plan(part.split, 1).steps
-    result = score(learner, batches, counts[part.split], lambda batch: display.scoring(batch.step + 1, steps))
+    result = score(learner, batches, counts[part.split], names, lambda batch: display.scoring(batch.step + 1, steps))
     what = {"model": part.model, "checkpoint": checkpoint, "split": part.split}
     return what | {"data_digest": prepared.manifest.data_digest} | result

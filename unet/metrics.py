@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unet.classes import CLASSES
 
-
-def scores(confusion: np.ndarray, names: Sequence[str] = tuple(c.name for c in CLASSES)) -> dict:
+def scores(confusion: np.ndarray, names: Sequence[str]) -> dict:
     """IoU and Dice by class name, their means, accuracy and the matrix, ready for JSON.
 
     IoU is TP / (TP + FP + FN), Dice 2 TP / (2 TP + FP + FN). A class absent from truth and prediction has neither

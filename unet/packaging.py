@@ -1,14 +1,15 @@
 """A trained model with its preprocessing, as an MLflow model that needs none of this code.
 
 uint8 (N, height, width, 3) photos of any one size in, uint8 (N, height, width) class ids out. Photos are resized to
-the network antialiased and probabilities back bilinearly, then the likeliest class is taken. Float32 throughout.
+the network antialiased, stretched or letterboxed as in training, and probabilities back bilinearly without the
+padding; then the likeliest class is taken. Float32 throughout.
 """
 
 import tempfile
 from pathlib import Path
 
-from unet.classes import CLASSES
 from unet.config import TrainSettings
+from unet.data.resize import box_of
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints
 
@@ -30,9 +31,10 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     from unet.model import build_unet
 
     keras.config.set_dtype_policy("float32")
-    size, model = settings.data.image_size, settings.model
-    network = build_unet(size, model.base_filters, model.depth, model.dropout, len(CLASSES))
-    Checkpoints(Folder(run)).load_weights(checkpoint, network)
+    size, model, checkpoints = settings.data.image_size, settings.model, Checkpoints(Folder(run))
+    classes = [c.name for c in checkpoints.state(checkpoint).class_infos]
+    network = build_unet(size, model.base_filters, model.depth, model.dropout, len(classes))
+    checkpoints.load_weights(checkpoint, network)
 
     class Segmenter(tf.Module):
         def __init__(self):
@@ -41,9 +43,13 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):
-            inputs = tf.image.resize(tf.cast(photos, tf.float32), (size, size), antialias=True) / 255.0
+            shape = tf.shape(photos)[1:3]
+            box = box_of(shape[0], shape[1], size, settings.data.resize)
+            inputs = tf.image.resize(tf.cast(photos, tf.float32), box[2:], antialias=True) / 255.0
+            inputs = tf.image.pad_to_bounding_box(inputs, *box[:2], size, size)
             probabilities = tf.nn.softmax(self.network(inputs, training=False))
-            probabilities = tf.image.resize(probabilities, tf.shape(photos)[1:3])
+            probabilities = tf.image.crop_to_bounding_box(probabilities, *box)
+            probabilities = tf.image.resize(probabilities, shape)
             return tf.cast(tf.argmax(probabilities, -1), tf.uint8)
 
     signature = ModelSignature(
@@ -53,5 +59,6 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     requirements = [f"{name}=={version(name)}" for name in ("mlflow", "tensorflow", "numpy")]
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model"
-        mlflow.tensorflow.save_model(Segmenter(), target, signature=signature, pip_requirements=requirements)
+        about = {"signature": signature, "pip_requirements": requirements, "metadata": {"classes": classes}}
+        mlflow.tensorflow.save_model(Segmenter(), target, **about)
         return {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()}

@@ -227,7 +227,7 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
     return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
-def score_table(title: str, scores: Mapping, classes: Sequence[ClassInfo]) -> Table:
+def score_table(title: str, scores: Mapping) -> Table:
     """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
 
     `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `loss` and `images`; a
@@ -242,8 +242,8 @@ def score_table(title: str, scores: Mapping, classes: Sequence[ClassInfo]) -> Ta
     caption = f"accuracy {four(scores['accuracy'])} · loss {four(scores['loss'])}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
-    for item in classes:
-        table.add_row(item.name, four(scores["iou"][item.name]), four(scores["dice"][item.name]))
+    for name, iou in scores["iou"].items():
+        table.add_row(name, four(iou), four(scores["dice"][name]))
     table.add_section()
     table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
     return table

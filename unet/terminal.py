@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.live import Live as LiveText
 from rich.text import Text
 
-from unet.classes import CLASSES
+from unet.classes import Classes
 from unet.training.monitor import Live
 
 SHOWN = 5
 """Names of samples in a line about them."""
 PLAIN_SECONDS = 20
 """How often the progress line is printed where it cannot be redrawn."""
+LINE_CLASSES = 4
+"""The IoU of more classes than these would not fit into a line."""
 
 
 class Display:
@@ -84,11 +86,11 @@ class Display:
             self._printed = time.monotonic()
             self.say("  " + text)
 
-    def epoch(self, record: dict, epochs: int) -> None:
+    def epoch(self, record: dict, epochs: int, classes: Classes) -> None:
         parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
         for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
             parts.append(f"{label} {_number(record.get(key))}")
-        parts += [f"{c.name} {_number(record.get(f'val_iou_{c.name}'))}" for c in CLASSES]
+        parts += [f"{name} {_number(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
         if "images_per_second" in record:
             parts.append(f"{record['images_per_second']:.1f} images/s")
         best = record.get("best_epoch") == record["epoch"]
@@ -99,6 +101,11 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def names_in_line(classes: Classes) -> list[str]:
+    """The names of the classes whose IoU a line shows: all, or none where they are too many for it."""
+    return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
 
 
 def _number(value: float | None) -> str:

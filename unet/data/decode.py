@@ -12,8 +12,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from unet.classes import IGNORE, UNKNOWN, Labels
+from unet.config import Resize
 from unet.data import synthetic
-from unet.data.resize import Resize, to_square
+from unet.data.resize import ignore_padding, to_square
 from unet.data.sources import Sample
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
@@ -63,12 +64,10 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     if photo.size != mask.size:
         raise Unusable("size_mismatch", f"the mask is {_by(mask.size)}, its photo {_by(photo.size)}")
     _check_labels(mask, labels)
-    # Fewer pixels to look up after than before; what has no label is ignored, as the padding is.
-    raw = to_square(mask, size, resize, NEAREST, fill=0)
-    ids = labels.table[raw].astype(np.uint8)
+    # Looked up after resizing: there are fewer pixels then.
+    ids = labels.table[to_square(mask, size, resize, NEAREST, fill=0)].astype(np.uint8)
     if resize == "letterbox":
-        inside = to_square(Image.new("1", mask.size, 1), size, resize, NEAREST, fill=False)
-        ids[~inside] = IGNORE
+        ids = ignore_padding(ids, mask.height, mask.width)
     kept = _png(labels.table[np.asarray(mask)].astype(np.uint8)) if original_mask else b""
     image = to_square(photo, size, resize, BILINEAR, fill=0)
     return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)

@@ -6,6 +6,7 @@
 import numpy as np
 from PIL import Image
 
+from unet.classes import IGNORE
 from unet.config import Resize
 
 Box = tuple[int, int, int, int]
@@ -55,3 +56,12 @@ def from_square(values: np.ndarray, height: int, width: int, resize: Resize) -> 
         return np.asarray(Image.fromarray(inside).resize((width, height), Image.Resampling.NEAREST))
     bands = [Image.fromarray(np.ascontiguousarray(inside[..., c])) for c in range(inside.shape[2])]
     return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], -1)
+
+
+def ignore_padding(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask, uint8 (S, S), with `IGNORE` where the letterbox of a photo (height, width) has padding."""
+    top, left, new_height, new_width = letterbox_box(height, width, len(mask))
+    box = slice(top, top + new_height), slice(left, left + new_width)
+    ignored = np.full_like(mask, IGNORE)
+    ignored[box] = mask[box]
+    return ignored

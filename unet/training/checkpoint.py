@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unet.classes import PETS, Classes, ClassInfo
 from unet.storage import Folder
 
 WEIGHTS, OPTIMIZER, STATE = "model.weights.h5", "optimizer.npz", "state.json"
@@ -33,6 +34,7 @@ class State:
         taken_over: whose weights a trial of a sweep took over last, as run/checkpoint.
         history: the lines of `metrics.jsonl` so far.
         seed, data_digest, settings: what the run is.
+        classes: what the network's outputs mean, as [name, [red, green, blue]]; at first they were always the pets'.
         equality: what bit-equal continuation depends on (workers, threads, precision, versions, processor).
     """
 
@@ -54,6 +56,11 @@ class State:
     validation: dict | None = None
     taken_over: str | None = None
     history: list[dict] = field(default_factory=list)
+    classes: list = field(default_factory=lambda: list(PETS.classes))
+
+    @property
+    def class_infos(self) -> Classes:
+        return tuple(ClassInfo(name, tuple(colour)) for name, colour in self.classes)
 
 
 def name_of(step: int) -> str:

@@ -15,7 +15,6 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from unet.classes import CLASSES
 from unet.data import ingest
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
@@ -80,9 +79,13 @@ def train(
             f"The run {run.name} was trained on data with digest {latest[1].data_digest[:12]}, {prepared.folder} has "
             f"{digest[:12]}: give the data of then, or another --run-name."
         )
+    names = prepared.manifest.classes
+    if latest and [c.name for c in latest[1].class_infos] != names:
+        raise InputError(f"{prepared.folder} calls the classes {', '.join(names)} now: give another --run-name.")
     counts = resources.check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
-    parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, len(CLASSES))
+    classes = len(prepared.manifest.classes)
+    parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, classes)
     plan = resources.plan(settings, nodes, data_bytes, together)
     if not as_trial:  # the sweep has asked for all its trials
         need = plan.num_workers * plan.cpus_per_worker
@@ -218,8 +221,17 @@ class _Session:
         )
         if plan.kept:
             reading = ingest.keep(reading)
-        digest = self.prepared.manifest.data_digest
-        job = Job(settings, run.shown_settings(), run.folder.uri, plan.threads, digest, self.monitor, not self.as_trial)
+        manifest = self.prepared.manifest
+        job = Job(
+            settings=settings,
+            shown=run.shown_settings(),
+            run=run.folder.uri,
+            threads=plan.threads,
+            data_digest=manifest.data_digest,
+            classes=manifest.class_infos,
+            monitor=self.monitor,
+            score_test=not self.as_trial,
+        )
         # A name of its own for every start: Ray would silently continue from its snapshot of the same name.
         scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"unet-ray-{uuid.uuid4().hex[:8]}"
         trainer = DataParallelTrainer(
@@ -294,7 +306,7 @@ class _Session:
         record = content["record"]
         self._take_history([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
         self.run.write_summary(best_epoch=record["best_epoch"], val=content["validation"])
-        self.display.epoch(record, self.run.settings.training.epochs)
+        self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
 
     def _take_history(self, history: list[dict]) -> None:
         """Write down the epochs so far and send what MLflow lacks: all of it, where workers started again."""

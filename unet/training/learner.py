@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from unet.classes import CLASSES, IGNORE
+from unet.classes import IGNORE
 from unet.config import TrainSettings
 from unet.model import DropoutKey, build_unet, dropout_key
 
@@ -40,10 +40,11 @@ class StepResult:
 
 
 class Learner:
-    """The model, its optimizer and the steps, in one worker of `world_size`."""
+    """The model for a number of `classes` (1-255), its optimizer and the steps, in one worker of `world_size`."""
 
-    def __init__(self, settings: TrainSettings, rank: int = 0, world_size: int = 1, strategy=None):
-        self.settings, self.rank, self.world_size, self.strategy = settings, rank, world_size, strategy
+    def __init__(self, settings: TrainSettings, classes: int, rank: int = 0, world_size: int = 1, strategy=None):
+        self.settings, self.classes = settings, classes
+        self.rank, self.world_size, self.strategy = rank, world_size, strategy
         self.image_size = settings.data.image_size
         training = settings.training
         keras.utils.set_random_seed(training.seed)
@@ -71,7 +72,7 @@ class Learner:
 
     def _build(self) -> keras.Model:
         model = self.settings.model
-        return build_unet(self.image_size, model.base_filters, model.depth, model.dropout, len(CLASSES))
+        return build_unet(self.image_size, model.base_filters, model.depth, model.dropout, self.classes)
 
     def train_step(self, images: np.ndarray, masks: np.ndarray, step: int, control: int = 0) -> StepResult:
         """Update the weights from this worker's share: images uint8 (share, S, S, 3), masks uint8 (share, S, S).
@@ -165,7 +166,7 @@ class Learner:
     def _evaluate_graph(self, images, masks):
         logits = self.float32_model(_as_input(images), training=False)
         loss_sum, _, valid = _loss(logits, masks)
-        classes = len(CLASSES)
+        classes = self.classes
         cells = tf.cast(masks, tf.int32) * classes + tf.argmax(logits, -1, tf.int32)
         cells = tf.where(valid, cells, classes**2)  # ignored pixels fall into a bin that is cut off
         counts = tf.math.bincount(tf.reshape(cells, [-1]), minlength=classes**2 + 1, dtype=tf.int64)
@@ -228,11 +229,11 @@ class Learner:
         return slots | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
 
-def traced_for(settings: TrainSettings) -> tuple:
+def traced_for(settings: TrainSettings, classes: int) -> tuple:
     """What a learner's graphs and initial weights depend on: with equal ones, a learner serves both settings."""
     training, model = settings.training, settings.model
-    data = (settings.data.image_size, model.base_filters, model.depth, model.dropout > 0)
-    return (*data, training.batch_size, training.precision, training.clip_norm, training.grad_shards, training.seed)
+    network = (settings.data.image_size, model.base_filters, model.depth, model.dropout > 0, classes)
+    return (*network, training.batch_size, training.precision, training.clip_norm, training.grad_shards, training.seed)
 
 
 def _graph(function, signature=None):

@@ -14,8 +14,10 @@ import numpy as np
 import ray
 
 from unet import metrics
+from unet.classes import Classes
 from unet.config import TrainSettings, parse_interval
 from unet.data.ingest import Batch
+from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
 from unet.evaluation import score
 from unet.packaging import package
@@ -38,6 +40,7 @@ class Job:
         run: URI of the run's folder.
         threads: TensorFlow threads of this worker.
         data_digest: of the prepared data.
+        classes: of the prepared data.
         monitor: handle of the `Monitor`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
     """
@@ -47,6 +50,7 @@ class Job:
     run: str
     threads: int
     data_digest: str
+    classes: Classes
     monitor: ray.actor.ActorHandle
     score_test: bool = True
 
@@ -102,7 +106,8 @@ class Loop:
         equality = self._equality()
         latest = self.checkpoints.latest()
         if latest is None:
-            self.state = State(self.settings.training.seed, self.job.data_digest, self.job.shown, equality)
+            job, seed = self.job, self.settings.training.seed
+            self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes))
         else:
             name, self.state = latest
             self.checkpoints.load(name, self.learner)
@@ -254,7 +259,7 @@ class Loop:
     def evaluate(self, split: str, batches) -> dict:
         plan = self.reader.ingest.plan(split, self.world_size)
         tell = lambda batch: self._tell(Clock(), split, batch.step + 1, plan.steps)  # noqa: E731
-        return score(self.learner, batches, plan.samples, tell)
+        return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], tell)
 
     def test(self) -> None:
         """Score the test split once with the best weights, show what they do on validation photos, package them."""
@@ -268,19 +273,26 @@ class Loop:
             self.line.event("package", package(self.job.run, best, self.settings))
 
     def _gallery(self) -> dict:
-        """Photos of validation with their truth and what the model says: names and uint8 arrays."""
+        """Photos of validation with their truth and what the model says: names and uint8 arrays.
+
+        What the model says of a letterbox' padding becomes `IGNORE`: it is no part of the photo.
+        """
         ingest = self.reader.ingest
         prepared = Prepared(Folder(ingest.folder))
         split = "val" if ingest.samples["val"] else "train"
-        table = prepared.read_chunk(split, 0, ("name", "image", "mask")).slice(0, GALLERY)
+        columns = ("name", "image", "mask", "original_height", "original_width")
+        table = prepared.read_chunk(split, 0, columns).slice(0, GALLERY)
         size = ingest.image_size
         images, truth = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
-        rows = [self.learner.predict(images[i : i + 1]) for i in range(len(images))]
+        predicted = np.concatenate([self.learner.predict(images[i : i + 1]) for i in range(len(images))])
+        if prepared.manifest.resize == "letterbox":
+            shapes = zip(*(table[name].to_pylist() for name in columns[3:]), strict=True)
+            predicted = np.stack([ignore_padding(mask, *shape) for mask, shape in zip(predicted, shapes, strict=True)])
         return {
             "names": table["name"].to_pylist(),
             "images": images.copy(),
             "truth": truth.copy(),
-            "predicted": np.concatenate(rows),
+            "predicted": predicted,
         }
 
     def _tell(self, clock: Clock, phase: str, step: int, steps: int) -> None:

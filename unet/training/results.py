@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unet import report
-from unet.classes import CLASSES
+from unet.classes import Classes
 from unet.metrics import flat as flat_metrics
 from unet.terminal import Display
 from unet.tracking import Tracker, without_password
@@ -41,7 +41,7 @@ def keep(
         `model_uri` of the packaged model.
     """
     tracker.metrics(flat_metrics("test", test), state.epoch - 1, int(time.time() * 1000))
-    figures = draw(history, test, gallery)
+    figures = draw(history, test, gallery, state.class_infos)
     for name, content in figures.items():
         run.folder.write_bytes(name, content)
     tracker.artifacts("", figures)
@@ -51,13 +51,13 @@ def keep(
     return {"model_uri": f"runs:/{tracker.run_id}/model"}
 
 
-def draw(history: list[dict], test: dict, gallery: dict) -> dict[str, bytes]:
+def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> dict[str, bytes]:
     """PNG pictures by file name, and the gallery's arrays as NPZ."""
     g = gallery
     pictures = {
-        "training_curves.png": lambda path: report.training_curves(history, CLASSES, path),
-        "confusion_test.png": lambda path: report.confusion_picture(np.array(test["confusion"]), CLASSES, path),
-        "gallery.png": lambda path: report.gallery(g["images"], g["truth"], g["predicted"], g["names"], CLASSES, path),
+        "training_curves.png": lambda path: report.training_curves(history, classes, path),
+        "confusion_test.png": lambda path: report.confusion_picture(np.array(test["confusion"]), classes, path),
+        "gallery.png": lambda path: report.gallery(g["images"], g["truth"], g["predicted"], g["names"], classes, path),
     }
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **(gallery | {"names": np.array(gallery["names"])}))
@@ -72,7 +72,7 @@ def draw(history: list[dict], test: dict, gallery: dict) -> dict[str, bytes]:
 def show(run: Run, tracker: Tracker, display: Display) -> None:
     """The table of scores and the commands to look, evaluate and continue."""
     summary, settings = run.summary, run.settings
-    display.console.print(report.score_table("Test split, best epoch's weights", summary["test"], CLASSES))
+    display.console.print(report.score_table("Test split, best epoch's weights", summary["test"]))
     more, data, uri = settings.training.epochs + 10, shlex.quote(settings.data.data), without_password(tracker.uri)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience = settings.training.patience

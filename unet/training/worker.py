@@ -19,7 +19,7 @@ def train_worker(config: dict) -> None:
 
     from unet.training.learner import Learner  # imports TensorFlow, whose threads are set now
 
-    learner = Learner(job.settings, rank, world_size, strategy)
+    learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
     reader = ray.train.get_dataset_shard("train").reader()
     loop = Loop(job, learner, reader, line, rank, world_size)
     if loop.train(ray.train.report) and job.score_test:

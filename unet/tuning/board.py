@@ -11,8 +11,8 @@ from rich.live import Live as LiveView
 from rich.table import Table
 from rich.text import Text
 
-from unet.classes import CLASSES
-from unet.terminal import PLAIN_SECONDS, Display, duration
+from unet.classes import Classes
+from unet.terminal import PLAIN_SECONDS, Display, duration, names_in_line
 from unet.training.monitor import Live
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.recorder import name
@@ -27,8 +27,17 @@ STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "re
 class Board(tune.Callback):
     """Shows the ledger and where the running trials are. `left` estimates the seconds that are left, if it can."""
 
-    def __init__(self, display: Display, ledger: Ledger, monitor, epochs: int, left: Callable[[], float | None]):
-        self._display, self._ledger, self._monitor, self._epochs, self._left = display, ledger, monitor, epochs, left
+    def __init__(
+        self,
+        display: Display,
+        ledger: Ledger,
+        monitor,
+        epochs: int,
+        classes: Classes,
+        left: Callable[[], float | None],
+    ):
+        self._display, self._ledger, self._monitor, self._left = display, ledger, monitor, left
+        self._epochs, self._classes = epochs, classes
         self._view: LiveView | None = None
         self._shown = self._printed = time.monotonic()
         self._lives: dict[str, Live] = {}
@@ -99,7 +108,7 @@ class Board(tune.Callback):
         running = [r for r in rows if r["end"] == "running"]
         ended = ranked(r for r in rows if r["end"] != "running")
         shown = running + ended[:SHOWN]
-        table = trial_table(shown, self._progress, self._display.console.width)
+        table = trial_table(shown, self._progress, self._classes, self._display.console.width)
         if len(ended) > SHOWN:
             table.caption = f"and {len(ended) - SHOWN} more that ended"
         return table
@@ -116,25 +125,28 @@ class Board(tune.Callback):
         parts = [f"{len(ended)} trials ended, {len(rows) - len(ended)} running"]
         best = next(iter(ranked(rows)), None)
         if best and best[BEST] is not None:
-            by_class = ", ".join(f"{c.name} {number(best.get(f'val_iou_{c.name}'))}" for c in CLASSES)
-            parts.append(f"best {best['trial']} {number(best[BEST])} ({by_class})")
+            by_class = ", ".join(f"{c} {number(best.get(f'val_iou_{c}'))}" for c in names_in_line(self._classes))
+            parts.append(f"best {best['trial']} {number(best[BEST])}" + (f" ({by_class})" if by_class else ""))
         parts.append(f"{epochs_saved(rows, self._epochs)} trial-epochs saved by pruning")
         if (left := self._left()) is not None:
             parts.append(f"{duration(left)} left")
         return " · ".join(parts)
 
 
-def trial_table(rows: list[dict], progress: Callable[[dict], str], width: int, title: str | None = None) -> Table:
-    """Trials with their settings, state, epochs and IoU; by class of the best epoch where the terminal has room."""
+def trial_table(
+    rows: list[dict], progress: Callable[[dict], str], classes: Classes, width: int, title: str | None = None
+) -> Table:
+    """Trials with their settings, state, epochs and IoU; by class of the best epoch where there is room for them."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
     names = list(rows[0]["settings"]) if rows else []
-    classes = [c.name for c in CLASSES] if width >= 74 + 10 * len(names) else []
+    by_class = names_in_line(classes)
+    by_class = by_class if width >= 44 + 10 * (len(by_class) + len(names)) else []
     table.add_column("trial", no_wrap=True)
-    for heading in (*(n.replace("_", " ") for n in names), "state", "epoch", "mean IoU", *classes):
+    for heading in (*(n.replace("_", " ") for n in names), "state", "epoch", "mean IoU", *by_class):
         table.add_column(heading, justify="right", no_wrap=heading == "epoch")
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row["settings"].values()]
-        iou = [number(row.get(f"val_iou_{c}")) for c in classes]
+        iou = [number(row.get(f"val_iou_{c}")) for c in by_class]
         state = Text(row["end"], style=STYLES[row["end"]])
         table.add_row(row["trial"], *values, state, progress(row), number(row[BEST]), *iou)
     return table

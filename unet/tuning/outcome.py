@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from unet import report
-from unet.classes import CLASSES
+from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
@@ -43,15 +43,16 @@ def rank(ledger: Ledger) -> list[dict]:
     return rows
 
 
-def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings, space: Space, base: dict) -> dict:
+def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings, space: Space, shared: Shared) -> dict:
     """`sweep.csv`, `best_config.yaml` and the pictures into the sweep's folder; their content by name."""
     table = io.StringIO()
-    columns = ["trial", "end", "epochs", *space.draws, BEST, "best_epoch", *(f"val_iou_{c.name}" for c in CLASSES)]
+    by_class = [f"val_iou_{c.name}" for c in shared.classes]
+    columns = ["trial", "end", "epochs", *space.draws, BEST, "best_epoch", *by_class]
     columns += ["started", "ended", "seconds", "tries", "reason", "mlflow_run_id"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(row | row["settings"] for row in rows)
-    best = base | {"data": settings.data.data} | rows[0]["settings"]
+    best = shared.base | {"data": settings.data.data} | rows[0]["settings"]
     best = {k: v for k, v in best.items() if k not in OF_THIS_PLACE}
     files = {"sweep.csv": table.getvalue().encode(), "best_config.yaml": yaml.safe_dump(best, sort_keys=False).encode()}
     importance = figures.parameter_importance(rows, space, settings.training.seed)
@@ -104,14 +105,23 @@ def tell_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, 
     tracker.status(summary["status"])
 
 
-def show(name: str, folder, rows: list[dict], summary: dict, settings: TuneSettings, where: str, display: Display):
+def show(
+    name: str,
+    folder,
+    rows: list[dict],
+    summary: dict,
+    settings: TuneSettings,
+    classes: Classes,
+    where: str,
+    display: Display,
+) -> None:
     """The ranked table, the best trial's test score, and the commands that follow."""
     epochs = settings.training.epochs
     width, title = display.console.width, "Trials, best first"
-    display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", width, title))
+    display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", classes, width, title))
     if summary.get("test"):
         title = f"Test split, {summary['best_trial']}"
-        display.console.print(report.score_table(title, summary["test"], CLASSES))
+        display.console.print(report.score_table(title, summary["test"]))
     saved, total = summary["trial_epochs_saved"], len(rows) * epochs
     lines = [
         ("best", f"{summary['best_trial']}, val mean IoU {rows[0][BEST]:.4f} at epoch {rows[0]['best_epoch']}"),

@@ -9,7 +9,6 @@ import ray
 from ray import tune
 
 import unet.data.prepare as preparing
-from unet.classes import CLASSES
 from unet.config import SweepSettings
 from unet.data import ingest
 from unet.data.shards import Prepared
@@ -72,7 +71,8 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     free = resources.free_cpus(together * cpus)
     resources.check_free(plan.num_workers, plan.cpus_per_worker, free)
     at_a_time = min(together, int((free + 1e-6) // cpus))
-    parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, len(CLASSES))
+    classes = len(prepared.manifest.classes)
+    parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
     resources.check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
     tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
     session = _Session(sweep, ledger, prepared, counts, plan, together, at_a_time, planned, tracker, display)
@@ -234,8 +234,17 @@ class _Session:
         )
         if self.plan.kept and self.plan.num_workers == 1:
             reading = ingest.keep(reading)
-        digest = self.prepared.manifest.data_digest
-        return Shared(base, self.sweep.folder.uri, reading, self.plan.threads, digest, self.monitor, self.together)
+        manifest = self.prepared.manifest
+        return Shared(
+            base=base,
+            folder=self.sweep.folder.uri,
+            reading=reading,
+            threads=self.plan.threads,
+            data_digest=manifest.data_digest,
+            classes=manifest.class_infos,
+            monitor=self.monitor,
+            together=self.together,
+        )
 
     def _tune(self, shared: Shared, wish: threading.Event) -> None:
         """Tune's part: trials until none is left, the time is over or somebody stops it."""
@@ -248,7 +257,8 @@ class _Session:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         self._forget()
-        with Board(self.display, self.ledger, self.monitor, settings.training.epochs, self._left) as board:
+        epochs = settings.training.epochs
+        with Board(self.display, self.ledger, self.monitor, epochs, shared.classes, self._left) as board:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, asked),
                 **self._search(reuse_actors=warm and plan.kept),
@@ -338,7 +348,7 @@ class _Session:
     def _conclude(self, shared: Shared, wish: threading.Event) -> dict:
         sweep, settings, tracker = self.sweep, self.sweep.settings, self.tracker
         rows = outcome.rank(self.ledger)
-        files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared.base)
+        files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared)
         best = rows[0]
         saved = epochs_saved(rows, settings.training.epochs)
         facts = {"trials": len(rows), "trial_epochs_saved": saved, "best_trial": best["trial"], BEST: best[BEST]}
@@ -358,7 +368,8 @@ class _Session:
         sweep.write_summary(status="finished", extending=False, **facts)
         if not tracker.deliver():
             self.display.say("MLflow did not take everything; the sweep's folder holds it all.", "yellow")
-        outcome.show(sweep.name, sweep.folder, rows, sweep.summary, settings, where(settings.run), self.display)
+        flags = where(settings.run)
+        outcome.show(sweep.name, sweep.folder, rows, sweep.summary, settings, shared.classes, flags, self.display)
         return sweep.summary
 
     def _overview(self) -> list[tuple[str, str]]:

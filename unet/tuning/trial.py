@@ -13,6 +13,7 @@ import psutil
 import ray
 from ray import tune
 
+from unet.classes import Classes
 from unet.config import TrainSettings, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged
@@ -36,6 +37,7 @@ class Shared:
         reading: the data, read once and kept; each trial sets its own batch, seed and start.
         threads: TensorFlow threads of a trial of one worker.
         data_digest: of the prepared data.
+        classes: of the prepared data.
         monitor: handle of the sweep's `Monitor`.
         together: for how many trials beside each other the cluster was planned.
     """
@@ -45,6 +47,7 @@ class Shared:
     reading: Ingest
     threads: int
     data_digest: str
+    classes: Classes
     monitor: ray.actor.ActorHandle
     together: int
 
@@ -74,7 +77,7 @@ class WarmTrial(tune.Trainable):
         self._run.start(data_digest=shared.data_digest)
         self._line = _TrialLine(shared.monitor, self._run.folder.uri)
         self._learners = self._learners or Learners()
-        learner = self._learners.get(settings)
+        learner = self._learners.get(settings, len(shared.classes))
         latest = self._run.checkpoints.latest()
         training = settings.training
         reading = replace(
@@ -83,8 +86,16 @@ class WarmTrial(tune.Trainable):
             seed=training.seed,
             start=lambda: (latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
         )
-        shown = self._run.shown_settings()
-        job = Job(settings, shown, self._run.folder.uri, shared.threads, shared.data_digest, shared.monitor, False)
+        job = Job(
+            settings=settings,
+            shown=self._run.shown_settings(),
+            run=self._run.folder.uri,
+            threads=shared.threads,
+            data_digest=shared.data_digest,
+            classes=shared.classes,
+            monitor=shared.monitor,
+            score_test=False,
+        )
         self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._line, 0, 1)
         self._run.write_history(self._loop.state.history)
 
@@ -146,13 +157,13 @@ class Learners:
     def __init__(self):
         self._kept = OrderedDict()
 
-    def get(self, settings: TrainSettings):
+    def get(self, settings: TrainSettings, classes: int):
         """A learner at the start of a training with these settings: equal, bit for bit, to a new one."""
         import keras
 
         from unet.training.learner import Learner, traced_for
 
-        key = traced_for(settings)
+        key = traced_for(settings, classes)
         if key in self._kept:
             learner, weights = self._kept.pop(key)
             learner.restart(weights, settings)
@@ -161,7 +172,7 @@ class Learners:
                 self._kept.popitem(last=False)
                 gc.collect()  # graphs and models refer to each other in circles
                 keras.utils.clear_session()
-            learner = Learner(settings)
+            learner = Learner(settings, classes)
             weights = learner.model.get_weights()
         self._kept[key] = (learner, weights)
         return learner
