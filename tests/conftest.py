@@ -1,5 +1,6 @@
 """What the tests share: one Ray cluster, pets in the layout of the official archives, one trained run."""
 
+import gc
 import json
 import os
 import subprocess
@@ -39,6 +40,7 @@ def ray_cluster(tmp_path_factory):
     context = ray.init("local", num_cpus=2, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
     with ray_session():
         yield context
+    gc.collect()  # streams that are still open must end before the cluster does
     ray.shutdown()
 
 

@@ -1,15 +1,24 @@
 """From archives to shards: what is written, where each sample goes, and what is refused."""
 
 import hashlib
-import shutil
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
+from unet.data.pieces import Recipe
 from unet.data.prepare import prepare, resolve
-from unet.data.shards import MANIFEST, Prepared
+from unet.data.shards import Prepared
+from unet.data.verify import verify
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -17,7 +26,7 @@ from unet.storage import Folder
 @pytest.fixture(scope="module")
 def prepared(ray_cluster, packed, tmp_path_factory) -> Prepared:
     target = Folder(tmp_path_factory.mktemp("prepared") / "pets")
-    prepare(str(packed), target, 32)
+    prepare(str(packed), target, Recipe(32))
     return Prepared(target)
 
 
@@ -59,7 +68,7 @@ def test_rows_stand_in_canonical_order(prepared):
 
 def test_digest_and_order_do_not_depend_on_packing_or_shards(prepared, archives, tmp_path):
     other = Folder(tmp_path / "other")
-    manifest = prepare(str(archives), other, 32, shards=1)
+    manifest = prepare(str(archives), other, Recipe(32, shards=1))
     assert manifest.data_digest == prepared.manifest.data_digest
     rows = sorted(rows_of(prepared), key=lambda r: r["name"])
     digests = []
@@ -69,15 +78,27 @@ def test_digest_and_order_do_not_depend_on_packing_or_shards(prepared, archives,
     assert manifest.data_digest == hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def test_a_row_group_is_a_chunk_whatever_the_number_of_files(ray_cluster, tmp_path, monkeypatch):
-    from unet.data import sources
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> Path:
+    """Archives of 640 trainval and 20 test samples of noise, which are quick to make."""
+    folder, random = tmp_path_factory.mktemp("noise"), np.random.default_rng(3)
+    (folder / "images").mkdir()
+    (folder / "annotations" / "trimaps").mkdir(parents=True)
+    names = [f"noise_{i}" for i in range(660)]
+    for name in names:
+        Image.fromarray(random.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / "images" / f"{name}.jpg")
+        trimap = Image.fromarray(random.integers(1, 4, (16, 16), np.uint8))
+        trimap.save(folder / "annotations" / "trimaps" / f"{name}.png")
+    (folder / "annotations" / "trainval.txt").write_text("\n".join(names[:640]))
+    (folder / "annotations" / "test.txt").write_text("\n".join(names[640:]))
+    return folder
 
-    monkeypatch.setattr(sources, "SYNTHETIC_TRAINVAL", 700)
-    monkeypatch.setattr(sources, "SYNTHETIC_TEST", 3)
-    orders = []
-    for shards in (1, 2, 16):
+
+def test_a_row_group_is_a_chunk_whatever_the_number_of_files(ray_cluster, noise, tmp_path):
+    orders, digests = [], set()
+    for shards in (1, 4, 16):
         folder = Folder(tmp_path / str(shards))
-        manifest = prepare("synthetic", folder, 16, shards=shards)
+        manifest = prepare(str(noise), folder, Recipe(16, shards=shards))
         assert len(manifest.files["train"]) == min(shards, 3)
         sizes = []
         for file in manifest.files["train"]:
@@ -85,95 +106,108 @@ def test_a_row_group_is_a_chunk_whatever_the_number_of_files(ray_cluster, tmp_pa
             sizes += [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         assert sizes[:-1] == [256] * (len(sizes) - 1) and sum(sizes) == manifest.counts["train"]
         orders.append(Prepared(folder).names("train"))
-    assert orders[0] == orders[1] == orders[2]
-
-
-def damage(folder, kind):
-    image = next((folder / "images").glob("*.jpg"))
-    trimap = folder / "annotations" / "trimaps" / f"{image.stem}.png"
-    listing = folder / "annotations" / "trainval.txt"
-    if kind == "unknown label":
-        labels = np.asarray(Image.open(trimap)).copy()
-        labels[3, 3] = 4
-        Image.fromarray(labels).save(trimap)
-    elif kind == "another size":
-        Image.open(trimap).resize((20, 20), Image.Resampling.NEAREST).save(trimap)
-    elif kind == "truncated photo":
-        image.write_bytes(image.read_bytes()[:300])
-    elif kind == "colour mask":
-        Image.open(trimap).convert("RGB").save(trimap)
-    elif kind == "missing mask":
-        trimap.unlink()
-    elif kind == "name leads outside":
-        listing.write_text("../../etc/passwd 1 1 1\n" + listing.read_text())
-        return "etc/passwd"
-    elif kind == "named twice":
-        listing.write_text(listing.read_text() + f"{image.stem} 1 1 1\n" * 2)
-    elif kind == "no list":
-        listing.unlink()
-        return "trainval.txt is missing"
-    return image.stem
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("unknown label", "label 4"),
-        ("another size", "20x20"),
-        ("truncated photo", "Cannot read"),
-        ("colour mask", "RGB"),
-        ("missing mask", "is missing"),
-        ("name leads outside", "plain file name"),
-        ("named twice", "twice"),
-        ("no list", "layout"),
-    ],
-)
-def test_bad_data_are_one_sentence_and_leave_nothing(ray_cluster, archives, tmp_path, kind, words):
-    shutil.copytree(archives, tmp_path / "pets")
-    named = damage(tmp_path / "pets", kind)
-    with pytest.raises(InputError) as error:
-        prepare(str(tmp_path / "pets"), Folder(tmp_path / "out" / "shards"), 32)
-    assert words in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_archive_entry_that_leads_outside_is_refused(ray_cluster, packed, tmp_path):
-    import io
-    import tarfile
-
-    shutil.copytree(packed, tmp_path / "pets")
-    with tarfile.open(tmp_path / "pets" / "images.tar.gz", "w:gz") as tar:
-        entry = tarfile.TarInfo("../../escaped.jpg")
-        entry.size = 3
-        tar.addfile(entry, io.BytesIO(b"abc"))
-    with pytest.raises(InputError, match="Cannot unpack"):
-        prepare(str(tmp_path / "pets"), Folder(tmp_path / "out" / "a" / "shards"), 32)
-    assert not list(tmp_path.rglob("escaped.jpg"))
+        digests.add(manifest.data_digest)
+    assert orders[0] == orders[1] == orders[2] and len(digests) == 1
 
 
 def test_first_use_prepares_and_the_second_does_not(ray_cluster, packed, tmp_path):
     storage, seen = Folder(tmp_path), []
-    first = resolve(str(packed), 32, storage, lambda done, total: seen.append(done))
+    first = resolve(str(packed), 32, "stretch", storage, lambda what, done, total: seen.append(done))
     stamp = (tmp_path / "data").stat().st_mtime_ns
-    again = resolve(str(packed), 32, storage, lambda done, total: seen.append(-1))
-    assert seen[-1] == 111 and -1 not in seen and again.manifest == first.manifest
+    again = resolve(str(packed), 32, "stretch", storage, lambda *step: seen.append(-1))
+    assert 111 in seen and -1 not in seen and again.manifest == first.manifest
     assert (tmp_path / "data").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="prepared at 32 px: give --image-size 32"):
-        resolve(first.folder.path, 64, storage, lambda done, total: None)
+        resolve(first.folder.path, 64, "stretch", storage, lambda *step: None)
+    with pytest.raises(InputError, match="prepared at --resize stretch: give --resize stretch"):
+        resolve(first.folder.path, 32, "letterbox", storage, lambda *step: None)
 
 
-def test_a_damaged_manifest_or_missing_shard_is_named(prepared, tmp_path):
-    shutil.copytree(prepared.folder.path, tmp_path / "pets")
-    victim = next((tmp_path / "pets").glob("train-*.parquet"))
-    victim.unlink()
-    with pytest.raises(InputError, match=victim.name):
-        Prepared(Folder(tmp_path / "pets")).chunks["train"]
-    (tmp_path / "pets" / MANIFEST).write_text("{")
-    with pytest.raises(InputError, match="is damaged"):
-        Prepared(Folder(tmp_path / "pets"))
+def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in Path(prepared.folder.path).iterdir()}
+    assert prepare(str(packed), prepared.folder, Recipe(32)) == prepared.manifest
+    assert {p: p.stat().st_mtime_ns for p in Path(prepared.folder.path).iterdir()} == before
+    with pytest.raises(InputError, match=r"holds other data \(image_size 32 there, 64 here\)"):
+        prepare(str(packed), prepared.folder, Recipe(64))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        prepare(str(packed), Folder(tmp_path), Recipe(32))
+
+
+def test_a_killed_preparation_goes_on(prepared, packed, tmp_path):
+    """SIGKILL at random moments: no output before the end, then the very same; no piece is decoded twice."""
+    target, random = tmp_path / "shards", np.random.default_rng()
+    command = [sys.executable, "-c", KILLED, str(packed), str(target)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pieces = {}
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("preparing"):
+                break
+        time.sleep(random.uniform(0, 0.8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if target.exists():
+            break
+        now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".preparing-shards").glob("*.facts.arrow")}
+        assert pieces.items() <= now.items()
+        pieces = now
+    assert prepare(str(packed), Folder(target), Recipe(32)).data_digest == prepared.manifest.data_digest
+    assert [p.name for p in tmp_path.iterdir()] == ["shards"]
+    assert not list(verify(Folder(target), lambda *a: None))
+
+
+KILLED = """
+import sys, time
+import ray
+from unet.data import pieces
+from unet.data.pieces import Recipe
+from unet.data.prepare import prepare
+from unet.storage import Folder
+
+pieces.PIECE_SAMPLES = 8
+if __name__ == "__main__":
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    prepare(sys.argv[1], Folder(sys.argv[2]), Recipe(32), progress=lambda *step: print(*step, flush=True))
+"""
+
+
+@pytest.mark.parametrize("photo", [(40, 64), (64, 40), (50, 50), (3, 400)])
+def test_letterbox_keeps_the_shape_and_is_undone(photo, tmp_path):
+    """Padding is ignored; what lies in the box is the plain resize, and comes back at the photo's own size."""
+    from unet.classes import PETS
+    from unet.data.decode import load
+    from unet.data.resize import from_square
+    from unet.data.sources import Sample
+
+    height, width = photo
+    random = np.random.default_rng(1)
+    ids = random.integers(0, 3, (height, width), np.uint8)
+    pixels = random.integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(ids + 1).save(tmp_path / "mask.png")
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    sample = Sample("pet", "train", "", str(tmp_path / "photo.png"), str(tmp_path / "mask.png"))
+    decoded = load(sample, PETS, 64, "letterbox", original_mask=True)
+    rows, columns = np.flatnonzero((decoded.mask != 255).any(1)), np.flatnonzero((decoded.mask != 255).any(0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    tall, wide = len(rows), len(columns)
+    for side, whole in ((tall, height), (wide, width)):
+        assert side == max(1, int(64 * whole / max(photo) + 0.5))
+    assert abs((64 - tall) // 2 - rows[0]) <= 1 and abs((64 - wide) // 2 - columns[0]) <= 1
+    assert (decoded.mask[box] != 255).all() and decoded.image.sum() == decoded.image[box].sum()
+    plain = np.asarray(Image.fromarray(pixels).resize((wide, tall), Image.Resampling.BILINEAR))
+    assert np.array_equal(decoded.image[box], plain)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(decoded.original_mask))), ids)
+    back = from_square(decoded.mask, height, width, "letterbox")
+    nearest = Image.fromarray(decoded.mask[box]).resize((width, height), Image.Resampling.NEAREST)
+    assert np.array_equal(back, np.asarray(nearest)) and (back != 255).all()
+    certain = np.eye(3, dtype=np.float32)[np.where(decoded.mask == 255, 0, decoded.mask)]
+    assert from_square(certain, height, width, "letterbox").shape == (height, width, 3)
 
 
 def test_real_photos_of_all_sizes(real_pets, ray_cluster, tmp_path):
     """Original photos of the official archives, packed; the counts are those of their lists."""
-    manifest = prepare(str(real_pets / "oxford_pets_original"), Folder(tmp_path / "real"), 64)
+    manifest = prepare(str(real_pets / "oxford_pets_original"), Folder(tmp_path / "real"), Recipe(64))
     assert manifest.counts["train"] + manifest.counts["val"] == 150 and manifest.counts["test"] == 90
