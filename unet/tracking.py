@@ -8,6 +8,7 @@ never stops a training.
 import contextlib
 import copy
 import getpass
+import json
 import logging
 import os
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from unet.data.shards import MANIFEST, REPORT, Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -150,13 +152,24 @@ class Tracker:
         source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
         return self.client.create_model_version(model, source, self.run_id).version
 
-    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """The run's input data, as the UI's column shows it."""
+    def data(self, prepared: Prepared) -> None:
+        """The prepared data as the run's input, with their manifest and the page that shows them."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        data = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
-        tag = InputTag("mlflow.data.context", context)
+        manifest = prepared.manifest
+        told = {"left_out": len(manifest.left_out), "repaired": len(manifest.repaired), "classes": manifest.classes}
+        told |= {"image_size": manifest.image_size, "resize": manifest.resize, "digest": manifest.data_digest}
+        data = Dataset(
+            name=manifest.source,
+            digest=manifest.data_digest[:36],
+            source_type="local" if prepared.folder.is_local else "object store",
+            source=str(prepared.folder),
+            profile=json.dumps(manifest.counts | told),
+        )
+        tag = InputTag("mlflow.data.context", "training")
         self._try(lambda: self.client.log_inputs(self.run_id, [DatasetInput(data, [tag])]))
+        present = [name for name in (MANIFEST, REPORT) if prepared.folder.exists(name)]
+        self.artifacts("data", {name: prepared.folder.read_bytes(name) for name in present})
 
     def epoch(self, record: dict) -> None:
         """One line of `metrics.jsonl`, with its own time (milliseconds) and the epoch as step."""
@@ -227,7 +240,7 @@ class Untracked:
     def start(self, *args, **kwargs) -> None:
         """Nothing, as with all that would be sent."""
 
-    dataset = epoch = metrics = tags = artifacts = status = start
+    data = epoch = metrics = tags = artifacts = status = start
 
     def deliver(self) -> bool:
         return True

@@ -24,13 +24,13 @@ from unet.data import checks
 from unet.data.look import data_report
 from unet.data.order import CHUNK
 from unet.data.pieces import Piece, Recipe, Shard, cut, decode_piece, read_table, sha256_of, write_shard
-from unet.data.shards import MANIFEST, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, Prepared, data_digest
+from unet.data.shards import MANIFEST, REPORT, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, Prepared, data_digest
 from unet.data.sources import Problem, Source
 from unet.data.sources.find import TFDS, check_source, open_source, version_of
 from unet.errors import InputError, RunFailed
 from unet.storage import Folder
 
-RECIPE, REPORT = "recipe.json", "data_report.html"
+RECIPE = "recipe.json"
 SAMPLE_COLUMNS = (
     *("name", "split", "breed", "original_height", "original_width"),
     *("pixels", "ignored", "repairs", "mask_fit", "digest"),

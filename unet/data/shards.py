@@ -21,7 +21,7 @@ from unet.storage import Folder
 
 SCHEMA_VERSION = 2
 REPREPARE = "remove {} and prepare the data again (`jobs/prepare.py --verify` shows all that is damaged)."
-MANIFEST, SAMPLES = "manifest.json", "samples.parquet"
+MANIFEST, SAMPLES, REPORT = "manifest.json", "samples.parquet", "data_report.html"
 SPLITS = ("train", "val", "test")
 
 

@@ -197,7 +197,7 @@ class _Session:
         tags = {"status": "running", "data_digest": manifest.data_digest, "run_folder": str(run.folder)}
         run_id = self.tracker.start(run.name, run.summary["mlflow_run_id"], params, tags)
         run.write_summary(mlflow_run_id=run_id or run.summary["mlflow_run_id"])
-        self.tracker.dataset(manifest.source, manifest.data_digest, str(self.prepared.folder))
+        self.tracker.data(self.prepared)
         for record in self.history:
             self.tracker.epoch(record)
         self.tracker.artifacts("", {CONFIG: run.folder.read_bytes(CONFIG)})

@@ -176,6 +176,7 @@ class _Session:
         params["searched"] = sweep.space.described()
         run_id = tracker.start(sweep.name, sweep.summary.get("mlflow_run_id"), params, tags)
         sweep.write_summary(mlflow_run_id=run_id)
+        tracker.data(self.prepared)
         tracker.artifacts("", {SPACE: sweep.space.text.encode()})
         self.display.table(f"Sweep {sweep.name}", self._overview())
         self.monitor = Monitor.remote()

@@ -1,0 +1,139 @@
+"""Own photos and masks: what `dataset.yaml` and the folder say is what is trained, scored and shown."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import read_json, train
+from unet.data.pieces import Recipe
+from unet.data.prepare import prepare
+from unet.data.shards import Prepared
+from unet.errors import InputError
+from unet.storage import Folder
+
+ROADS = {"classes": {"road": 10, "car": [20, 21], "other": 0}, "ignore": 255, "colours": {"car": [255, 0, 0]}}
+
+
+def write(folder: Path, names, description: dict, formats=("jpg", "png"), size=(48, 36)) -> Path:
+    """Photos whose brightness gives the class away, with masks of the values that the description names."""
+    random = np.random.default_rng(5)
+    values = [v for value in description["classes"].values() for v in (value if isinstance(value, list) else [value])]
+    for i, name in enumerate(names):
+        blocks = random.integers(0, len(values), (3, 4))
+        place = np.kron(blocks, np.ones((size[1] // 3, size[0] // 4), int))
+        mask = np.array(values)[place].astype(np.uint16 if max(values) > 255 else np.uint8)
+        mask[:2] = 255 if "ignore" in description else mask[2]
+        grey = (place * 250 // max(1, len(values) - 1))[..., None] + random.integers(-6, 6, (*place.shape, 3))
+        photo = folder / "images" / f"{name}.{formats[i % len(formats)]}"
+        trimap = folder / "masks" / f"{name}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        trimap.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).save(photo)
+        Image.fromarray(mask).save(trimap)
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
+    return folder
+
+
+def rows_of(target: Path) -> dict[str, dict]:
+    return {row["name"]: row for file in target.glob("t*-*.parquet") for row in pq.read_table(file).to_pylist()}
+
+
+def test_values_names_formats_and_folders(ray_cluster, tmp_path):
+    names = [f"{'north' if i % 2 else 'south'}/photo {i}" for i in range(30)]
+    folder = write(tmp_path / "roads", names, ROADS, formats=("jpg", "PNG", "webp", "tif", "bmp"))
+    (folder / "images" / "lonely.jpg").write_bytes((folder / "images" / "south" / "photo 0.jpg").read_bytes())
+    (folder / "images" / "south" / "photo 0.png").write_bytes(b"another photo of this name")
+    (folder / "images" / ".DS_Store").write_bytes(b"")
+    manifest = prepare(str(folder), Folder(tmp_path / "out"), Recipe(48, "letterbox", original_masks=True))
+    assert manifest.classes == ["road", "car", "other"] and manifest.colours[1] == [255, 0, 0]
+    assert {(row["name"], row["problem"]) for row in manifest.left_out} == {
+        ("lonely", "missing_mask"),
+        ("south/photo 0", "ambiguous"),
+    }
+    assert sum(manifest.counts.values()) == 29 and manifest.counts["test"]
+    rows = rows_of(tmp_path / "out")
+    name = next(name for name in rows if name.startswith("north"))
+    assert rows[name]["breed"] == "north" and (rows[name]["original_height"], rows[name]["original_width"]) == (36, 48)
+    raw = np.asarray(Image.open(folder / "masks" / f"{name}.png"))
+    expected = np.select([raw == 10, (raw == 20) | (raw == 21), raw == 0], [0, 1, 2], 255)
+    mask = np.frombuffer(rows[name]["mask"], np.uint8).reshape(48, 48)
+    assert np.array_equal(mask[6:42], expected) and (mask[:6] == 255).all() and (mask[42:] == 255).all()
+
+
+@pytest.mark.parametrize("lists", [("trainval", "test"), ("train", "val", "test")])
+def test_lists_say_the_splits(ray_cluster, tmp_path, lists):
+    names = [f"p{i}" for i in range(24)]
+    folder = write(tmp_path / "roads", names, ROADS)
+    given = {name: names[i :: len(lists)] for i, name in enumerate(lists)}
+    stray = given["test"].pop()
+    for name, members in given.items():
+        (folder / f"{name}.txt").write_text("".join(f"{m}.jpg\n" for m in members) + "../x\n" * (name == "test"))
+    manifest = prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
+    samples = Prepared(Folder(tmp_path / "out")).samples()
+    splits = dict(zip(samples["name"].to_pylist(), samples["split"].to_pylist(), strict=True))
+    assert {n for n, s in splits.items() if s == "test"} == set(given["test"])
+    if "train" in lists:
+        assert {n for n, s in splits.items() if s == "val"} == set(given["val"])
+    assert [row["name"] for row in manifest.left_out] == ["../x"]
+    assert (stray, "in_no_split") in {(row["name"], row["problem"]) for row in manifest.warnings}
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        (None, "dataset.yaml is missing"),
+        ({}, "must hold `classes:`"),
+        ({"classes": {"road": 1}}, "at least 2"),
+        ({"classes": {"road": 1, "car": 1}}, "value 1 is given twice"),
+        ({"classes": {"road": 1, "car": 2}, "ignore": 2}, "value 2 is given twice"),
+        ({"classes": {"road": 1, "_car": 2}}, "_car"),
+        ({"classes": {"road": 1, "a[b]": 2}}, "a[b]"),
+        ({"classes": {"road": "one", "car": 2}}, "road"),
+        ({"classes": {"road": 1, "car": 2}, "colours": {"cat": [1, 2, 3]}}, "cat is not among the classes"),
+        ({"clases": {"road": 1, "car": 2}}, "must hold `classes:`"),
+        ({"classes": {"road": 1, "car": 2}, "ignroe": 3}, "ignroe"),
+    ],
+)
+def test_description_that_does_not_fit_is_one_sentence(tmp_path, description, words):
+    from unet.data.sources.find import check_source
+
+    folder = write(tmp_path / "roads", ["a", "b"], ROADS)
+    (folder / "dataset.yaml").unlink() if description is None else (folder / "dataset.yaml").write_text(
+        yaml.safe_dump(description)
+    )
+    with pytest.raises(InputError) as error:
+        check_source(str(folder))
+    assert words in str(error.value) and "dataset.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, tmp_path):
+    """16-bit masks, 21 classes, an ignored stripe, letterboxed: their names reach all that is left."""
+    classes = {f"thing {i}": 1000 + i for i in range(21)}
+    names = [f"p{i}" for i in range(60)]
+    folder = write(tmp_path / "things", names, {"classes": classes, "ignore": 255})
+    summary = train(storage, folder, run_name="things", epochs=2, num_workers=1, resize="letterbox", image_size=48)
+    assert summary["status"] == "finished" and list(summary["test"]["iou"]) == list(classes)
+    rows = rows_of(next((storage / "data").glob("things-48px-*-letterbox-*")))
+    tests = [np.frombuffer(row["mask"], np.uint8) for row in rows.values() if row["split"] == "test"]
+    assert np.array(summary["test"]["confusion"]).sum() == sum(int((mask != 255).sum()) for mask in tests)
+    assert summary["test"]["images"] == len(tests)
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(summary["mlflow_run_id"])
+    assert "val_iou_thing 20" in run.data.metrics or "test_iou_thing 20" in run.data.metrics
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.name == "folder" and json.loads(used.dataset.profile)["classes"] == list(classes)
+    logged = {item.path for item in client.list_artifacts(run.info.run_id, "data")}
+    assert logged == {"data/manifest.json", "data/data_report.html"}
+    package = mlflow.pyfunc.load_model(f"{run.info.artifact_uri}/model")
+    assert package.metadata.metadata["classes"] == list(classes)
+    answer = package.predict(np.zeros((2, 36, 48, 3), np.uint8))
+    assert answer.shape == (2, 36, 48) and answer.max() < 21
+    state = read_json(storage / "things" / summary["best_checkpoint"] / "state.json")
+    assert [name for name, _ in state["classes"]] == list(classes)
