@@ -26,6 +26,8 @@ def run(settings: EvaluateSettings) -> None:
         finally:
             display.close()
     display.console.print(score_table(f"{part.model} on {part.split}", result))
+    if "own_size" in result:
+        display.console.print(score_table("At each photo's own size", result["own_size"]))
     if part.output:
         Path(part.output).mkdir(parents=True, exist_ok=True)
         target = Path(part.output) / "metrics.json"

@@ -1,15 +1,20 @@
 """A model over a split: exact scores in float32, every image counted once."""
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from unet import metrics
+from unet.classes import IGNORE
 from unet.config import MAY_CHANGE, EvaluateSettings, TrainSettings, unflat
 from unet.data.ingest import Batch, Ingest, Shard
 from unet.data.order import PADDING
-from unet.data.prepare import check_source, resolve
+from unet.data.prepare import resolve
+from unet.data.shards import Prepared, pixels
+from unet.data.sources.find import check_source
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.terminal import Display
@@ -36,6 +41,40 @@ def score(learner, batches: Iterable[Batch], images: int, names: Sequence[str], 
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
     pixels = int(confusion.sum())
     return metrics.scores(confusion, names) | {"loss": loss_sum / pixels if pixels else None, "images": int(counted)}
+
+
+def score_own_size(learner, prepared: Prepared, split: str, tell: Callable[[int, int], None]) -> dict:
+    """Scores of a split at each photo's own size, against the masks that were kept at it (`--original-masks`)."""
+    import tensorflow as tf
+
+    from unet.prediction import at_photo_size
+
+    manifest = prepared.manifest
+    size, names = manifest.image_size, manifest.classes
+    number = tf.TensorSpec((), tf.int32)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
+    def logits_of(images):
+        return learner.float32_model(tf.cast(images, tf.float32) / 255.0, training=False)
+
+    @tf.function(input_signature=[tf.TensorSpec((size, size, len(names))), number, number])
+    def enlarged(logits, height, width):
+        return at_photo_size(logits[None], height, width, manifest.resize)[0]
+
+    confusion, done = np.zeros(len(names) ** 2, np.int64), 0
+    for chunk in range(len(prepared.chunks[split])):
+        table = prepared.read_chunk(split, chunk, ("image", "mask_original"))
+        images = pixels(table["image"], (size, size, 3))
+        for first in range(0, len(images), learner.share):
+            truths = table["mask_original"][first : first + learner.share].to_pylist()
+            for logits, png in zip(logits_of(images[first : first + learner.share]), truths, strict=True):
+                truth = np.asarray(Image.open(io.BytesIO(png)))
+                predicted = enlarged(logits, *truth.shape).numpy()
+                cells = truth.astype(np.int64) * len(names) + predicted
+                confusion += np.bincount(cells[truth != IGNORE], minlength=len(confusion))
+            done += len(truths)
+            tell(done, manifest.counts[split])
+    return metrics.scores(confusion.reshape(len(names), -1), names) | {"images": done}
 
 
 def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
@@ -87,5 +126,8 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
     batches = Shard(reading, 0, 1).reader().direct(part.split)
     steps = reading.plan(part.split, 1).steps
     result = score(learner, batches, counts[part.split], names, lambda batch: display.scoring(batch.step + 1, steps))
+    if prepared.manifest.original_masks:
+        tell = lambda done, total: display.working("scoring at the photos' own size", done, total)  # noqa: E731
+        result["own_size"] = score_own_size(learner, prepared, part.split, tell)
     what = {"model": part.model, "checkpoint": checkpoint, "split": part.split}
     return what | {"data_digest": prepared.manifest.data_digest} | result

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from unet.config import TrainSettings
-from unet.data.resize import box_of
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints
 
@@ -29,6 +28,7 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     from mlflow.types import Schema, TensorSpec
 
     from unet.model import build_unet
+    from unet.prediction import as_network_input, at_photo_size
 
     keras.config.set_dtype_policy("float32")
     size, model, checkpoints = settings.data.image_size, settings.model, Checkpoints(Folder(run))
@@ -43,14 +43,8 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):
-            shape = tf.shape(photos)[1:3]
-            box = box_of(shape[0], shape[1], size, settings.data.resize)
-            inputs = tf.image.resize(tf.cast(photos, tf.float32), box[2:], antialias=True) / 255.0
-            inputs = tf.image.pad_to_bounding_box(inputs, *box[:2], size, size)
-            probabilities = tf.nn.softmax(self.network(inputs, training=False))
-            probabilities = tf.image.crop_to_bounding_box(probabilities, *box)
-            probabilities = tf.image.resize(probabilities, shape)
-            return tf.cast(tf.argmax(probabilities, -1), tf.uint8)
+            logits = self.network(as_network_input(photos, size, settings.data.resize), training=False)
+            return at_photo_size(logits, tf.shape(photos)[1], tf.shape(photos)[2], settings.data.resize)
 
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),

@@ -230,8 +230,8 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
 def score_table(title: str, scores: Mapping) -> Table:
     """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
 
-    `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `loss` and `images`; a
-    value that could not be measured is None.
+    `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `images` and maybe
+    `loss`; a value that could not be measured is None.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
@@ -239,7 +239,8 @@ def score_table(title: str, scores: Mapping) -> Table:
     def four(value: float | None) -> str:
         return ABSENT if value is None else f"{value:.4f}"
 
-    caption = f"accuracy {four(scores['accuracy'])} · loss {four(scores['loss'])}\n{scores['images']:,} images"
+    loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
+    caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
     for name, iou in scores["iou"].items():

@@ -118,7 +118,9 @@ def prepare(
 @contextlib.contextmanager
 def _workplace(target: Folder, wanted: dict, progress: Progress) -> Iterator[Folder]:
     """A folder for unfinished work, found again by the same wish and emptied for any other; gone when all is done."""
-    lock = filelock.FileLock(_scratch(target).with_suffix(".lock"))
+    place = _scratch(target).with_suffix(".lock")
+    place.parent.mkdir(exist_ok=True)
+    lock = filelock.FileLock(place)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -148,7 +150,7 @@ def _workplace(target: Folder, wanted: dict, progress: Progress) -> Iterator[Fol
 
 def _scratch(target: Folder) -> Path:
     """A place on the local disk that belongs to a target."""
-    return Path(tempfile.gettempdir()) / f"unet-preparing-{hashlib.sha256(target.uri.encode()).hexdigest()[:12]}"
+    return Path(tempfile.gettempdir()) / "unet-preparing" / hashlib.sha256(target.uri.encode()).hexdigest()[:12]
 
 
 def _clear(work: Folder, target: Folder) -> None:

@@ -41,23 +41,6 @@ def to_square(picture: Image.Image, size: int, resize: Resize, resample: Image.R
     return square
 
 
-def from_square(values: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
-    """What the network says of a square, at the photo's own size: cut to the photo's box and enlarged.
-
-    Args:
-        values: float32 (S, S, C) probabilities, enlarged bilinearly, or uint8 (S, S) class ids, by nearest.
-
-    Returns:
-        An array (height, width, …) of the same dtype.
-    """
-    top, left, h, w = box_of(height, width, values.shape[0], resize)
-    inside = values[top : top + h, left : left + w]
-    if values.dtype == np.uint8:
-        return np.asarray(Image.fromarray(inside).resize((width, height), Image.Resampling.NEAREST))
-    bands = [Image.fromarray(np.ascontiguousarray(inside[..., c])) for c in range(inside.shape[2])]
-    return np.stack([np.asarray(b.resize((width, height), Image.Resampling.BILINEAR)) for b in bands], -1)
-
-
 def ignore_padding(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """A mask, uint8 (S, S), with `IGNORE` where the letterbox of a photo (height, width) has padding."""
     top, left, new_height, new_width = letterbox_box(height, width, len(mask))

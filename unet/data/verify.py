@@ -18,7 +18,13 @@ Damage = tuple[str, str]
 
 
 def verify(folder: Folder, progress: Callable[[str, int, int], None]) -> Iterator[Damage]:
-    """What differs from the manifest: files that are missing, added or changed, and the samples they touch."""
+    """What differs from the manifest: files that are missing, added or changed, and the samples they touch.
+
+    Raises:
+        InputError: there is no manifest.
+    """
+    if not folder.exists(MANIFEST):
+        Prepared(folder)
     try:
         prepared = Prepared(folder)
     except InputError as error:

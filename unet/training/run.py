@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
-from unet.data.prepare import check_source
+from unet.data.sources.find import check_source
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.tracking import check_server, without_password

@@ -41,12 +41,14 @@ def extract(folder: Path, target: Path, progress: Callable[[str, int, int], None
 
 def _unpack(archive: Path, name: str, target: Path, progress: Callable[[str, int, int], None]) -> None:
     """The archive's folder `name` below `target`: whole, or not there."""
-    unfinished, size = target / f"{name}.unpacking", archive.stat().st_size
+    unfinished, size, told = target / f"{name}.unpacking", archive.stat().st_size >> 20, 0
     try:
         with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
             for entry in tar:
                 tar.extract(entry, unfinished, filter="data")
-                progress(f"unpacking {archive.name}, MB", file.tell() >> 20, size >> 20)
+                if file.tell() >> 20 > told:
+                    told = file.tell() >> 20
+                    progress(f"unpacking {archive.name}, MB", told, size)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise InputError(f"Cannot unpack {archive}: {error}. Fetch the archive again.") from error
     if not (unfinished / name).is_dir():
