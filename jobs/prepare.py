@@ -53,10 +53,13 @@ def verify(folder: str, display) -> int:
         display.close()
     for place, words in damage:
         display.say(f"{place}: {words}", "red")
-    display.say(
-        f"{folder}: {len(damage)} damaged places." if damage else f"{folder} is as it was prepared, byte for byte."
-    )
-    return cli.FAILED if damage else None
+    if damage:
+        display.say(
+            f"{folder} is not what was prepared ({len(damage)} findings): remove it and prepare the data again."
+        )
+        return cli.FAILED
+    display.say(f"{folder} is as it was prepared, byte for byte.")
+    return cli.DONE
 
 
 if __name__ == "__main__":
