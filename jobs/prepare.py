@@ -54,9 +54,7 @@ def verify(folder: str, display) -> int:
     for place, words in damage:
         display.say(f"{place}: {words}", "red")
     if damage:
-        display.say(
-            f"{folder} is not what was prepared ({len(damage)} findings): remove it and prepare the data again."
-        )
+        display.say(f"{folder} is not what was prepared ({len(damage)} findings): remove it and prepare it again.")
         return cli.FAILED
     display.say(f"{folder} is as it was prepared, byte for byte.")
     return cli.DONE

@@ -169,7 +169,7 @@ from unet.storage import Folder
 
 pieces.PIECE_SAMPLES = 8
 if __name__ == "__main__":
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     prepare(sys.argv[1], Folder(sys.argv[2]), Recipe(32), progress=lambda *step: print(*step, flush=True))
 """
 

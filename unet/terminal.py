@@ -12,6 +12,7 @@ from rich.live import Live as LiveText
 from rich.text import Text
 
 from unet.classes import Classes
+from unet.data.shards import REPORT, Prepared
 from unet.training.monitor import Live
 
 SHOWN = 5
@@ -106,6 +107,14 @@ class Display:
 def names_in_line(classes: Classes) -> list[str]:
     """The names of the classes whose IoU a line shows: all, or none where they are too many for it."""
     return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
+
+
+def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
+    """The row of an overview that says how much the checks of the data found; none where they found nothing."""
+    manifest = prepared.manifest
+    counts = ("left out", manifest.left_out), ("mended", manifest.repaired), ("look wrong", manifest.warnings)
+    found = ", ".join(f"{len(rows):,} {what}" for what, rows in counts if rows)
+    return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.errors import Diverged, InputError, RunFailed
 from unet.storage import Folder
-from unet.terminal import Display
+from unet.terminal import Display, checks_row
 from unet.tracking import Tracker, Untracked, without_password
 from unet.training import resources, results
 from unet.training.backend import TensorflowBackendConfig
@@ -106,6 +106,7 @@ def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resou
     return [
         ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
+        *checks_row(prepared),
         ("model", f"U-Net, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters"),
         (
             "training",

@@ -14,7 +14,7 @@ from unet.data import ingest
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.storage import Folder
-from unet.terminal import Display
+from unet.terminal import Display, checks_row
 from unet.tracking import Tracker, code_version, without_password
 from unet.training import resources
 from unet.training.monitor import Monitor
@@ -387,6 +387,7 @@ class _Session:
         return [
             ("data", f"{self.prepared.folder} ({self.plan.data_bytes / 1e6:.0f} MB, {mode})"),
             ("splits", ", ".join(f"{name} {count:,}" for name, count in self.counts.items())),
+            *checks_row(self.prepared),
             ("space", self.sweep.space.described()),
             ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
             ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),
