@@ -4,13 +4,16 @@ python jobs/prepare.py --source FOLDER --output DIR --image-size 128
 python jobs/prepare.py --verify DIR
 """
 
+import shlex
+
 from unet import cli
-from unet.config import PrepareSettings
+from unet.config import DataSettings, PrepareSettings
 
 
-def run(settings: PrepareSettings) -> int | None:
+def run(settings: PrepareSettings) -> int:
     from unet.data.pieces import Recipe
     from unet.data.prepare import cache_of, kept_folder, prepare
+    from unet.data.shards import MANIFEST, REPORT
     from unet.data.sources.find import check_source
     from unet.session import ray_session
     from unet.storage import Folder
@@ -19,28 +22,35 @@ def run(settings: PrepareSettings) -> int | None:
     part, display = settings.prepare, Display()
     if part.verify:
         return verify(part.verify, display)
-    check_source(part.source)
+    check_source(part.source, prepared_too=False)
     recipe = Recipe(part.image_size, part.resize, part.val_fraction, part.shards, part.original_masks)
     storage = Folder(settings.store.storage_path)
     folder = Folder(part.output) if part.output else kept_folder(part.source, recipe, storage)
+    title = "There already:" if folder.exists(MANIFEST) else "Prepared"
     with ray_session(settings.door.debug):
         try:
             manifest = prepare(
                 part.source, folder, recipe, part.strict, part.source_dir, cache_of(storage), display.working
             )
+        except KeyboardInterrupt:
+            display.close()
+            display.say("What is done is kept: the same command goes on from here.")
+            raise
         finally:
             display.close()
     display.problems(manifest)
-    letterbox = " --resize letterbox" if manifest.resize == "letterbox" else ""
-    size = f" --image-size {manifest.image_size}" if manifest.image_size != 128 else ""
+    place = shlex.quote(str(folder))
+    flags = f" --image-size {manifest.image_size}" if manifest.image_size != DataSettings().image_size else ""
+    flags += f" --resize {manifest.resize}" if manifest.resize != DataSettings().resize else ""
     rows = [
         ("splits", ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())),
         ("digest", manifest.data_digest),
-        ("look", f"{folder}/data_report.html"),
-        ("train on it", f"python jobs/train.py --data {folder}{size}{letterbox}"),
-        ("verify", f"python jobs/prepare.py --verify {folder}"),
+        ("look", f"{folder}/{REPORT}"),
+        ("train on it", f"python jobs/train.py --data {place}{flags}"),
+        ("verify", f"python jobs/prepare.py --verify {place}"),
     ]
-    display.table(f"Prepared {folder}", rows)
+    display.table(f"{title} {folder}", rows)
+    return cli.DONE
 
 
 def verify(folder: str, display) -> int:

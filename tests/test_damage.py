@@ -1,5 +1,6 @@
 """Every kind of damage is found and named: in raw data when they are prepared, in shards when they are read again."""
 
+import hashlib
 import io
 import json
 import os
@@ -30,11 +31,13 @@ SPARE = 30
 
 @dataclass
 class Pet:
-    """One sample in an extracted archive folder, to be damaged; `other` is a whole one of the test split."""
+    """One sample of trainval in an extracted archive folder, to be damaged; `other` is a whole one of test, `spare`
+    are whole ones of trainval."""
 
     folder: Path
     name: str
     other: str
+    spare: list[str]
 
     @property
     def photo(self) -> Path:
@@ -45,7 +48,7 @@ class Pet:
         return self.folder / "annotations" / "trimaps" / f"{self.name}.png"
 
     def of(self, name: str) -> "Pet":
-        return Pet(self.folder, name, self.name)
+        return Pet(self.folder, name, self.name, self.spare)
 
     def resave(self, path: Path, change, format: str = "PNG", **options) -> None:
         image = Image.open(path)
@@ -60,6 +63,10 @@ class Pet:
         labels = np.asarray(Image.open(self.trimap)).copy()
         labels[3, 3] = value
         Image.fromarray(labels).save(self.trimap)
+
+
+def in_val(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < 0.1
 
 
 DAMAGES = []
@@ -147,9 +154,30 @@ def name_that_leads_outside(pet):
     pet.list_also("../../etc/passwd 1 1 1")
 
 
-@shows("left_out", "unsafe_name", "not a plain file name", name="pet\0name")
+@shows("left_out", "unsafe_name", "not a plain file name", name=r"pet\x00name")
 def name_with_a_nul(pet):
     pet.list_also("pet\0name 1 1 1")
+
+
+@shows("left_out", "damaged", "cannot be decoded")
+def damaged_tiff(pet):
+    pet.resave(pet.photo, lambda i: i, "TIFF")
+    pet.photo.write_bytes(pet.photo.read_bytes().replace(b"\x00\x01\x04\x00", b"\x00\x01\x0c\x00", 1)[:-40])
+
+
+@shows("left_out", "unsupported_depth", "F pixels")
+def photo_of_floats(pet):
+    pet.resave(pet.photo, lambda i: i.convert("F"), "TIFF")
+
+
+@shows("left_out", "lossy_mask", "save masks as PNG")
+def mask_as_jpeg(pet):
+    pet.resave(pet.trimap, lambda i: i, "JPEG")
+
+
+@shows("left_out", "unsafe_name", "not a plain file name", name="x" * 300)
+def endless_name(pet):
+    pet.list_also("x" * 300)
 
 
 @shows("left_out", "duplicate_across_splits", "the same photo as")
@@ -190,6 +218,24 @@ def lying_on_its_side(pet):
     pet.resave(pet.photo, lambda i: i.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
 
 
+@shows("repaired", "mask: turned upright as its EXIF says")
+def photo_and_mask_upside_down(pet):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pet.resave(pet.photo, lambda i: i.rotate(180), "JPEG", exif=exif, quality=95)
+    pet.resave(pet.trimap, lambda i: i.rotate(180), exif=exif)
+
+
+@shows("repaired", "PNG named .jpg")
+def png_with_broken_exif(pet):
+    pet.resave(pet.photo, lambda i: i, exif=b"Exif\0\0zzzz")
+
+
+@shows("repaired", "16-bit grey to RGB")
+def sixteen_bits(pet):
+    pet.resave(pet.photo, lambda i: Image.fromarray(np.asarray(i.convert("L")).astype(np.uint16) * 257))
+
+
 @shows("repaired", "mask: RGB of equal channels to grey")
 def grey_mask_in_rgb(pet):
     pet.resave(pet.trimap, lambda i: i.convert("RGB"))
@@ -198,6 +244,13 @@ def grey_mask_in_rgb(pet):
 @shows("warnings", "one_class_only", "nothing but background")
 def mask_without_a_pet(pet):
     pet.resave(pet.trimap, lambda i: Image.new("L", i.size, 2))
+
+
+@shows("warnings", "duplicate", "the same photo as")
+def photo_under_two_names(pet):
+    twin = next(name for name in pet.spare if in_val(name) == in_val(pet.name))
+    shutil.copy(pet.of(twin).photo, pet.photo)
+    shutil.copy(pet.of(twin).trimap, pet.trimap)
 
 
 @shows("warnings", "same_mask", "pixel for pixel")
@@ -222,7 +275,7 @@ def damaged(ray_cluster, tmp_path_factory):
     victims = {}
     for (plant, *_), name, other in zip(DAMAGES, names["trainval"], names["test"], strict=False):
         victims[plant.__name__] = name
-        plant(Pet(folder, name, other))
+        plant(Pet(folder, name, other, names["trainval"][len(DAMAGES) :]))
     target = Folder(folder.parent / "shards")
     return prepare(str(folder), target, Recipe(64)), victims, folder, target
 
@@ -232,7 +285,9 @@ def test_damaged_sample_is_found_and_named(damaged, damage):
     plant, where, kind, words, name = damage
     manifest, victims, *_ = damaged
     victim = name or victims[plant.__name__]
-    rows = [row for row in getattr(manifest, where) if row["name"] == victim]
+    rows = [
+        row for row in getattr(manifest, where) if victim == row["name"] or f"as {victim} " in row.get("detail", "")
+    ]
     assert [row for row in rows if row.get("problem", row.get("repair")) == kind and words in row.get("detail", "")]
 
 
@@ -242,7 +297,9 @@ def test_only_the_damaged_are_touched(damaged):
     gone = {plant.__name__ for plant, where, *_, name in DAMAGES if where == "left_out" and name is None} - stay
     assert sum(manifest.counts.values()) == 2 * len(DAMAGES) + SPARE + 4 - len(gone)
     rows = [*manifest.left_out, *manifest.repaired, *manifest.warnings]
-    assert {row["name"] for row in rows} <= {*victims.values(), "stray", "../../etc/passwd", "pet\0name", ""}
+    named = {name for *_, name in DAMAGES if name}
+    twins = {row["name"] for row in manifest.warnings if row["problem"] == "duplicate"}
+    assert {row["name"] for row in rows} <= {*victims.values(), *named, *twins, ""} and len(twins) == 1
     kept = set(Prepared(target).samples()["name"].to_pylist())
     assert kept.isdisjoint(victims[name] for name in gone)
 
@@ -259,7 +316,7 @@ def test_repaired_photos_have_the_right_pixels(damaged, ray_cluster):
             rows |= {
                 row["name"]: row for row in prepared.read_chunk(split, chunk, ("name", "image", "mask")).to_pylist()
             }
-    for kind in ("alpha", "lying_on_its_side", "cmyk", "grey_mask_in_rgb"):
+    for kind in ("alpha", "lying_on_its_side", "photo_and_mask_upside_down", "cmyk", "grey_mask_in_rgb"):
         row, index = rows[victims[kind]], [plant.__name__ for plant, *_ in DAMAGES].index(kind)
         image, mask = draw_pet(index, 64, seed=7)
         difference = np.frombuffer(row["image"], np.uint8).reshape(64, 64, 3).astype(int) - image
@@ -305,7 +362,8 @@ def test_file_that_may_not_be_read(tmp_path):
     path.chmod(0)
     code = (
         "import os, sys; from unet.data import decode; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        f"try: decode._open({str(path)!r})\nexcept decode.Unusable as error: print(error.problem, error.detail)"
+        f"try: decode._read(decode._open, {str(path)!r})\n"
+        "except decode.Unusable as error: print(error.problem, error.detail)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.startswith("no_permission secret.jpg may not be read"), done.stderr
@@ -373,6 +431,9 @@ SHARD_DAMAGES = {
     "swapped names": lambda f, t, row: rewrite(t, lambda table: swap(table, "name")),
     "a row less": lambda f, t, row: rewrite(t, lambda table: table.slice(1)),
     "another breed": lambda f, t, row: rewrite(t, lambda table: swap(table, "breed").slice(0)),
+    "a torn file": lambda f, t, row: (f / f".{t.name}.0af31").write_bytes(b"PAR1"),
+    "a folder for a shard": lambda f, t, row: t.unlink() or t.mkdir(),
+    "another report": lambda f, t, row: (f / "data_report.html").write_text("<script>"),
     "a shard more": lambda f, t, row: shutil.copy(t, f / "train-00001-of-00002.parquet"),
     "count in the manifest": lambda f, t, row: edit(f / MANIFEST, counts={"train": 1, "val": 1, "test": 1}),
     "digest in the manifest": lambda f, t, row: edit(f / MANIFEST, data_digest="0" * 64),
@@ -390,6 +451,7 @@ def test_damaged_shards_are_found_and_named(whole, tmp_path, kind):
     SHARD_DAMAGES[kind](folder, shard, row)
     damage = list(verify(Folder(folder), lambda *a: None))
     changed = {"a shard more": "train-00001-of-00002.parquet", "bit of samples.parquet": SAMPLES}
+    changed |= {"a torn file": f".{shard.name}.0af31", "another report": "data_report.html"}
     place = MANIFEST if "manifest" in kind else changed.get(kind, shard.name)
     assert place in {file for file, _ in damage}
     assert kind not in NAMED or any(row["name"] in words for _, words in damage)

@@ -1,6 +1,7 @@
 """Own photos and masks: what `dataset.yaml` and the folder say is what is trained, scored and shown."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import mlflow
@@ -50,13 +51,19 @@ def test_values_names_formats_and_folders(ray_cluster, tmp_path):
     (folder / "images" / "lonely.jpg").write_bytes((folder / "images" / "south" / "photo 0.jpg").read_bytes())
     (folder / "images" / "south" / "photo 0.png").write_bytes(b"another photo of this name")
     (folder / "images" / ".DS_Store").write_bytes(b"")
+    (folder / "images" / "raw.heic").write_bytes(b"no picture for Pillow")
+    write(tmp_path / "elsewhere", ["linked"], ROADS)
+    for part in ("images", "masks"):
+        (folder / part / "more").symlink_to(tmp_path / "elsewhere" / part)
     manifest = prepare(str(folder), Folder(tmp_path / "out"), Recipe(48, "letterbox", original_masks=True))
     assert manifest.classes == ["road", "car", "other"] and manifest.colours[1] == [255, 0, 0]
     assert {(row["name"], row["problem"]) for row in manifest.left_out} == {
         ("lonely", "missing_mask"),
         ("south/photo 0", "ambiguous"),
+        ("raw", "unknown_format"),
     }
-    assert sum(manifest.counts.values()) == 29 and manifest.counts["test"]
+    assert len(manifest.left_out) == 3
+    assert sum(manifest.counts.values()) == 30 and manifest.counts["test"]
     rows = rows_of(tmp_path / "out")
     name = next(name for name in rows if name.startswith("north"))
     assert rows[name]["breed"] == "north" and (rows[name]["original_height"], rows[name]["original_width"]) == (36, 48)
@@ -66,22 +73,31 @@ def test_values_names_formats_and_folders(ray_cluster, tmp_path):
     assert np.array_equal(mask[6:42], expected) and (mask[:6] == 255).all() and (mask[42:] == 255).all()
 
 
-@pytest.mark.parametrize("lists", [("trainval", "test"), ("train", "val", "test")])
+@pytest.mark.parametrize("lists", [("trainval", "test"), ("train", "test"), ("train", "val", "test")])
 def test_lists_say_the_splits(ray_cluster, tmp_path, lists):
-    names = [f"p{i}" for i in range(24)]
+    names = [f"p{i}" for i in range(22)] + ["p.1", "café"]
     folder = write(tmp_path / "roads", names, ROADS)
     given = {name: names[i :: len(lists)] for i, name in enumerate(lists)}
     stray = given["test"].pop()
     for name, members in given.items():
-        (folder / f"{name}.txt").write_text("".join(f"{m}.jpg\n" for m in members) + "../x\n" * (name == "test"))
+        lines = [unicodedata.normalize("NFD", f"{member}.jpg") for member in members] + ["../x", "."] * (name == "test")
+        (folder / f"{name}.txt").write_text("\ufeff" + "\r\n".join(lines), encoding="utf8")
     manifest = prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
     samples = Prepared(Folder(tmp_path / "out")).samples()
     splits = dict(zip(samples["name"].to_pylist(), samples["split"].to_pylist(), strict=True))
     assert {n for n, s in splits.items() if s == "test"} == set(given["test"])
-    if "train" in lists:
+    if "val" in lists:
         assert {n for n, s in splits.items() if s == "val"} == set(given["val"])
-    assert [row["name"] for row in manifest.left_out] == ["../x"]
+    assert [row["name"] for row in manifest.left_out] == ["../x", "."]
     assert (stray, "in_no_split") in {(row["name"], row["problem"]) for row in manifest.warnings}
+
+
+def test_lists_that_do_not_fit_together_are_refused(ray_cluster, tmp_path):
+    folder = write(tmp_path / "roads", ["a", "b"], ROADS)
+    (folder / "train.txt").write_text("a")
+    (folder / "val.txt").write_text("b")
+    with pytest.raises(InputError, match=r"holds train.txt, val.txt: give trainval.txt and test.txt"):
+        prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +111,7 @@ def test_lists_say_the_splits(ray_cluster, tmp_path, lists):
         ({"classes": {"road": 1, "_car": 2}}, "_car"),
         ({"classes": {"road": 1, "a[b]": 2}}, "a[b]"),
         ({"classes": {"road": "one", "car": 2}}, "road"),
+        ({"classes": {"road": True, "car": 2}}, "road"),
         ({"classes": {"road": 1, "car": 2}, "colours": {"cat": [1, 2, 3]}}, "cat is not among the classes"),
         ({"clases": {"road": 1, "car": 2}}, "must hold `classes:`"),
         ({"classes": {"road": 1, "car": 2}, "ignroe": 3}, "ignroe"),

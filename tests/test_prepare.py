@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from unet.data import pieces
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare, resolve
-from unet.data.shards import Prepared
+from unet.data.shards import MANIFEST, Prepared
 from unet.data.verify import verify
 from unet.errors import InputError
 from unet.storage import Folder
@@ -127,6 +129,8 @@ def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in Path(prepared.folder.path).iterdir()}
     assert prepare(str(packed), prepared.folder, Recipe(32)) == prepared.manifest
     assert {p: p.stat().st_mtime_ns for p in Path(prepared.folder.path).iterdir()} == before
+    for spelled in (f"{prepared.folder.path}/", os.path.relpath(prepared.folder.path)):
+        assert prepare(str(packed), Folder(spelled), Recipe(32)) == prepared.manifest
     with pytest.raises(InputError, match=r"holds other data \(image_size 32 there, 64 here\)"):
         prepare(str(packed), prepared.folder, Recipe(64))
     (tmp_path / "notes.txt").write_text("mine")
@@ -134,28 +138,65 @@ def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
         prepare(str(packed), Folder(tmp_path), Recipe(32))
 
 
-def test_a_killed_preparation_goes_on(prepared, packed, tmp_path):
+def test_strict_and_what_was_left_out_before(ray_cluster, archives, tmp_path):
+    shutil.copytree(archives, tmp_path / "pets")
+    (tmp_path / "pets" / "images" / "beagle_4.jpg").write_bytes(b"")
+    manifest = prepare(str(tmp_path / "pets"), Folder(tmp_path / "shards"), Recipe(32))
+    assert [row["name"] for row in manifest.left_out] == ["beagle_4"]
+    with pytest.raises(InputError, match=r"beagle_4: beagle_4.jpg is empty\. Leave --strict out"):
+        prepare(str(tmp_path / "pets"), Folder(tmp_path / "shards"), Recipe(32), strict=True)
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a mount point"])
+def test_outputs_of_other_kinds(ray_cluster, prepared, packed, tmp_path, kind):
+    """A file is refused before anything starts; in a mount point (a container's volume) the shards are made in it."""
+    (tmp_path / "file").write_text("mine")
+    if kind != "a mount point":
+        with pytest.raises(InputError, match=r"Cannot write to .*: give another --output"):
+            prepare(str(packed), Folder(tmp_path / {"a file": "file", "below a file": "file/x"}[kind]), Recipe(32))
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+        return
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", volume], capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        manifest = prepare(str(packed), Folder(volume), Recipe(32))
+        assert manifest.data_digest == prepared.manifest.data_digest
+        assert {p.name for p in volume.iterdir()} == {MANIFEST, *manifest.sha256}
+    finally:
+        subprocess.run(["umount", volume], check=True)
+
+
+def test_a_killed_preparation_goes_on(prepared, packed, tmp_path, monkeypatch):
     """SIGKILL at random moments: no output before the end, then the very same; no piece is decoded twice."""
     target, random = tmp_path / "shards", np.random.default_rng()
     command = [sys.executable, "-c", KILLED, str(packed), str(target)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pieces = {}
-    for _ in range(2):
+    known = {}
+    for phase in ("preparing", "writing"):
         process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if line.startswith("preparing"):
+            if line.startswith(phase):
                 break
-        time.sleep(random.uniform(0, 0.8))
+        time.sleep(random.uniform(0, 0.3))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         if target.exists():
             break
         now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".preparing-shards").glob("*.facts.arrow")}
-        assert pieces.items() <= now.items()
-        pieces = now
-    assert prepare(str(packed), Folder(target), Recipe(32)).data_digest == prepared.manifest.data_digest
+        assert known.items() <= now.items()
+        known = now
+    if not target.exists():
+        unfinished = tmp_path / ".preparing-shards" / "shards"
+        unfinished.mkdir(exist_ok=True)
+        (unfinished / ".train-00000-of-00001.parquet.0af31").write_bytes(b"PAR1")  # as a kill can leave it
+    monkeypatch.setattr(pieces, "PIECE_SAMPLES", 8)
+    manifest = prepare(str(packed), Folder(target), Recipe(32))
+    assert manifest.data_digest == prepared.manifest.data_digest
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
+    assert {p.name for p in target.iterdir()} == {MANIFEST, *manifest.sha256}
     assert not list(verify(Folder(target), lambda *a: None))
 
 

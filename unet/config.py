@@ -224,6 +224,17 @@ class PreparePart(Part):
     verify: str | None = None
     """Prepare nothing: read every byte of this prepared folder again and name what has changed."""
 
+    @field_validator("source", "output", "verify")
+    @classmethod
+    def _from_home(cls, value):
+        is_path = value is not None and "://" not in value and not is_source_name(value)
+        return str(Path(value).expanduser().absolute()) if is_path else value
+
+    @field_validator("source_dir")
+    @classmethod
+    def _dir_from_home(cls, value):
+        return value and value.expanduser().absolute()
+
     @model_validator(mode="after")
     def _source_dir_fits(self):
         if self.source_dir and self.source != "oxford_iiit_pet":

@@ -11,3 +11,8 @@ class RunFailed(Exception):
 
 class Diverged(RunFailed):
     """A run whose numbers stopped being finite: starting it again would end the same."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -113,6 +113,11 @@ class Folder:
             raise
         _sync(target.parent)
 
+    def rename(self, target: "Folder") -> None:
+        """Give a local folder another, new name on the same disk, durably."""
+        os.rename(self.path, target.path)
+        _sync(Path(target.path).parent)
+
     def committed(self, name: str) -> bool:
         return self.exists(f"{name}/{MARKER}")
 

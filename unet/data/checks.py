@@ -121,7 +121,12 @@ def suspects(samples: pa.Table, classes: list[str]) -> list[Problem]:
         elif fit < MISFIT:
             words = f"the mask explains the photo no better than its mirror images do (fit {fit:.2f})"
             found.append(Problem(name, "mask_does_not_fit", words, split))
-    return found + _missing_breeds(samples)
+    return found + _empty_splits(samples) + _missing_breeds(samples)
+
+
+def _empty_splits(samples: pa.Table) -> list[Problem]:
+    empty = sorted(KEPT_FIRST.keys() - set(samples["split"].to_pylist()))
+    return [Problem("", "empty_split", f"{split} has no sample", split) for split in empty]
 
 
 def _missing_breeds(samples: pa.Table) -> list[Problem]:

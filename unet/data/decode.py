@@ -5,6 +5,7 @@ Decoding is here and nowhere else, so that every source gives the same pixels fo
 
 import errno
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from unet.config import Resize
 from unet.data import synthetic
 from unet.data.resize import ignore_padding, to_square
 from unet.data.sources import Sample
+from unet.errors import first_line
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 # A photo of this many pixels is decoded without a warning; twice as many are refused (Pillow's own rule).
@@ -59,8 +61,8 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     if sample.index >= 0:
         image, ids = synthetic.draw_pet(sample.index, size)
         return Decoded(image, ids, size, size, (), _png(ids) if original_mask else b"")
-    mask, mask_repairs = _mask(sample.mask)
-    photo, repairs = _photo(sample.image, mask.size)
+    mask, mask_repairs = _read(_mask, sample.mask)
+    photo, repairs = _read(_photo, sample.image, mask.size)
     if photo.size != mask.size:
         raise Unusable("size_mismatch", f"the mask is {_by(mask.size)}, its photo {_by(photo.size)}")
     _check_labels(mask, labels)
@@ -73,6 +75,22 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)
 
 
+def _read(read: Callable, path: str, *more):
+    """What `read` makes of a file, or why it cannot be used."""
+    name = Path(path).name
+    try:
+        return read(path, *more)
+    except (Unusable, MemoryError):
+        raise
+    except PermissionError as error:
+        raise Unusable("no_permission", f"{name} may not be read: {error.strerror}") from error
+    except Image.DecompressionBombError as error:
+        raise Unusable("too_large", f"{name}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise whatever their damaged input leads them to
+        what = error.strerror if isinstance(error, OSError) and error.errno in errno.errorcode else first_line(error)
+        raise Unusable("damaged", f"{name} cannot be decoded: {what}") from error
+
+
 def _photo(path: str, mask_size: tuple[int, int]) -> tuple[Image.Image, list[str]]:
     """An RGB photo, and what was done to make it one."""
     photo = _open(path)
@@ -82,45 +100,71 @@ def _photo(path: str, mask_size: tuple[int, int]) -> tuple[Image.Image, list[str
         repairs.append(f"{photo.format} named .{suffix}")
     if getattr(photo, "n_frames", 1) > 1:
         repairs.append(f"first of {photo.n_frames} frames")
-    # Asking for the EXIF of each JPEG that has none would take a tenth of its decoding.
-    exif = photo.getexif() if photo.format != "JPEG" or "exif" in photo.info else {}
-    if exif.get(ExifTags.Base.Orientation, 1) != 1:
+    if is_turned(photo):
         upright = ImageOps.exif_transpose(photo)
         # A mask drawn over the stored pixels says so by its size.
         if upright.size == mask_size or photo.size != mask_size:
-            photo = upright
             repairs.append("turned upright as its EXIF says")
+            photo = upright
         else:
             repairs.append("EXIF rotation not applied: the mask lies over the stored pixels")
     if photo.mode == "RGB":
         return photo, repairs
+    if photo.mode in ("F", "I") or photo.mode.startswith("I;16"):
+        photo, repair = _eight_bits(photo)
+        return photo.convert("RGB"), [*repairs, repair]
     repairs.append(_MODES.get(photo.mode, f"{photo.mode} to RGB"))
-    if photo.mode.startswith("I;16") or photo.mode == "I":
-        photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
     if photo.mode == "P" and "transparency" in photo.info:
         photo = photo.convert("RGBA")  # else Pillow warns about the transparency it drops
     return photo.convert("RGB"), repairs
 
 
 _MODES = {
-    **{"L": "grey to RGB", "1": "grey to RGB", "I;16": "16-bit grey to RGB", "I": "16-bit grey to RGB"},
-    **{"P": "palette to RGB", "RGBA": "alpha dropped", "PA": "alpha dropped", "LA": "grey to RGB, alpha dropped"},
+    **{"L": "grey to RGB", "1": "grey to RGB", "P": "palette to RGB"},
+    **{"RGBA": "alpha dropped", "PA": "alpha dropped", "LA": "grey to RGB, alpha dropped"},
 }
+
+
+def is_turned(picture: Image.Image) -> bool:
+    """Whether the EXIF says that the picture is to be turned or mirrored; an EXIF that cannot be read says nothing."""
+    # Asking for the EXIF of each JPEG that has none would take a tenth of its decoding.
+    if picture.format == "JPEG" and "exif" not in picture.info:
+        return False
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # whatever its damaged bytes lead Pillow to
+        return False
+
+
+def _eight_bits(photo: Image.Image) -> tuple[Image.Image, str]:
+    """A grey photo of more than 8 bits as one of 8, and the words for it."""
+    values = np.asarray(photo)
+    if photo.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise Unusable(
+            "unsupported_depth", f"the photo holds {photo.mode} pixels from {values.min()} to {values.max()}"
+        )
+    if values.max() < 256:
+        return Image.fromarray(values.astype(np.uint8)), "16-bit grey that holds 8 bits to RGB"
+    return Image.fromarray((values >> 8).astype(np.uint8)), "16-bit grey to RGB"
 
 
 def _mask(path: str) -> tuple[Image.Image, list[str]]:
     """A mask of one band, whose pixels are values (of a palette: the indices)."""
-    mask = _open(path)
+    mask, repairs = _open(path), []
+    if mask.format in ("JPEG", "MPO"):
+        raise Unusable("lossy_mask", f"{Path(path).name} is a JPEG, which changes values: save masks as PNG")
+    if is_turned(mask):
+        mask, repairs = ImageOps.exif_transpose(mask), ["mask: turned upright as its EXIF says"]
     if mask.mode in ("L", "P", "I;16", "I"):
-        return mask, []
+        return mask, repairs
     if mask.mode == "1":
-        return mask.convert("L").point(lambda value: value and 1), []
+        return mask.convert("L").point(lambda value: value and 1), repairs
     if mask.mode == "LA":
-        return mask.getchannel("L"), ["mask: alpha dropped"]
+        return mask.getchannel("L"), [*repairs, "mask: alpha dropped"]
     if mask.mode in ("RGB", "RGBA"):
         bands = [np.asarray(mask.getchannel(band)) for band in "RGB"]
         if all(np.array_equal(bands[0], band) for band in bands[1:]):
-            return mask.getchannel("R"), ["mask: RGB of equal channels to grey"]
+            return mask.getchannel("R"), [*repairs, "mask: RGB of equal channels to grey"]
     raise Unusable("colour_mask", f"the mask holds {mask.mode} pixels; it must hold one value a pixel")
 
 
@@ -142,23 +186,11 @@ def _check_labels(mask: Image.Image, labels: Labels) -> None:
 
 
 def _open(path: str) -> Image.Image:
-    name = Path(path).name
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        if not content:
-            raise Unusable("empty_file", f"{name} is empty")
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except PermissionError as error:
-        raise Unusable("no_permission", f"{name} may not be read: {error.strerror}") from error
-    except Image.DecompressionBombError as error:
-        raise Unusable("too_large", f"{name}: {error}") from error
-    except Exception as error:  # Pillow's decoders raise whatever their damaged input leads them to
-        what = error.strerror if isinstance(error, OSError) and error.errno in errno.errorcode else str(error)
-        if isinstance(error, Unusable):
-            raise
-        raise Unusable("damaged", f"{name} cannot be decoded: {what or type(error).__name__}") from error
+    content = Path(path).read_bytes()
+    if not content:
+        raise Unusable("empty_file", f"{Path(path).name} is empty")
+    image = Image.open(io.BytesIO(content))
+    image.load()
     return image
 
 

@@ -60,9 +60,14 @@ class Piece:
         return f"piece-{self.number:06d}.facts.arrow"
 
 
+def samples_of_a_piece(image_size: int) -> int:
+    """As many as a task can hold."""
+    return max(1, min(PIECE_SAMPLES, PIECE_BYTES // (image_size**2 * 4)))
+
+
 def cut(samples: Sequence[Sample], image_size: int) -> list[Piece]:
-    """The samples in pieces of a size that a task can hold."""
-    size = max(1, min(PIECE_SAMPLES, PIECE_BYTES // (image_size**2 * 4)))
+    """The samples in pieces."""
+    size = samples_of_a_piece(image_size)
     return [Piece(i, samples[first : first + size]) for i, first in enumerate(range(0, len(samples), size))]
 
 

@@ -3,41 +3,53 @@
 What a killed preparation has done is kept beside the output, and the same command goes on from there.
 """
 
-import contextlib
 import hashlib
-import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from unet.config import Resize
+from unet.config import Resize, is_source_name
 from unet.data import checks
 from unet.data.look import data_report
 from unet.data.order import CHUNK
-from unet.data.pieces import Piece, Recipe, Shard, cut, decode_piece, read_table, sha256_of, write_shard
-from unet.data.shards import MANIFEST, REPORT, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, Prepared, data_digest
-from unet.data.sources import Problem, Source
+from unet.data.pieces import (
+    Piece,
+    Recipe,
+    Shard,
+    cut,
+    decode_piece,
+    read_table,
+    samples_of_a_piece,
+    sha256_of,
+    write_shard,
+)
+from unet.data.place import Place
+from unet.data.shards import (
+    MANIFEST,
+    REPORT,
+    SAMPLES,
+    SCHEMA_VERSION,
+    SPLITS,
+    Manifest,
+    Prepared,
+    data_digest,
+    files_of_chunks,
+)
+from unet.data.sources import Problem, Progress, Source
 from unet.data.sources.find import TFDS, check_source, open_source, version_of
-from unet.errors import InputError, RunFailed
+from unet.errors import InputError, RunFailed, first_line
 from unet.storage import Folder
 
-RECIPE = "recipe.json"
 SAMPLE_COLUMNS = (
     *("name", "split", "breed", "original_height", "original_width"),
     *("pixels", "ignored", "repairs", "mask_fit", "digest"),
 )
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, how far, out of how much)."""
 
 
 def resolve(data: str, image_size: int, resize: Resize, storage: Folder, progress: Progress) -> Prepared:
@@ -68,13 +80,14 @@ def resolve(data: str, image_size: int, resize: Resize, storage: Folder, progres
 
 def kept_folder(source: str, recipe: Recipe, storage: Folder) -> Folder:
     """Where the storage path keeps what is prepared of a source."""
-    folder, version = Path(source).resolve(), version_of(source)
     name = f"{source.replace(':', '-')}-{recipe.image_size}px"
-    if version.startswith("files-"):
-        key = hashlib.sha256(f"{folder}|{version}|{SCHEMA_VERSION}".encode()).hexdigest()[:8]
+    if not is_source_name(source):
+        folder = Path(source).resolve()
+        key = hashlib.sha256(f"{folder}|{version_of(source)}".encode()).hexdigest()[:8]
         name = f"{folder.name}-{recipe.image_size}px-{key}"
     letterbox = "-letterbox" if recipe.resize == "letterbox" else ""
-    return storage / "data" / f"{name}{letterbox}-v{SCHEMA_VERSION}"
+    val = f"-val{recipe.val_fraction:g}" if recipe.val_fraction != Recipe.val_fraction else ""
+    return storage / "data" / f"{name}{letterbox}{val}-v{SCHEMA_VERSION}"
 
 
 def cache_of(storage: Folder) -> Path | None:
@@ -101,158 +114,126 @@ def prepare(
     Raises:
         InputError: the source cannot be read, nothing in it can be used, or the target holds something else.
     """
-    check_source(source)
-    version = version_of(source, source_dir)
+    check_source(source, prepared_too=False)
+    place = Place.of(target)
+    version = version_of(source)
     wanted = asdict(recipe) | {"source": source, "source_version": version, "schema_version": SCHEMA_VERSION}
-    with _workplace(target, wanted, progress) as work:
-        if target.exists(MANIFEST):
-            return _existing(target, recipe, version)
-        try:
-            return _Preparation(source, target, recipe, version, work, progress).run(strict, source_dir, cache)
-        except ray.exceptions.RayError as error:
-            raise RunFailed(
-                f"Preparing the data failed: {_cause(error)}. The same command goes on from here."
-            ) from error
+    wanted["samples_of_a_piece"] = samples_of_a_piece(recipe.image_size)
+    if place.target.exists(MANIFEST):
+        return _existing(place, recipe, version, strict)
+    with place.locked(progress):
+        if place.target.exists(MANIFEST):  # by now: another job was quicker
+            return _existing(place, recipe, version, strict)
+        with place.unfinished(wanted):
+            try:
+                preparation = _Preparation(source, place, recipe, version, progress)
+                return preparation.run(strict, source_dir, cache)
+            except ray.exceptions.RayError as error:
+                cause = first_line(getattr(error, "cause", None) or error)
+                raise RunFailed(f"Preparing the data failed: {cause}. The same command goes on from here.") from error
 
 
-@contextlib.contextmanager
-def _workplace(target: Folder, wanted: dict, progress: Progress) -> Iterator[Folder]:
-    """A folder for unfinished work, found again by the same wish and emptied for any other; gone when all is done."""
-    place = _scratch(target).with_suffix(".lock")
-    place.parent.mkdir(exist_ok=True)
-    lock = filelock.FileLock(place)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        progress("waiting for another job that prepares these data", 0, 0)
-        lock.acquire()
-    with lock:
-        lock.release()  # the context holds it once more
-        path = Path(target.path)
-        work = Folder(path.with_name(f".preparing-{path.name}")) if target.is_local else target / ".preparing"
-        if target.exists(MANIFEST):
-            yield work
-            return
-        text = json.dumps(wanted, indent=2)
-        begun = work.exists(RECIPE) and work.read_text(RECIPE) == text
-        if not begun:
-            if any(name != ".preparing" for name in target.names()):
-                raise InputError(f"{target} is not empty: give another --output, or remove what is there.")
-            _clear(work, target)
-            work.write_text(RECIPE, text)
-        try:
-            yield work
-        except InputError:
-            _clear(work, target)  # it would end the same way again
-            raise
-        _clear(work, target)
-
-
-def _scratch(target: Folder) -> Path:
-    """A place on the local disk that belongs to a target."""
-    return Path(tempfile.gettempdir()) / "unet-preparing" / hashlib.sha256(target.uri.encode()).hexdigest()[:12]
-
-
-def _clear(work: Folder, target: Folder) -> None:
-    if work.exists():
-        work.fs.delete_dir(work.path)
-    shutil.rmtree(_scratch(target), ignore_errors=True)
-
-
-def _existing(target: Folder, recipe: Recipe, version: str) -> Manifest:
+def _existing(place: Place, recipe: Recipe, version: str, strict: bool) -> Manifest:
     """The manifest of a target that holds just what is wanted."""
-    manifest = Prepared(target).manifest
+    manifest = Prepared(place.target).manifest
     found = asdict(manifest)
     wanted = asdict(recipe) | {"source_version": version}
     if differing := [key for key in wanted if wanted[key] != found[key]]:
         words = ", ".join(f"{key} {found[key]} there, {wanted[key]} here" for key in differing)
-        raise InputError(f"{target} holds other data ({words}): give another --output, or remove it.")
+        raise InputError(f"{place.target} holds other data ({words}): give another --output, or remove it.")
+    if strict and manifest.left_out:
+        raise _refused([Problem(**row) for row in manifest.left_out])
+    place.clear()  # a kill may have come between the last step and this one
     return manifest
+
+
+def _refused(left_out: list[Problem]) -> InputError:
+    first, more = left_out[0], len(left_out) - 1
+    words = f"{first.name}: {first.detail}" + (f", and {more} more samples cannot be used" if more else "")
+    return InputError(f"{words}. Leave --strict out to go on without them; the manifest will list them.")
 
 
 @dataclass
 class _Preparation:
-    """One source on its way into one target."""
+    """One source on its way into one place."""
 
     source: str
-    target: Folder
+    place: Place
     recipe: Recipe
     version: str
-    work: Folder
     progress: Progress
 
     def run(self, strict: bool, source_dir: Path | None, cache: Path | None) -> Manifest:
-        raw = Path(self.work.path) / "raw" if self.work.is_local else _scratch(self.target)
-        source = open_source(self.source, self.recipe.val_fraction, raw, source_dir, cache, self.progress)
+        source = open_source(self.source, self.recipe.val_fraction, self.place.raw, source_dir, cache, self.progress)
         facts = self._decode(source)
+        if version_of(self.source) != self.version:
+            raise InputError(f"{self.source} was changed while it was read: prepare it again.")
         kept, left_out, warnings = _check(facts, source)
         if not len(kept):
             first = left_out[0]
             raise InputError(f"None of the {len(left_out)} samples can be used. {first.name}: {first.detail}.")
         if strict and left_out:
-            first, more = left_out[0], len(left_out) - 1
-            raise InputError(
-                f"{first.name}: {first.detail}"
-                + (f", and {more} more samples cannot be used" if more else "")
-                + ". Leave --strict out to go on without them; the manifest will list them."
-            )
-        return self._write(source, kept, left_out, warnings)
+            raise _refused(left_out)
+        manifest = self._manifest(source, kept, left_out, warnings, self._write(kept))
+        self.place.publish()
+        return manifest
 
     def _decode(self, source: Source) -> pa.Table:
         """What is known of every sample, with `piece` and `row`: where its pixels are. What is decoded is not again."""
+        work = self.place.work
         pieces = cut(source.samples, self.recipe.image_size)
         task, labels, recipe = ray.remote(num_cpus=1)(decode_piece), ray.put(source.labels), ray.put(self.recipe)
-        missing = [piece for piece in pieces if not self.work.exists(piece.facts)]
-        calls = ((task, piece, labels, recipe, self.work.uri) for piece in missing)
+        missing = [piece for piece in pieces if not work.exists(piece.facts)]
+        calls = ((task, piece, labels, recipe, work.uri) for piece in missing)
         total, done = len(source.samples), len(source.samples) - sum(len(p.samples) for p in missing)
         for index, _ in _each(calls):
             done += len(missing[index].samples)
             self.progress("preparing data", done, total)
-        return pa.concat_tables(_placed(read_table(self.work, piece.facts), piece) for piece in pieces)
+        return pa.concat_tables(_placed(read_table(work, piece.facts), piece) for piece in pieces)
 
-    def _write(self, source: Source, kept: pa.Table, left_out: list[Problem], warnings: list[Problem]) -> Manifest:
-        shards = self.work / "shards" if self.target.is_local else self.target
-        files = {split: _cut_files(kept, split, self.recipe.shards) for split in SPLITS}
-        every = [shard for split in SPLITS for shard in files[split]]
+    def _write(self, kept: pa.Table) -> dict[str, str]:
+        """The sha256 of each shard and of `samples.parquet`, once they are written."""
+        work, target = self.place.work, self.place.shards
+        shards = [shard for split in SPLITS for shard in _cut_files(kept, split, self.recipe.shards)]
         task, recipe = ray.remote(num_cpus=1)(write_shard), ray.put(self.recipe)
-        calls = ((task, shard, recipe, self.work.uri, shards.uri) for shard in every)
         digests = {}
-        for index, digest in _each(calls):
-            digests[every[index].file] = digest
-            self.progress("writing shards", len(digests), len(every))
+        for index, digest in _each((task, shard, recipe, work.uri, target.uri) for shard in shards):
+            digests[shards[index].file] = digest
+            self.progress("writing shards", len(digests), len(shards))
         samples = kept.select(SAMPLE_COLUMNS)
         with (
-            shards.writing(SAMPLES) as stream,
+            target.writing(SAMPLES) as stream,
             pq.ParquetWriter(stream, samples.schema, write_page_checksum=True) as writer,
         ):
             for split in SPLITS:
                 writer.write_table(_of_split(samples, split), row_group_size=CHUNK)
-        digests[SAMPLES] = sha256_of(shards, SAMPLES)
+        return dict(sorted((digests | {SAMPLES: sha256_of(target, SAMPLES)}).items()))
+
+    def _manifest(
+        self, source: Source, kept: pa.Table, left_out: list[Problem], warnings: list[Problem], sha256: dict[str, str]
+    ) -> Manifest:
+        """Write the manifest, last of all, and before it the page that shows the data."""
         counts = Counter(kept["split"].to_pylist())
-        known = dict(zip(kept["name"].to_pylist(), kept["digest"].to_pylist(), strict=True))
+        digests = dict(zip(kept["name"].to_pylist(), kept["digest"].to_pylist(), strict=True))
         manifest = Manifest(
-            image_size=self.recipe.image_size,
-            resize=self.recipe.resize,
+            **asdict(self.recipe),
             classes=[c.name for c in source.labels.classes],
             colours=[list(c.colour) for c in source.labels.classes],
             counts={split: counts[split] for split in SPLITS},
-            files={split: [shard.file for shard in files[split]] for split in SPLITS},
-            sha256=dict(sorted(digests.items())),
-            data_digest=data_digest(known),
+            files={split: [file for file in sha256 if file.startswith(f"{split}-")] for split in SPLITS},
+            sha256=sha256,
+            data_digest=data_digest(digests),
             source=source.kind,
             source_version=self.version,
-            val_fraction=self.recipe.val_fraction,
-            shards=self.recipe.shards,
-            original_masks=self.recipe.original_masks,
             left_out=[asdict(p) for p in left_out],
             repaired=_repairs(kept, source),
             warnings=[asdict(p) for p in warnings],
         )
-        shards.write_text(MANIFEST, manifest.to_json())
         self.progress("drawing data_report.html", 0, 0)
-        shards.write_text(REPORT, data_report(Prepared(shards)))
-        if self.target.is_local:
-            Path(shards.path).rename(self.target.path)
+        shards = self.place.shards
+        shards.write_text(REPORT, data_report(Prepared(shards, manifest)))
+        manifest = replace(manifest, sha256=sha256 | {REPORT: sha256_of(shards, REPORT)})
+        shards.write_text(MANIFEST, manifest.to_json())
         return manifest
 
 
@@ -283,13 +264,13 @@ def _placed(facts: pa.Table, piece: Piece) -> pa.Table:
 def _cut_files(kept: pa.Table, split: str, shards: int) -> list[Shard]:
     """The split's samples in at most so many files of whole chunks."""
     rows = _of_split(kept, split)
-    chunks = -(-len(rows) // CHUNK)
-    count = min(shards, chunks)
-    edges = [-(-i * chunks // count) * CHUNK for i in range(count)] + [len(rows)]
-    return [
-        Shard(f"{split}-{i:05d}-of-{count:05d}.parquet", rows.slice(edges[i], edges[i + 1] - edges[i]))
-        for i in range(count)
-    ]
+    chunks = Counter(files_of_chunks(len(rows), shards))
+    found, first = [], 0
+    for file, count in sorted(chunks.items()):
+        name = f"{split}-{file:05d}-of-{len(chunks):05d}.parquet"
+        found.append(Shard(name, rows.slice(first * CHUNK, count * CHUNK)))
+        first += count
+    return found
 
 
 def _of_split(samples: pa.Table, split: str) -> pa.Table:
@@ -297,9 +278,12 @@ def _of_split(samples: pa.Table, split: str) -> pa.Table:
 
 
 def _repairs(kept: pa.Table, source: Source) -> list[dict]:
-    pairs = zip(kept["name"].to_pylist(), kept["repairs"].to_pylist(), strict=True)
-    found = [{"name": name, "repair": repair} for name, repairs in pairs for repair in repairs]
-    return found + [{"name": name, "repair": repair} for name, repair in source.repairs.items()]
+    names = kept["name"].to_pylist()
+    found = [
+        (name, repair) for name, repairs in zip(names, kept["repairs"].to_pylist(), strict=True) for repair in repairs
+    ]
+    found += [(name, source.repairs[name]) for name in names if name in source.repairs]
+    return [{"name": name, "repair": repair} for name, repair in found]
 
 
 def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
@@ -317,8 +301,3 @@ def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
 def _next(running: dict) -> tuple[int, object]:
     (done,), _ = ray.wait(list(running))
     return running.pop(done), ray.get(done)
-
-
-def _cause(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    return " ".join(str(cause).split()) or type(cause).__name__

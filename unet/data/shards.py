@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from unet.classes import Classes, ClassInfo
 from unet.data.order import CHUNK
-from unet.errors import InputError
+from unet.errors import InputError, first_line
 from unet.storage import Folder
 
 SCHEMA_VERSION = 2
@@ -133,19 +133,29 @@ def _digest_of(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class Prepared:
-    """A prepared folder opened for reading."""
+def files_of_chunks(samples: int, shards: int) -> list[int]:
+    """Of each chunk of a split, in which of its at most so many files it stands."""
+    chunks = -(-samples // CHUNK)
+    return [chunk * min(shards, chunks) // chunks for chunk in range(chunks)]
 
-    def __init__(self, folder: Folder):
+
+class Prepared:
+    """A prepared folder opened for reading; `manifest` where it is not written yet."""
+
+    def __init__(self, folder: Folder, manifest: Manifest | None = None):
+        self.folder = folder
+        self.manifest = manifest or self._read_manifest()
+
+    def _read_manifest(self) -> Manifest:
+        folder = self.folder
         if not folder.exists(MANIFEST):
             raise InputError(f"{folder} holds no {MANIFEST}: prepare it first with `python jobs/prepare.py`.")
         try:
-            self.manifest = Manifest.from_json(folder.read_text(MANIFEST))
+            return Manifest.from_json(folder.read_text(MANIFEST))
         except InputError as error:
             raise InputError(f"{folder}: {error}.") from error
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder}/{MANIFEST} is damaged ({error}): prepare the data again.") from error
-        self.folder = folder
 
     def count(self, split: str) -> int:
         return self.manifest.counts[split]
@@ -188,7 +198,7 @@ class Prepared:
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 return parquet.read_row_group(group, columns=list(columns)).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"{self.folder}/{file} is damaged ({reason}): {REPREPARE.format(self.folder)}") from error
 
     def read_checked(self, split: str, chunk: int) -> pa.Table:
@@ -232,7 +242,7 @@ class Prepared:
             with self.folder.fs.open_input_file(self.folder.at(SAMPLES)) as stream:
                 return read(pq.ParquetFile(stream, page_checksum_verification=True))
         except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             message = f"Cannot read {self.folder}/{SAMPLES} ({reason}): {REPREPARE.format(self.folder)}"
             raise InputError(message) from error
 

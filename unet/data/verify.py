@@ -1,48 +1,50 @@
 """Whether prepared data are still what was prepared: every byte is read again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet.data.order import CHUNK
 from unet.data.pieces import sha256_of
-from unet.data.shards import MANIFEST, SAMPLES, SPLITS, Prepared, data_digest
-from unet.errors import InputError
+from unet.data.shards import MANIFEST, SAMPLES, SPLITS, Manifest, Prepared, data_digest, files_of_chunks
+from unet.data.sources import Progress
+from unet.errors import InputError, first_line
 from unet.storage import Folder
 
+MISSING = "is missing"
 Damage = tuple[str, str]
 """(file, or file and sample; what is wrong with it)."""
 
 
-def verify(folder: Folder, progress: Callable[[str, int, int], None]) -> Iterator[Damage]:
+def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
     """What differs from the manifest: files that are missing, added or changed, and the samples they touch.
 
     Raises:
         InputError: there is no manifest.
     """
     if not folder.exists(MANIFEST):
-        Prepared(folder)
+        raise InputError(f"{folder} holds no {MANIFEST}: it was not prepared, or not to the end.")
     try:
-        prepared = Prepared(folder)
-    except InputError as error:
-        yield MANIFEST, str(error)
+        manifest = Manifest.from_json(folder.read_text(MANIFEST))
+    except (ValueError, TypeError, KeyError) as error:
+        yield MANIFEST, f"is damaged: {first_line(error)}"
         return
-    manifest, changed = prepared.manifest, {}
-    for file in sorted(set(folder.names()) - manifest.sha256.keys()):
-        if PurePosixPath(file).suffix == ".parquet":
-            yield file, "is not in the manifest"
+    for file in sorted(set(folder.names()) - manifest.sha256.keys() - {MANIFEST}):
+        yield file, "is not in the manifest"
+    changed = {}
     for done, (file, sha256) in enumerate(manifest.sha256.items(), 1):
-        if not folder.exists(file):
-            changed[file] = "is missing"
-        elif sha256_of(folder, file) != sha256:
-            changed[file] = "has changed: its sha256 is another"
+        try:
+            if not folder.exists(file):
+                changed[file] = MISSING
+            elif sha256_of(folder, file) != sha256:
+                changed[file] = "has changed: its sha256 is another"
+        except OSError as error:
+            changed[file] = f"cannot be read: {first_line(error)}"
         progress("reading files", done, len(manifest.sha256))
     yield from changed.items()
     if SAMPLES not in changed:
-        yield from _samples(prepared, changed, progress)
+        yield from _samples(Prepared(folder, manifest), changed, progress)
 
 
 def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[Damage]:
@@ -50,16 +52,15 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[
     manifest, found, seen = prepared.manifest, {}, 0
     for split in SPLITS:
         files = manifest.files[split]
-        chunks = -(-manifest.counts[split] // CHUNK)
-        owners = [files[chunk * len(files) // chunks] for chunk in range(chunks)]
+        owners = [files[file] for file in files_of_chunks(manifest.counts[split], manifest.shards)]
         for chunk, file in enumerate(owners):
             expected = prepared.known(split, chunk)
             group, seen = chunk - owners.index(file), seen + len(expected)
             try:
                 rows = prepared.digests(split, _row_group(prepared, file, group))
             except (OSError, ValueError, KeyError) as error:
-                if changed.get(file) != "is missing":
-                    yield file, f"cannot be read from {expected[0][0]} to {expected[-1][0]}: {_first_line(error)}"
+                if changed.get(file) != MISSING:
+                    yield file, f"cannot be read from {expected[0][0]} to {expected[-1][0]}: {first_line(error)}"
                 continue
             for before, now in zip_longest(expected, rows, fillvalue=("beyond the last", b"")):
                 if before != now:
@@ -74,7 +75,3 @@ def _row_group(prepared: Prepared, file: str, group: int) -> pa.Table:
     # Without the pages' checksums, which would only say that something in 256 samples is wrong.
     with prepared.folder.fs.open_input_file(prepared.folder.at(file)) as stream:
         return pq.ParquetFile(stream).read_row_group(group, columns=["name", "image", "mask"]).combine_chunks()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -201,7 +201,10 @@ def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]
     counts = dict(prepared.manifest.counts)
     for split in ("train", "val"):
         if not counts[split]:
-            raise InputError(f"{prepared.folder} has no {split} samples: prepare it with another --val-fraction.")
+            raise InputError(
+                f"{prepared.folder} has no {split} samples: give more samples or other lists, or prepare "
+                "them with another --val-fraction."
+            )
     if settings.data.limit_train:
         counts["train"] = min(counts["train"], settings.data.limit_train)
     return counts

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
+from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError
 from unet.storage import Folder
@@ -106,7 +107,7 @@ def _identify(settings: TrainSettings) -> Run:
     name = settings.run.resume or settings.run.run_name or time.strftime("unet-%Y%m%d-%H%M%S")
     run = Run.load(name, settings)
     if not run.folder.exists(CONFIG):
-        if run.folder.exists(SUMMARY) or run.folder.exists("manifest.json"):
+        if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
     before = yaml.safe_load(run.folder.read_text(CONFIG))

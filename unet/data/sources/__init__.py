@@ -1,12 +1,17 @@
 """Where samples come from. A source lists its samples, what their masks mean, and what it could not take."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unet.classes import PETS, Labels
 from unet.data.shards import name_hash
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, how far, out of how much; 0 where that is not known)."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,34 @@ def hash_fraction(name: str) -> float:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a listed name stays inside its folder and can be a file's name."""
-    path = Path(name)
-    return bool(name) and name.isprintable() and not path.is_absolute() and ".." not in path.parts
+    """Whether a listed name stays inside its folder, can be a file's name, and can be shown."""
+    parts = name.split("/")
+    inside = not name.startswith("/") and not {"", ".", ".."}.intersection(parts)
+    return inside and max(len(part.encode("utf8", "replace")) for part in parts) < 250 and shown(name) == name
+
+
+def shown(name: str) -> str:
+    """The name as it may reach a terminal, a file or a page: control characters and undecodable bytes spelled out."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        return name.encode("unicode_escape").decode()
+    return name
 
 
 def listed(listing: Path) -> list[str]:
     """The lines of a split's list that name a sample."""
-    lines = listing.read_text(errors="replace").split("\n")
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = listing.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden, through links too, in the order of their paths."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if real not in seen else []
+        if real not in seen:
+            yield from (Path(place) / file for file in sorted(files) if not file.startswith("."))
+        seen.add(real)
 
 
 def fingerprint(folder: Path, parts: Iterable[str]) -> str:
@@ -86,10 +110,9 @@ def fingerprint(folder: Path, parts: Iterable[str]) -> str:
     found = hashlib.sha256()
     for part in parts:
         top = folder / part
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file():
+        for path in files_below(top) if top.is_dir() else [top]:
+            if path.exists():
                 stat = path.stat()
-                found.update(
-                    f"{path.relative_to(folder)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode("utf8", "replace")
-                )
+                line = f"{path.relative_to(folder)}|{stat.st_size}|{stat.st_mtime_ns}\n"
+                found.update(line.encode("utf8", "replace"))
     return found.hexdigest()[:16]

@@ -4,10 +4,9 @@
 """
 
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
-from unet.data.sources import Problem, Sample, Source, canonical, is_plain, listed, split_of
+from unet.data.sources import Problem, Progress, Sample, Source, canonical, is_plain, listed, shown, split_of
 from unet.errors import InputError
 
 ARCHIVES = ("images.tar.gz", "annotations.tar.gz")
@@ -19,7 +18,7 @@ def is_archive_folder(folder: Path) -> bool:
     return all((folder / a).exists() or (folder / f).is_dir() for a, f in zip(ARCHIVES, FOLDERS, strict=True))
 
 
-def extract(folder: Path, target: Path, progress: Callable[[str, int, int], None]) -> Path:
+def extract(folder: Path, target: Path, progress: Progress) -> Path:
     """Unpack what is packed into `target`, once; give the folder that holds `images/` and `annotations/`.
 
     Raises:
@@ -39,7 +38,7 @@ def extract(folder: Path, target: Path, progress: Callable[[str, int, int], None
     return target
 
 
-def _unpack(archive: Path, name: str, target: Path, progress: Callable[[str, int, int], None]) -> None:
+def _unpack(archive: Path, name: str, target: Path, progress: Progress) -> None:
     """The archive's folder `name` below `target`: whole, or not there."""
     unfinished, size, told = target / f"{name}.unpacking", archive.stat().st_size >> 20, 0
     try:
@@ -72,7 +71,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
             name = line.split()[0]
             split = split_of(name, official, val_fraction)
             if problem := _problem(folder, name, seen):
-                source.left_out.append(Problem(name, *problem, split=split))
+                source.left_out.append(Problem(shown(name), *problem, split=split))
                 continue
             seen[name] = official
             source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
@@ -81,7 +80,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
     source.samples = canonical(source.samples)
     known = seen.keys() | {problem.name for problem in source.left_out}
     source.warnings += [
-        Problem(path.stem, "in_no_split", f"{path.name} is in no list")
+        Problem(shown(path.stem), "in_no_split", f"{shown(path.name)} is in no list")
         for path in sorted((folder / "images").glob("*.jpg"))
         if path.stem not in known
     ]
@@ -94,8 +93,8 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
 
 def _problem(folder: Path, name: str, seen: dict[str, str]) -> tuple[str, str] | None:
     """Why a listed name cannot be a sample: a short name and words."""
-    if not is_plain(name) or Path(name).name != name:
-        return "unsafe_name", f"the list names {name!r}, which is not a plain file name"
+    if not is_plain(name) or "/" in name:
+        return "unsafe_name", f"the list names {shown(name)}, which is not a plain file name"
     if name in seen:
         return "listed_twice", f"listed again, having been listed in {seen[name]} already"
     image, mask = _paths(folder, name)

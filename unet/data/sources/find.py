@@ -1,23 +1,29 @@
 """Which source a name or folder means."""
 
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from unet.config import SOURCES
 from unet.data.shards import MANIFEST
-from unet.data.sources import Source, fingerprint, tfds
+from unet.data.sources import Progress, Source, fingerprint, tfds
 from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
 from unet.data.sources.drawn import count_of, drawn, is_drawn
-from unet.data.sources.own import FILES, describe, is_own_folder, own
+from unet.data.sources.own import DESCRIPTION, FILES, describe, is_own_folder, own
 from unet.errors import InputError
 
 TFDS = "oxford_iiit_pet"
 
 
-def check_source(source: str) -> None:
-    """Refuse a `--data` or `--source` that names nothing usable, before anything starts.
+def kind_of(folder: Path) -> str | None:
+    """`folder` for own photos and masks, `archives` for the official layout, None for neither."""
+    if is_own_folder(folder) and ((folder / DESCRIPTION).exists() or not is_archive_folder(folder)):
+        return "folder"
+    return "archives" if is_archive_folder(folder) else None
+
+
+def check_source(source: str, prepared_too: bool = True) -> None:
+    """Refuse a `--data` (or, not `prepared_too`, a `--source`) that names nothing usable, before anything starts.
 
     Raises:
         InputError: with what to give instead.
@@ -26,41 +32,39 @@ def check_source(source: str) -> None:
     if is_drawn(source):
         count_of(source)
         return
-    if source == TFDS or "://" in source or (folder / MANIFEST).is_file():
+    is_prepared = "://" in source or (folder / MANIFEST).is_file()
+    if source == TFDS or (is_prepared and prepared_too):
         return
     known = (
-        "Give a prepared folder, a folder with images.tar.gz and annotations.tar.gz, a folder with images/, masks/ and "
-        f"dataset.yaml, or a name: {' or '.join(SOURCES)}."
+        "a folder with images.tar.gz and annotations.tar.gz, a folder with images/, masks/ and dataset.yaml, or a "
+        f"name: {' or '.join(SOURCES)}."
     )
+    known = f"Give a prepared folder, {known}" if prepared_too else f"Give {known}"
+    if is_prepared:
+        raise InputError(f"{source} is no source of raw pictures. {known}")
     if not folder.exists():
         raise InputError(f"There is no data at {source}. {known}")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"{source} is not a folder with data in it. {known}")
-    if is_archive_folder(folder):
-        return
-    if not is_own_folder(folder):
+    kind = kind_of(folder)
+    if kind is None:
         raise InputError(f"{source} holds neither shards nor pictures that are known. {known}")
-    describe(folder)
+    if kind == "folder":
+        describe(folder)
 
 
-def version_of(source: str, source_dir: Path | None = None) -> str:
+def version_of(source: str) -> str:
     """What tells this source's content from another's, cheaply: of files, their names, sizes and times."""
     if is_drawn(source):
         return f"{count_of(source)}-drawn-v1"
     if source == TFDS:
         return f"tensorflow-datasets {version('tensorflow-datasets')}"
     folder = Path(source)
-    parts = (*ARCHIVES, *FOLDERS) if is_archive_folder(folder) else FILES
-    return f"files-{fingerprint(folder, parts)}"
+    return fingerprint(folder, FILES if kind_of(folder) == "folder" else (*ARCHIVES, *FOLDERS))
 
 
 def open_source(
-    source: str,
-    val_fraction: float,
-    raw: Path,
-    source_dir: Path | None,
-    cache: Path | None,
-    progress: Callable[[str, int, int], None],
+    source: str, val_fraction: float, raw: Path, source_dir: Path | None, cache: Path | None, progress: Progress
 ) -> Source:
     """The samples of a source; what has to be unpacked or downloaded for it comes to lie under `raw`."""
     if is_drawn(source):
@@ -68,12 +72,12 @@ def open_source(
     if source == TFDS:
         return _through_tfds(val_fraction, raw, source_dir, cache or raw / "cache", progress)
     folder = Path(source).resolve()
-    if is_archive_folder(folder):
-        return archives(extract(folder, raw, progress), val_fraction)
-    return own(folder, val_fraction)
+    if kind_of(folder) == "folder":
+        return own(folder, val_fraction)
+    return archives(extract(folder, raw, progress), val_fraction)
 
 
-def _through_tfds(val_fraction, raw: Path, source_dir: Path | None, cache: Path, progress) -> Source:
+def _through_tfds(val_fraction: float, raw: Path, source_dir: Path | None, cache: Path, progress: Progress) -> Source:
     progress("TensorFlow Datasets reads the archives" if source_dir else "TensorFlow Datasets downloads 800 MB", 0, 0)
     pets = raw / "pets"
     shutil.rmtree(pets, ignore_errors=True)  # of a killed start; what was re-encoded is known from a new one

@@ -8,11 +8,12 @@
       road: [128, 64, 128]
     test_fraction: 0.1  # share that becomes test, by hash of name, where no lists say it
 
-Splits may be given by lists beside it, a name a line: `trainval.txt` and `test.txt`, or `train.txt`, `val.txt`
-and `test.txt`.
+Splits may be given by lists beside it, a name a line: `trainval.txt` and `test.txt`, `train.txt` and `test.txt` (val
+comes out of the first by hash of name), or `train.txt`, `val.txt` and `test.txt`.
 """
 
 import colorsys
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -22,16 +23,37 @@ from pydantic import Field, field_validator, model_validator
 
 from unet.classes import IGNORE, ClassInfo, Labels
 from unet.config import Part
-from unet.data.sources import Problem, Sample, Source, canonical, hash_fraction, is_plain, listed, split_of
+from unet.data.sources import (
+    Problem,
+    Sample,
+    Source,
+    canonical,
+    files_below,
+    hash_fraction,
+    is_plain,
+    listed,
+    shown,
+    split_of,
+)
 from unet.errors import InputError
 
 DESCRIPTION, FOLDERS = "dataset.yaml", ("images", "masks")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
-LISTS = (("trainval", "test"), ("train", "val", "test"))
-FILES = (*FOLDERS, DESCRIPTION, *sorted({f"{name}.txt" for names in LISTS for name in names}))
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+}
+LISTS = ("trainval", "train", "val", "test")
+ALLOWED = {
+    frozenset(("trainval", "test")): {"trainval": "trainval", "test": "test"},
+    frozenset(("train", "test")): {"train": "trainval", "test": "test"},
+    frozenset(("train", "val", "test")): {"train": "train", "val": "val", "test": "test"},
+    frozenset(LISTS): {"train": "train", "val": "val", "test": "test"},
+}
+"""By which lists there are: the split that each gives; val comes out of trainval by hash."""
+FILES = (*FOLDERS, DESCRIPTION, *(f"{name}.txt" for name in LISTS))
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$", max_length=60)]
-Value = Annotated[int, Field(ge=0, le=65535)]
+Value = Annotated[int, Field(ge=0, le=65535, strict=True)]
 Values = Value | Annotated[list[Value], Field(min_length=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 
@@ -84,11 +106,11 @@ def describe(folder: Path) -> Description:
             "`classes: {road: 1, other: 2}` and `ignore: 255`."
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict) or not isinstance(content.get("classes"), dict):
             raise InputError("it must hold `classes:` with a line `name: mask value` for each.")
         return Description(**content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {error}") from error
@@ -106,17 +128,16 @@ def own(folder: Path, val_fraction: float) -> Source:
     photos, masks = (_by_name(folder / part, source) for part in FOLDERS)
     splits = _splits(folder, source, photos.keys(), description.test_fraction, val_fraction)
     for name, split in splits.items():
-        if name not in photos or name not in masks:
-            missing = "missing_mask" if name in photos else "missing_image"
-            place = FOLDERS[missing == "missing_mask"]
-            source.left_out.append(Problem(name, missing, f"{place}/ holds no file of this name", split))
-            continue
-        source.samples.append(Sample(name, split, name.rpartition("/")[0], str(photos[name]), str(masks[name])))
-    known = splits.keys() | {problem.name for problem in source.left_out}
-    source.warnings += [Problem(n, "in_no_split", "in no list") for n in sorted(photos.keys() - known)]
+        if missing := [part for part, found in zip(FOLDERS, (photos, masks), strict=True) if name not in found]:
+            kind = "missing_image" if missing[0] == "images" else "missing_mask"
+            source.left_out.append(Problem(name, kind, f"{missing[0]}/ holds no picture of this name", split))
+        elif len(photos[name]) == len(masks[name]) == 1:  # else it was left out as ambiguous
+            paths = str(photos[name][0]), str(masks[name][0])
+            source.samples.append(Sample(name, split, name.rpartition("/")[0], *paths))
+    source.warnings += [Problem(n, "in_no_split", "in no list") for n in sorted(photos.keys() - splits.keys())]
     source.left_out += [
-        Problem(name, "missing_image", "masks/ holds a file of this name, images/ does not")
-        for name in sorted(masks.keys() - photos.keys() - known)
+        Problem(name, "missing_image", "masks/ holds a picture of this name, images/ does not")
+        for name in sorted(masks.keys() - photos.keys() - splits.keys())
     ]
     if not source.samples:
         raise InputError(f"No photo in {folder / 'images'} has a mask of its name in {folder / 'masks'}.")
@@ -124,43 +145,54 @@ def own(folder: Path, val_fraction: float) -> Source:
     return source
 
 
-def _by_name(folder: Path, source: Source) -> dict[str, Path]:
-    """The pictures below a folder by name; two of one name are left out."""
+def _by_name(folder: Path, source: Source) -> dict[str, list[Path]]:
+    """The pictures below a folder by name; what cannot be one is left out."""
     found = defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-    plain = {}
-    for name, paths in found.items():
-        if not is_plain(name):
-            shown = ascii(name)
-            source.left_out.append(Problem(shown, "unsafe_name", f"the name of {folder.name}/{shown} cannot be shown"))
-        elif len(paths) > 1:
-            files = " and ".join(path.name for path in paths)
-            source.left_out.append(Problem(name, "ambiguous", f"{folder.name}/ holds {files}"))
+    for path in files_below(folder):
+        name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+        if path.suffix.lower() not in SUFFIXES:
+            words = f"{folder.name}/ holds {shown(path.name)}, which is no picture that can be read"
+            source.left_out.append(Problem(shown(name), "unknown_format", words))
+        elif not is_plain(name):
+            source.left_out.append(Problem(shown(name), "unsafe_name", f"a name in {folder.name}/ cannot be shown"))
         else:
-            plain[name] = paths[0]
-    return plain
+            found[name].append(path)
+    for name, paths in found.items():
+        if len(paths) > 1:
+            files = " and ".join(shown(path.name) for path in paths)
+            source.left_out.append(Problem(name, "ambiguous", f"{folder.name}/ holds {files}"))
+    return found
 
 
 def _splits(folder: Path, source: Source, names, test_fraction: float, val_fraction: float) -> dict[str, str]:
     """The split of each name: as the lists say, else by hash of the name."""
-    lists = next((given for given in LISTS if all((folder / f"{name}.txt").is_file() for name in given)), None)
-    if lists is None:
+    given = [name for name in LISTS if (folder / f"{name}.txt").is_file()]
+    if not given:
         drawn = {name: "test" if hash_fraction(f"test/{name}") < test_fraction else "trainval" for name in names}
         return {name: split_of(name, official, val_fraction) for name, official in drawn.items()}
+    meaning = ALLOWED.get(frozenset(given))
+    if meaning is None:
+        raise InputError(
+            f"{folder} holds {', '.join(f'{name}.txt' for name in given)}: give trainval.txt and test.txt, train.txt "
+            "and test.txt, or train.txt, val.txt and test.txt."
+        )
     found: dict[str, str] = {}
-    for official in lists:
-        for line in listed(folder / f"{official}.txt"):
-            name = line if line in names else str(Path(line).with_suffix(""))
+    for listing, official in meaning.items():
+        for line in listed(folder / f"{listing}.txt"):
+            name = line if line in names else _without_suffix(line)
             split = split_of(name, official, val_fraction)
             if not is_plain(name):
-                source.left_out.append(Problem(name, "unsafe_name", "leads out of its folder", split))
+                source.left_out.append(Problem(shown(name), "unsafe_name", "leads out of its folder", split))
             elif name in found:
                 source.left_out.append(Problem(name, "listed_twice", f"listed in {found[name]} already", split))
             else:
                 found[name] = split
     return found
+
+
+def _without_suffix(line: str) -> str:
+    stem, dot, suffix = line.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in SUFFIXES else line
 
 
 def _several(values: int | list[int] | None) -> list[int]:
