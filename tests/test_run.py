@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from conftest import ROOT, TINY, job, read_json, train, weights_of
 from PIL import Image
 
+from unet.data.shards import Manifest
 from unet.errors import InputError, RunFailed
 
 CLASSES = ("pet", "background", "outline")
@@ -225,10 +227,41 @@ def test_data_with_other_classes_are_refused(trained, storage, tmp_path):
 
     folder, summary = trained
     manifest = read_manifest(summary, folder)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"classes": ["pet", "background", "border"]}))
+    del manifest["manifest_digest"]
+    other = Manifest(**manifest | {"classes": ["pet", "background", "border"]})
+    (tmp_path / "manifest.json").write_text(other.to_json())
     settings = unflat(EvaluateSettings, {"model": "trained", "data": str(tmp_path), "storage_path": str(storage)})
     with pytest.raises(InputError, match=r"trained for the classes pet, background, outline, .* background, border:"):
         evaluate(settings, Display(quiet=True))
+
+
+def test_a_run_refuses_data_that_changed(trained, storage, archives, tmp_path):
+    """Other samples have another digest; a shard that was changed behind its manifest is noticed when it is read."""
+    shutil.copytree(archives, tmp_path / "pets")
+    (tmp_path / "pets" / "images" / "beagle_4.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"trained on data with digest \w{12}, .* give the data of then"):
+        train(storage, tmp_path / "pets", run_name="trained", epochs=11)
+    _, summary = trained
+    prepared = next(
+        p.parent for p in (storage / "data").glob("*/manifest.json") if summary["data_digest"] in p.read_text()
+    )
+    changed = shutil.copytree(prepared, tmp_path / "changed")
+    shard = next(changed.glob("train-*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RunFailed, match=r"train-00000.* is damaged .*--verify` shows all"):
+        train(storage, changed, run_name="on-damaged", num_workers=1)
+
+
+def test_a_continued_mlflow_run_gets_the_params_it_lacks(tmp_path):
+    from unet.storage import Folder
+    from unet.tracking import Tracker
+
+    tracker = Tracker(Folder(tmp_path), "params")
+    run_id = tracker.start("run", None, {"a": 1}, {})
+    tracker.start("run", run_id, {"a": 2, "b": 3, "c": None}, {})
+    assert tracker.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
 
 
 def test_mlflow_away_loses_and_doubles_nothing(tmp_path):

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -115,6 +115,8 @@ class Tracker:
                 self.client.update_run(run_id, status="RUNNING")
                 self.run_id = run_id
                 self._tags(tags)
+                # A kill may have come before they were sent; MLflow refuses to change those that were.
+                self._params(params, self.client.get_run(run_id).data.params)
                 return run_id
             except mlflow.exceptions.MlflowException:
                 pass  # another store, or the run was removed there: a new one gets the whole history
@@ -127,9 +129,14 @@ class Tracker:
         }
         run = self.client.create_run(self.experiment_id, tags=source | parent | tags, run_name=run_name)
         self.run_id = run.info.run_id
-        known = {name: value for name, value in params.items() if value is not None}
-        self.client.log_batch(self.run_id, params=[mlflow.entities.Param(k, str(v)) for k, v in known.items()])
+        self._params(params)
         return self.run_id
+
+    def _params(self, params: dict, sent: Collection[str] = ()) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(name, str(value)) for name, value in params.items() if value is not None and name not in sent]
+        self.client.log_batch(self.run_id, params=new)
 
     def of_run(self, run_id: str | None) -> "Tracker":
         """The same store, for another run of it."""

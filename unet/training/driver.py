@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -382,5 +383,8 @@ def _cause(error: BaseException | None) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
+    # Ray Data gives on what its tasks raised as text only.
+    if own := re.search(r"^unet\.errors\.\w+: (.+)$", str(error), re.MULTILINE):
+        return own[1]
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"
