@@ -168,7 +168,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         started = time.perf_counter()
         prepare("synthetic:400", Folder(f"{scratch}/warm"), Recipe(16))
-        print(f"Ray's start {started - begun:.1f} s, a first small job {time.perf_counter() - started:.1f} s", flush=True)
+        print(
+            f"Ray's start {started - begun:.1f} s, a first small job {time.perf_counter() - started:.1f} s", flush=True
+        )
         if options.photos:
             compare(options.photos, str(options.photos), options.rounds)
             return
