@@ -285,10 +285,12 @@ def _arrays(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _gather(indices: np.ndarray, chunks, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of canonical indices, copied out of their chunks; padding rows are black and ignored."""
-    images = np.zeros((len(indices), size, size, 3), np.uint8)
-    masks = np.full((len(indices), size, size), IGNORE, np.uint8)
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    masks = np.empty((len(indices), size, size), np.uint8)
     for row, index in enumerate(indices.tolist()):
-        if index != PADDING:
+        if index == PADDING:
+            images[row], masks[row] = 0, IGNORE
+        else:
             chunk_images, chunk_masks = chunks[index // CHUNK]
             images[row], masks[row] = chunk_images[index % CHUNK], chunk_masks[index % CHUNK]
     return images, masks
