@@ -22,6 +22,8 @@ from unet.storage import Folder
 
 DATA_CPUS = 0.2
 """What a reading task asks of Ray: reading hardly computes, and the workers need the cores."""
+STREAM_TASKS = 2
+"""Streaming tasks at a time: the one whose blocks are used and the next. Each holds a window in memory."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
 
-    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS)
+    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=ray.data.TaskPoolStrategy(STREAM_TASKS))
 
 
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
