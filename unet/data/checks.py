@@ -33,31 +33,34 @@ def mask_fit(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N,), NaN where a mask has no border.
     """
-    small = [_small(image, Image.Resampling.BOX) for image in images]
-    colours = _blocks(np.stack(small).astype(np.float32))  # (N, blocks, pixels, 3)
-    colours -= colours.mean(2, keepdims=True)
-    total = np.maximum(np.einsum("nbpc,nbpc->nb", colours, colours), 1e-3)
-    colours = np.concatenate([colours, np.ones_like(colours[..., :1])], 3)  # the ones count pixels
-    ids = np.stack([_small(mask, Image.Resampling.NEAREST) for mask in masks])
-    variants = _blocks(_variants(ids).reshape(-1, FIT_SIZE, FIT_SIZE, 1))
-    # (N, blocks, variants, pixels), so that one product of matrices serves all variants of a block.
-    variants = variants.reshape(-1, *colours.shape[:3]).transpose(1, 2, 0, 3).copy()
+    # (N, blocks, bands, pixels): the colours less their mean, and a band of ones, which counts pixels.
+    tiles = _blocks(_small(images, Image.Resampling.BOX)).swapaxes(2, 3)
+    bands = np.ones((*tiles.shape[:2], 4, tiles.shape[3]), np.float32)
+    colours = bands[:, :, :3]
+    np.subtract(tiles, tiles.mean(3, dtype=np.float32, keepdims=True), out=colours)
+    total = np.maximum(np.einsum("nbcp,nbcp->nb", colours, colours), 1e-3)
+    ids = _small(masks, Image.Resampling.NEAREST).reshape(len(masks), -1)
+    variants = np.take(ids, _VARIANTS.reshape(-1), axis=1).reshape(len(masks), *_VARIANTS.shape)
     between, classes = 0, 0
     for i in np.unique(ids):
-        sums = (variants == i).astype(np.float32) @ colours
-        between += np.einsum("nbvc,nbvc->vnb", sums[..., :3], sums[..., :3] / np.maximum(sums[..., 3:], 1))
-        classes += (sums[..., 3] > 0).transpose(2, 0, 1)
+        sums = bands @ (variants == i).astype(np.float32)  # (N, blocks, bands, variants)
+        between += np.einsum("nbcv,nbcv->nbv", sums[:, :, :3], sums[:, :, :3]) / np.maximum(sums[:, :, 3], 1)
+        classes += sums[:, :, 3] > 0
     mixed = classes > 1
-    explained = (between / total * mixed).sum(2) / np.maximum(mixed.sum(2), 1)
-    own, others = explained[0], np.where(mixed[1:].any(2), explained[1:], np.nan)
+    explained = (between / total[:, :, None] * mixed).sum(1) / np.maximum(mixed.sum(1), 1)
+    own, others = explained[:, 0], np.where(mixed[:, :, 1:].any(1), explained[:, 1:], np.nan)
     fits = np.full(len(images), np.nan)
-    some = mixed[0].any(1) & ~np.isnan(others).all(0)
-    fits[some] = (own[some] - np.nanmean(others[:, some], 0)) / (np.nanstd(others[:, some], 0) + 1e-3)
+    some = mixed[:, :, 0].any(1) & ~np.isnan(others).all(1)
+    fits[some] = (own[some] - np.nanmean(others[some], 1)) / (np.nanstd(others[some], 1) + 1e-3)
     return fits
 
 
-def _small(picture: np.ndarray, resample: Image.Resampling) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((FIT_SIZE, FIT_SIZE), resample))
+def _small(pictures: np.ndarray, resample: Image.Resampling) -> np.ndarray:
+    """(N, S, S, …) at `FIT_SIZE`, as one tall picture: first in width, then in height, as Pillow does a square."""
+    count, side = pictures.shape[:2]
+    tall = Image.fromarray(pictures.reshape(count * side, *pictures.shape[2:]))
+    small = tall.resize((FIT_SIZE, count * side), resample).resize((FIT_SIZE, count * FIT_SIZE), resample)
+    return np.asarray(small).reshape(count, FIT_SIZE, FIT_SIZE, *pictures.shape[3:])
 
 
 def _blocks(pictures: np.ndarray) -> np.ndarray:
@@ -67,15 +70,22 @@ def _blocks(pictures: np.ndarray) -> np.ndarray:
     return tiles.reshape(count, across**2, FIT_BLOCK**2, bands)
 
 
-def _variants(ids: np.ndarray) -> np.ndarray:
-    """(17, N, S, S): the masks, mirrored and turned ones, and ones shifted by a quarter and a half."""
-    turned = ids.swapaxes(1, 2)
-    mirrored = [ids[:, :, ::-1], ids[:, ::-1], ids[:, ::-1, ::-1], turned, turned[:, ::-1], turned[:, :, ::-1]]
+def _variants() -> np.ndarray:
+    """int (blocks, pixels, 17): where in a small mask each pixel of its variants lies.
+
+    The first is the mask itself; then come mirrored and turned ones, and ones shifted by a quarter and a half.
+    """
+    own = np.arange(FIT_SIZE**2).reshape(FIT_SIZE, FIT_SIZE)
+    mirrored = [own[:, ::-1], own[::-1], own[::-1, ::-1], own.T, own.T[::-1], own.T[:, ::-1]]
     quarter, half = FIT_SIZE // 4, FIT_SIZE // 2
     shifts = [(a, b) for a in (-quarter, 0, quarter) for b in (-quarter, 0, quarter) if (a, b) != (0, 0)]
     shifts = [shift for shift in shifts if shift not in ((quarter, -quarter),)]
     shifts += [(0, half), (half, 0), (half, half)]
-    return np.stack([ids, *mirrored, *(np.roll(ids, shift, (1, 2)) for shift in shifts)])
+    every = np.stack([own, *mirrored, *(np.roll(own, shift, (0, 1)) for shift in shifts)])
+    return _blocks(every[..., None])[..., 0].transpose(1, 2, 0).copy()
+
+
+_VARIANTS = _variants()
 
 
 def duplicates(samples: pa.Table) -> tuple[list[Problem], list[Problem]]:

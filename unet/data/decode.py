@@ -67,10 +67,10 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
         raise Unusable("size_mismatch", f"the mask is {_by(mask.size)}, its photo {_by(photo.size)}")
     _check_labels(mask, labels)
     # Looked up after resizing: there are fewer pixels then.
-    ids = labels.table[to_square(mask, size, resize, NEAREST, fill=0)].astype(np.uint8)
+    ids = np.take(labels.table, to_square(mask, size, resize, NEAREST, fill=0))
     if resize == "letterbox":
         ids = ignore_padding(ids, mask.height, mask.width)
-    kept = _png(labels.table[np.asarray(mask)].astype(np.uint8)) if original_mask else b""
+    kept = _png(np.take(labels.table, np.asarray(mask))) if original_mask else b""
     image = to_square(photo, size, resize, BILINEAR, fill=0)
     return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)
 

@@ -22,6 +22,8 @@ from unet.storage import Folder
 
 DATA_CPUS = 0.2
 """What a reading task asks of Ray: reading hardly computes, and the workers need the cores."""
+STREAM_TASKS = 2
+"""Streaming tasks at a time: the one whose blocks are used and the next. Each holds a window in memory."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
 
-    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS)
+    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=ray.data.TaskPoolStrategy(STREAM_TASKS))
 
 
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
@@ -285,10 +287,12 @@ def _arrays(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _gather(indices: np.ndarray, chunks, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of canonical indices, copied out of their chunks; padding rows are black and ignored."""
-    images = np.zeros((len(indices), size, size, 3), np.uint8)
-    masks = np.full((len(indices), size, size), IGNORE, np.uint8)
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    masks = np.empty((len(indices), size, size), np.uint8)
     for row, index in enumerate(indices.tolist()):
-        if index != PADDING:
+        if index == PADDING:
+            images[row], masks[row] = 0, IGNORE
+        else:
             chunk_images, chunk_masks = chunks[index // CHUNK]
             images[row], masks[row] = chunk_images[index % CHUNK], chunk_masks[index % CHUNK]
     return images, masks

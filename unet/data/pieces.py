@@ -95,7 +95,7 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
         try:
             decoded = decode.load(sample, labels, size, recipe.resize, recipe.original_masks)
             images[i], masks[i] = decoded.image, decoded.mask
-            facts.append(_facts(sample, decoded, labels))
+            facts.append(_facts(sample, decoded, images[i], masks[i], labels))
             originals.append(decoded.original_mask)
         except decode.Unusable as error:
             facts.append(_unusable(sample, error, labels))
@@ -110,20 +110,24 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
     _write(folder, piece.facts, pa.Table.from_pylist(facts, facts_schema(len(labels.classes))))
 
 
-def _facts(sample: Sample, decoded: decode.Decoded, labels: Labels) -> dict:
-    image, mask, count = decoded.image, decoded.mask, len(labels.classes)
+def _facts(sample: Sample, decoded: decode.Decoded, image: np.ndarray, mask: np.ndarray, labels: Labels) -> dict:
     pixels = np.bincount(mask.reshape(-1), minlength=IGNORE + 1)
-    shape = f"{decoded.height}x{decoded.width}".encode()
     return _identity(sample) | {
         "digest": sample_digest(sample.name, sample.split, image, mask),
-        "photo": hashlib.sha256(shape + image.tobytes()).digest(),
-        "mask_hash": hashlib.sha256(shape + mask.tobytes()).digest(),
+        "photo": _content(decoded, image),
+        "mask_hash": _content(decoded, mask),
         "original_height": decoded.height,
         "original_width": decoded.width,
-        "pixels": pixels[:count].tolist(),
+        "pixels": pixels[: len(labels.classes)].tolist(),
         "ignored": int(pixels[IGNORE]),
         "repairs": list(decoded.repairs),
     }
+
+
+def _content(decoded: decode.Decoded, pixels: np.ndarray) -> bytes:
+    found = hashlib.sha256(f"{decoded.height}x{decoded.width}".encode())
+    found.update(pixels)
+    return found.digest()
 
 
 def _unusable(sample: Sample, error: decode.Unusable, labels: Labels) -> dict:

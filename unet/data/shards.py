@@ -33,7 +33,10 @@ def name_hash(name: str) -> bytes:
 def sample_digest(name: str, split: str, image: np.ndarray, mask: np.ndarray) -> bytes:
     """sha256 of a sample's name, split, shape and pixels; image uint8 (S, S, 3), mask uint8 (S, S)."""
     header = f"{name}\0{split}\0{'x'.join(map(str, image.shape))}\0"
-    return hashlib.sha256(header.encode() + image.tobytes() + mask.tobytes()).digest()
+    found = hashlib.sha256(header.encode())
+    found.update(np.ascontiguousarray(image))
+    found.update(np.ascontiguousarray(mask))
+    return found.digest()
 
 
 def data_digest(digests: dict[str, bytes]) -> str:
