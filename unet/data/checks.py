@@ -5,11 +5,14 @@ looks wrong is a warning, and the sample stays.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from unet.classes import IGNORE
+from unet.data.resize import Box
 from unet.data.sources import Problem
 
 FIT_SIZE, FIT_BLOCK = 32, 4
@@ -24,15 +27,17 @@ def mask_fit(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """How much better each mask explains the colours of its photo than the same mask mirrored, turned or shifted.
 
     In small blocks that hold several classes, the share of the colours' variance that lies between the classes; in
-    standard deviations above the mean of sixteen such variants of the mask. A mask of another photo scores about 0.
+    standard deviations above the mean of seventeen such variants of the mask. A mask of another photo scores about 0.
 
     Args:
         images: uint8 (N, S, S, 3).
         masks: uint8 (N, S, S) class ids.
 
     Returns:
-        float64 (N,), NaN where a mask has no border.
+        float64 (N,), NaN where a mask has no border, or the pictures are too small to tell.
     """
+    if images.shape[1] < FIT_SIZE:
+        return np.full(len(images), np.nan)
     # (N, blocks, bands, pixels): the colours less their mean, and a band of ones, which counts pixels.
     tiles = _blocks(_small(images, Image.Resampling.BOX)).swapaxes(2, 3)
     bands = np.ones((*tiles.shape[:2], 4, tiles.shape[3]), np.float32)
@@ -41,8 +46,9 @@ def mask_fit(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
     total = np.maximum(np.einsum("nbcp,nbcp->nb", colours, colours), 1e-3)
     ids = _small(masks, Image.Resampling.NEAREST).reshape(len(masks), -1)
     variants = np.take(ids, _VARIANTS.reshape(-1), axis=1).reshape(len(masks), *_VARIANTS.shape)
-    between, classes = 0, 0
-    for i in np.unique(ids):
+    shape = (len(images), *_VARIANTS.shape[::2])
+    between, classes = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+    for i in set(np.unique(ids)) - {IGNORE}:
         sums = bands @ (variants == i).astype(np.float32)  # (N, blocks, bands, variants)
         between += np.einsum("nbcv,nbcv->nbv", sums[:, :, :3], sums[:, :, :3]) / np.maximum(sums[:, :, 3], 1)
         classes += sums[:, :, 3] > 0
@@ -63,6 +69,12 @@ def _small(pictures: np.ndarray, resample: Image.Resampling) -> np.ndarray:
     return np.asarray(small).reshape(count, FIT_SIZE, FIT_SIZE, *pictures.shape[3:])
 
 
+def without_padding(pictures: np.ndarray, boxes: Sequence[Box], resample: Image.Resampling) -> np.ndarray:
+    """Letterboxed pictures (N, S, S, …) cut to their boxes, at `FIT_SIZE`: padding would explain itself too well."""
+    cut = (p[top : top + high, left : left + wide] for p, (top, left, high, wide) in zip(pictures, boxes, strict=True))
+    return np.stack([np.asarray(Image.fromarray(p).resize((FIT_SIZE, FIT_SIZE), resample)) for p in cut])
+
+
 def _blocks(pictures: np.ndarray) -> np.ndarray:
     """(N, S, S, bands) as (N, blocks, pixels of a block, bands)."""
     count, across, bands = len(pictures), FIT_SIZE // FIT_BLOCK, pictures.shape[3]
@@ -71,7 +83,7 @@ def _blocks(pictures: np.ndarray) -> np.ndarray:
 
 
 def _variants() -> np.ndarray:
-    """int (blocks, pixels, 17): where in a small mask each pixel of its variants lies.
+    """int (blocks, pixels, 18): where in a small mask each pixel of its variants lies.
 
     The first is the mask itself; then come mirrored and turned ones, and ones shifted by a quarter and a half.
     """
@@ -79,7 +91,6 @@ def _variants() -> np.ndarray:
     mirrored = [own[:, ::-1], own[::-1], own[::-1, ::-1], own.T, own.T[::-1], own.T[:, ::-1]]
     quarter, half = FIT_SIZE // 4, FIT_SIZE // 2
     shifts = [(a, b) for a in (-quarter, 0, quarter) for b in (-quarter, 0, quarter) if (a, b) != (0, 0)]
-    shifts = [shift for shift in shifts if shift not in ((quarter, -quarter),)]
     shifts += [(0, half), (half, 0), (half, half)]
     every = np.stack([own, *mirrored, *(np.roll(own, shift, (0, 1)) for shift in shifts)])
     return _blocks(every[..., None])[..., 0].transpose(1, 2, 0).copy()
@@ -102,7 +113,7 @@ def duplicates(samples: pa.Table) -> tuple[list[Problem], list[Problem]]:
     gone = {problem.name for problem in left_out}
     for same in _groups(samples, "mask_hash"):
         same = [row for row in same if row["name"] not in gone]
-        if max(same[0]["pixels"], default=0) < sum(same[0]["pixels"]):  # else it is warned about as one class only
+        if same and max(same[0]["pixels"]) < sum(same[0]["pixels"]):  # else it is warned about as one class only
             warnings += [
                 Problem(row["name"], "same_mask", f"pixel for pixel the mask of {same[0]['name']}", row["split"])
                 for row in same[1:]

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 from unet.classes import IGNORE, Labels
 from unet.config import Resize
 from unet.data import decode
-from unet.data.checks import mask_fit
+from unet.data.checks import mask_fit, without_padding
+from unet.data.decode import BILINEAR, NEAREST
 from unet.data.order import CHUNK
+from unet.data.resize import letterbox_box
 from unet.data.shards import sample_digest, shard_schema
 from unet.data.sources import Sample
 from unet.storage import Folder
@@ -100,7 +102,7 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
         except decode.Unusable as error:
             facts.append(_unusable(sample, error, labels))
             originals.append(b"")
-    for row, fit in zip(facts, mask_fit(images, masks), strict=True):
+    for row, fit in zip(facts, _mask_fits(images, masks, facts, recipe), strict=True):
         row["mask_fit"] = None if row["problem"] else float(fit)
     columns = {"image": _fixed(images), "mask": _fixed(masks)}
     if recipe.original_masks:
@@ -108,6 +110,15 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
     folder = Folder(work)
     _write(folder, piece.pixels, pa.table(columns))
     _write(folder, piece.facts, pa.Table.from_pylist(facts, facts_schema(len(labels.classes))))
+
+
+def _mask_fits(images: np.ndarray, masks: np.ndarray, facts: list[dict], recipe: Recipe) -> np.ndarray:
+    if recipe.resize == "letterbox":
+        boxes = [
+            letterbox_box(row["original_height"] or 1, row["original_width"] or 1, recipe.image_size) for row in facts
+        ]
+        images, masks = without_padding(images, boxes, BILINEAR), without_padding(masks, boxes, NEAREST)
+    return mask_fit(images, masks)
 
 
 def _facts(sample: Sample, decoded: decode.Decoded, image: np.ndarray, mask: np.ndarray, labels: Labels) -> dict:
