@@ -33,3 +33,6 @@ lint: setup
 bench: setup  ## Every speed claim of the README
 	$(BIN)/python benchmarks/train_throughput.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/prepare_throughput.py
+	$(BIN)/python benchmarks/ingest_throughput.py
+	$(BIN)/python benchmarks/stream_memory.py
