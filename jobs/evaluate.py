@@ -11,9 +11,6 @@ from unet.config import EvaluateSettings
 
 
 def run(settings: EvaluateSettings) -> None:
-    import os
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from unet.evaluation import evaluate
     from unet.report import score_table
     from unet.session import ray_session

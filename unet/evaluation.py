@@ -16,6 +16,7 @@ from unet.data.prepare import resolve
 from unet.data.shards import Prepared, pixels
 from unet.data.sources.find import check_source
 from unet.errors import InputError
+from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.training.checkpoint import STATE, Checkpoints
@@ -115,9 +116,10 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
             "give data that were prepared with the model's classes."
         )
 
-    from unet.training.learner import Learner
+    with silenced(settings.door.debug):
+        from unet.training.learner import Learner
 
-    learner = Learner(trained, len(names))
+        learner = Learner(trained, len(names))
     Checkpoints(run).load_weights(checkpoint, learner.model)
     counts = prepared.manifest.counts
     reading = Ingest(

@@ -3,11 +3,29 @@
 import contextlib
 import logging
 import os
+import sys
 import warnings
 
 from unet.errors import InputError
 
 POLL_SECONDS = "1"
+
+
+@contextlib.contextmanager
+def silenced(debug: bool = False):
+    """Nothing that libraries write to stderr past Python reaches the terminal, as TensorFlow does while it loads."""
+    if debug:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
