@@ -23,7 +23,7 @@ from unet.data.shards import sample_digest, shard_schema
 from unet.data.sources import Sample
 from unet.storage import Folder
 
-PIECE_SAMPLES, PIECE_BYTES = 64, 2**25
+PIECE_SAMPLES, PIECE_BYTES = 128, 2**25
 
 
 @dataclass(frozen=True)
