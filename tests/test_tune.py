@@ -280,6 +280,7 @@ def epochs_now(folder) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_pbt_moves_weights_and_settings_between_trials(ray_cluster, storage, packed):
     sweep(storage, packed, run_name="pbt", space="pbt", scheduler="pbt", num_samples=3, base_filters=4, grace_epochs=2)
     rows = rows_of(storage / "pbt")

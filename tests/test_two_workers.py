@@ -80,7 +80,7 @@ def test_clipping_acts_on_the_summed_gradient(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_a_nan_of_one_worker_is_seen_by_both_and_updates_nothing(tmp_path, precision):
     first, second = train(tmp_path, 2, SMALL | {"precision": precision}, 4, poison=2)
     assert first["finite"].tolist() == second["finite"].tolist() == [True, True, False, True]

@@ -121,6 +121,8 @@ class Reader:
 
     def __init__(self, shard: Shard):
         self.ingest, self.rank, self.world_size = shard.ingest, shard.rank, shard.world_size
+        # One thread for all epochs: each new one would leave an arena of its own in the memory of the process.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on, flips applied."""
@@ -129,15 +131,23 @@ class Reader:
             mirror(batch.images, batch.masks, flips(batch.indices, self.ingest.seed, epoch))
             return batch
 
-        return _one_ahead(map(flipped, self._batches("train", epoch, first_step)))
+        return self._one_ahead(map(flipped, self._batches("train", epoch, first_step)))
 
     def validation(self, epoch: int) -> Iterator[Batch]:
-        return _one_ahead(self._batches("val", epoch, 0))
+        return self._one_ahead(self._batches("val", epoch, 0))
 
     def direct(self, split: str) -> Iterator[Batch]:
         """A split straight from its shards: for one pass, starting an execution would cost more than reading."""
         chunks = _LazyChunks(Prepared(Folder(self.ingest.folder)), split)
-        return _one_ahead(self._gathered(split, 1, 0, chunks))
+        return self._one_ahead(self._gathered(split, 1, 0, chunks))
+
+    def _one_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Prepare the next batch in the thread while the current one is used."""
+        iterator = iter(batches)
+        pending = self._thread.submit(next, iterator, None)
+        while (batch := pending.result()) is not None:
+            pending = self._thread.submit(next, iterator, None)
+            yield batch
 
     def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         raise NotImplementedError
@@ -296,13 +306,3 @@ def _gather(indices: np.ndarray, chunks, size: int) -> tuple[np.ndarray, np.ndar
             chunk_images, chunk_masks = chunks[index // CHUNK]
             images[row], masks[row] = chunk_images[index % CHUNK], chunk_masks[index % CHUNK]
     return images, masks
-
-
-def _one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Prepare the next batch in a thread while the current one is used."""
-    iterator = iter(batches)
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        pending = pool.submit(next, iterator, None)
-        while (batch := pending.result()) is not None:
-            pending = pool.submit(next, iterator, None)
-            yield batch
