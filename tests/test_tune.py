@@ -233,6 +233,7 @@ def test_a_lost_process_is_replaced_and_a_diverging_trial_does_not_sink_the_swee
     assert {c.data.tags["trial"]: c.info.status for c in children} == {"trial-001": "FINISHED", "trial-002": "FAILED"}
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, packed, space_file):
     """Ctrl-C saves the trials under way and marks all runs; continued, they go on until the minutes are over."""
     flags = flags_of(data=packed, storage_path=storage, space=space_file, num_samples=2, scheduler="none")
