@@ -138,6 +138,14 @@ def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
         prepare(str(packed), Folder(tmp_path), Recipe(32))
 
 
+def test_a_split_without_samples_is_told_and_harms_nothing(ray_cluster, archives, tmp_path):
+    manifest = prepare(str(archives), Folder(tmp_path / "shards"), Recipe(32, val_fraction=1e-9))
+    assert manifest.counts == {"train": 90, "val": 0, "test": 21} and manifest.files["val"] == []
+    assert ("empty_split", "val has no sample") in {(row["problem"], row["detail"]) for row in manifest.warnings}
+    assert not list(verify(Folder(tmp_path / "shards"), lambda *step: None))
+    assert len(Prepared(Folder(tmp_path / "shards")).read_checked("test", 0)) == 21
+
+
 def test_strict_and_what_was_left_out_before(ray_cluster, archives, tmp_path):
     shutil.copytree(archives, tmp_path / "pets")
     (tmp_path / "pets" / "images" / "beagle_4.jpg").write_bytes(b"")

@@ -206,7 +206,8 @@ class _Preparation:
             pq.ParquetWriter(stream, samples.schema, write_page_checksum=True) as writer,
         ):
             for split in SPLITS:
-                writer.write_table(_of_split(samples, split), row_group_size=CHUNK)
+                if len(rows := _of_split(samples, split)):  # no rows would make a row group all the same
+                    writer.write_table(rows, row_group_size=CHUNK)
         return dict(sorted((digests | {SAMPLES: sha256_of(target, SAMPLES)}).items()))
 
     def _manifest(
