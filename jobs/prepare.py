@@ -1,6 +1,7 @@
 """Turn raw pets, or own photos and masks, into shards with a manifest; or verify such shards.
 
 python jobs/prepare.py --source FOLDER --output DIR --image-size 128
+
 python jobs/prepare.py --verify DIR
 """
 

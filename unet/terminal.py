@@ -55,9 +55,11 @@ class Display:
         kinds = (("left out", "problem", manifest.left_out, "red"), ("mended", "repair", manifest.repaired, None))
         for title, key, rows, style in (*kinds, ("looks wrong", "problem", manifest.warnings, "yellow")):
             for kind, count in Counter(row[key] for row in rows).most_common():
-                names = [row["name"] or row["detail"] for row in rows if row[key] == kind]
+                of_kind = [row for row in rows if row[key] == kind]
+                names = [row["name"] or row["detail"] for row in of_kind]
                 more = f", and {count - SHOWN} more" if count > SHOWN else ""
-                self.say(f"{title}: {kind} ({count}): {', '.join(names[:SHOWN])}{more}", style)
+                apart = ", " if of_kind[0]["name"] else "; "
+                self.say(f"{title}: {kind} ({count}): {apart.join(names[:SHOWN])}{more}", style)
 
     def progress(self, live: Live, epochs: int) -> None:
         parts = [f"{live.phase} {live.step}/{live.steps}"]
