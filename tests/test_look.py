@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unet.classes import IGNORE, PETS
+from unet.classes import IGNORE, PETS, ClassInfo
 from unet.data import look
 from unet.data.look import data_report
 from unet.data.order import CHUNK
@@ -279,3 +279,9 @@ def test_the_padding_of_a_letterbox_is_no_part_of_the_photo(tmp_path):
 )
 def test_percent_never_rounds_some_to_none_or_all(share, text):
     assert look.percent(share) == text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def test_outlines_of_more_classes_than_a_palette_holds():
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    classes = tuple(ClassInfo(f"c{i}", (i, i, i)) for i in range(255))
+    assert look.outlines(mask, classes, (64, 64)).size == (64, 64)

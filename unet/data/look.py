@@ -279,8 +279,10 @@ def outlines(mask: np.ndarray, classes: Classes, shape: tuple[int, int]) -> Imag
 
 
 def _enlarged(mask: np.ndarray, shape: tuple[int, int]) -> tuple[list[int], np.ndarray]:
-    """The ids in a mask and, at every pixel of a picture of `shape`, the place of its id among them, uint8."""
-    ids = np.unique(mask).tolist()
+    """The ids in a mask (the most frequent) and, at each pixel of a picture of `shape`, the place of its id, uint8."""
+    values, counts = np.unique(mask, return_counts=True)
+    # A palette holds 256 colours, three of which are not of classes.
+    ids = sorted(values[np.argsort(-counts, kind="stable")[:253]].tolist())
     best, places = np.full(shape, -1, np.int16), np.zeros(shape, np.uint8)
     for place, index in enumerate(ids):
         # Bilinear weights of each class, compared, give borders without the steps of the mask's pixels.
