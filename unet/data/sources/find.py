@@ -78,7 +78,8 @@ def open_source(
 
 
 def _through_tfds(val_fraction: float, raw: Path, source_dir: Path | None, cache: Path, progress: Progress) -> Source:
-    progress("TensorFlow Datasets reads the archives" if source_dir else "TensorFlow Datasets downloads 800 MB", 0, 0)
+    what = "reads the archives" if source_dir else "builds the data set (once: downloads 800 MB)"
+    progress(f"TensorFlow Datasets {what}", 0, 0)
     pets = raw / "pets"
     shutil.rmtree(pets, ignore_errors=True)  # of a killed start; what was re-encoded is known from a new one
     exported = tfds.export_in_task(pets, cache, source_dir, lambda done, total: progress("exporting", done, total))
