@@ -13,6 +13,10 @@ class Diverged(RunFailed):
     """A run whose numbers stopped being finite: starting it again would end the same."""
 
 
+class StepFailed(Exception):
+    """What TensorFlow raised in a worker, in words: its own errors would make who reads them import it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -123,7 +123,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
     Checkpoints(run).load_weights(checkpoint, learner.model)
     counts = prepared.manifest.counts
     reading = Ingest(
-        prepared.folder.uri, trained.data.image_size, counts, trained.training.batch_size, 0, 1, lambda: (1, 0), 0, {}
+        prepared.folder.uri, trained.data.image_size, counts, trained.training.batch_size, 0, 1, (1, 0), 0, {}
     )
     batches = Shard(reading, 0, 1).reader().direct(part.split)
     steps = reading.plan(part.split, 1).steps

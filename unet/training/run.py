@@ -1,8 +1,13 @@
 """A run's folder: which run the settings mean, and what it says about itself."""
 
+import contextlib
+import fcntl
 import json
+import os
 import shlex
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +22,10 @@ from unet.tracking import check_server, without_password
 from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+SUMMARY, CONFIG, METRICS, LOCK = "summary.json", "config.yaml", "metrics.jsonl", ".lock"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "val", "test"),
+    *("restarts", "restart_log", "skipped_steps", "val", "test"),
 )
 
 
@@ -57,11 +62,22 @@ class Run:
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
         later = {k: self.summary.get(k) for k in KNOWN_LATER}
         later |= {"test": None, "model_uri": None}  # of an earlier end; they come anew at the next
+        later["restarts"] = later["restarts"] or 0
         self.write_summary(run_name=self.name, status="running", **later, **facts)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
         self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+
+    def read_history(self) -> list[dict]:
+        """The lines of `metrics.jsonl`; none if there is no such file."""
+        if not self.folder.exists(METRICS):
+            return []
+        return [json.loads(line) for line in self.folder.read_text(METRICS).splitlines()]
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """This run, for this process alone."""
+        return locked(self.folder, self.name)
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
@@ -73,6 +89,36 @@ class Run:
         if values["tracking_uri"]:
             values["tracking_uri"] = without_password(values["tracking_uri"])
         return values
+
+
+@contextlib.contextmanager
+def locked(folder: Folder, name: str) -> Iterator[None]:
+    """The folder of a run or sweep for this process alone, as far as its disk can tell. A kill lets go of it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    if not folder.is_local:
+        yield
+        return
+    os.makedirs(folder.path, exist_ok=True)
+    with open(folder.at(LOCK), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{name} is under way already ({file.read().strip() or 'elsewhere'}): wait for its end or stop it, or "
+                "give another --run-name."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if folder.names() == [LOCK]:  # nothing began here
+                folder.fs.delete_dir(folder.path)
 
 
 def where(run: RunSettings, tracking: bool = True) -> str:

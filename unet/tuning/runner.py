@@ -230,7 +230,7 @@ class _Session:
             batch_size=settings.training.batch_size,
             seed=settings.training.seed,
             epochs=settings.training.epochs,
-            start=lambda: (1, 0),
+            start=(1, 0),
             memory=self.plan.stream_bytes // self.together,
         )
         if self.plan.kept and self.plan.num_workers == 1:
@@ -327,7 +327,7 @@ class _Session:
         if self.stopped is not None:
             return
         self.stopped, self.stopped_at, self.stopping = reason, time.monotonic(), set(self.recorder.running)
-        self.monitor.stop.remote()
+        self.monitor.wish.remote("stop")
         if self.search:
             self.search.close()
         if reason == BY_USER:

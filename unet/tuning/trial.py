@@ -84,7 +84,7 @@ class WarmTrial(tune.Trainable):
             shared.reading,
             batch_size=training.batch_size,
             seed=training.seed,
-            start=lambda: (latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
+            start=(latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
         )
         job = Job(
             settings=settings,
@@ -93,6 +93,7 @@ class WarmTrial(tune.Trainable):
             threads=shared.threads,
             data_digest=shared.data_digest,
             classes=shared.classes,
+            checkpoint=latest and latest[0],
             monitor=shared.monitor,
             score_test=False,
         )
