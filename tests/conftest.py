@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -122,6 +123,12 @@ def job(name: str, *flags, env: dict | None = None, **options) -> subprocess.Com
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
         **options,
     )
+
+
+def ray_processes(kind: str) -> list[psutil.Process]:
+    """Processes of the session's Ray by their title, such as RayTrainWorker: others may run on this machine."""
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if p.is_running() and kind in " ".join(p.cmdline())]
 
 
 def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import psutil
 import ray
-from conftest import TINY, read_json, train, weights_of
+from conftest import TINY, ray_processes, read_json, train, weights_of
 from test_run import wait_for
 
 from unet.training import supervisor
@@ -46,8 +46,7 @@ def test_an_elastic_run_grows_and_shrinks_to_the_same_weights(ray_cluster, stora
         wait_for(lambda: (folder / "metrics.jsonl").read_text().count("\n") > saved + 2)
         assert known
         others.append(hold(1.2))  # waits for the CPUs of the group that is lost now
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        workers[-1].kill()
+        ray_processes("RayTrainWorker")[-1].kill()
 
     helper = threading.Thread(target=resize)
     helper.start()

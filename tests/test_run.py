@@ -12,11 +12,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, TINY, job, read_json, train, weights_of
+from conftest import ROOT, TINY, job, ray_processes, read_json, train, weights_of
 from PIL import Image
 
 from unet.data.shards import Manifest
@@ -185,8 +184,7 @@ def test_a_streamed_run_whose_worker_is_killed_ends_bit_equal(trained, storage, 
 
     def kill():
         wait_for(lambda: len(list((storage / "again").glob("checkpoints/step_*/COMMIT"))) >= 2)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        workers[-1].kill()
+        ray_processes("RayTrainWorker")[-1].kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
