@@ -19,7 +19,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from unet.data import ingest
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
-from unet.errors import Diverged, InputError, RunFailed
+from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
 from unet.tracking import Tracker, Untracked, without_password
@@ -55,7 +55,9 @@ def train(
         RunFailed: the run had started and failed.
     """
     started, display, settings = started or time.time(), display or Display(quiet=True), run.settings
-    latest = run.checkpoints.latest()
+    latest, passed_over = run.checkpoints.resume(settings.model)
+    for sentence in passed_over:
+        display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
     # A trial of a sweep may be finished without a test score, which is then made up for.
     if run.summary.get("status") == "finished" and latest and (as_trial or run.summary.get("test")):
         done, best = latest[1].epoch - 1, latest[1].best_epoch
@@ -97,7 +99,10 @@ def train(
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     session = _Session(run, prepared, counts, plan, parameters, display, callbacks, as_trial, started)
-    return session.run_to_end(wish)
+    try:
+        return session.run_to_end(wish)
+    except StorageFailed as error:
+        raise run.after(error) from error
 
 
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
@@ -139,7 +144,7 @@ class _Session:
     started: float
     tracker: Tracker | Untracked = field(default_factory=Untracked)
     history: list[dict] = field(default_factory=list)
-    failure: Diverged | None = None
+    failure: Diverged | StorageFailed | None = None
     stopped: bool = False
     starts: int = 0
     restarts_before: int = 0
@@ -163,18 +168,23 @@ class _Session:
             try:
                 error = self._train(wish)
                 return self._finish(error)
-            except RunFailed:
-                raise
             except BaseException as error:
-                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
-                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                self.tracker.status(status)
-                run.write_summary(status=status)
+                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running"; what
+                # ended the training itself is written down already.
+                if isinstance(error, StorageFailed) or not isinstance(error, RunFailed):
+                    status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                    self._mark(status)
+                    self.tracker.status(status)
                 raise
             finally:
                 self.display.close()
                 if ray.is_initialized():
                     ray.kill(self.monitor)
+
+    def _mark(self, status: str, **facts) -> None:
+        """Say in the summary how the run ends, if its storage still takes that."""
+        with contextlib.suppress(StorageFailed):
+            self.run.write_summary(status=status, **facts)
 
     def _train(self, wish: threading.Event) -> BaseException | None:
         """Run the workers in a thread to their end, whatever it is; what they failed with."""
@@ -336,6 +346,9 @@ class _Session:
             "smaller --learning-rate or --clip-norm 1."
         )
 
+    def _on_storage_failed(self, reason: str) -> None:
+        self.failure = StorageFailed(reason)
+
     def _finish(self, error: BaseException | None) -> dict:
         run = self.run
         latest = run.checkpoints.latest()
@@ -352,12 +365,13 @@ class _Session:
         if error is None and self.failure is None and (not self.stopped or self.package is not None):
             self._keep(state, facts)
             return run.summary
-        status = "stopped" if self.stopped else "failed"
-        run.write_summary(status=status, **facts)
+        lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
+        status = "stopped" if self.stopped and not lost else "failed"
+        self._mark(status, **facts)
         reason = str(self.failure or (_cause(error) if error else "stopped by the user"))
         self.tracker.tags({"status": status, "reason": reason[:500]})
         self.tracker.status(status)
-        if self.stopped:
+        if status == "stopped":
             at = f"step {state.step}" if state else "the start"
             self.display.say(
                 f"Stopped at {at}. Continue: python jobs/train.py --resume {run.name}{where(run.settings.run)}"

@@ -11,13 +11,13 @@ import yaml
 from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
-from unet.errors import InputError
+from unet.errors import InputError, StorageFailed
 from unet.storage import Folder
 from unet.tracking import check_server, without_password
-from unet.training.checkpoint import Checkpoints
+from unet.training.checkpoint import CONFIG, Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
     *("restarts", "val", "test"),
@@ -61,11 +61,29 @@ class Run:
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
-        self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+        self.write(SUMMARY, json.dumps(self.summary, indent=2).encode())
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
-        self.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in history))
+        self.write(METRICS, "".join(json.dumps(line) + "\n" for line in history).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run that has started.
+
+        Raises:
+            StorageFailed: it cannot be written, or the run's folder is gone.
+        """
+        self.folder.require(CONFIG)
+        self.folder.write_bytes(name, content)
+
+    def after(self, error: StorageFailed) -> StorageFailed:
+        """The same with what is left and how to go on."""
+        if not self.summary:
+            return StorageFailed(f"{error}, and start again.")
+        whole = self.checkpoints.whole()[-1:]
+        left = f"the last whole checkpoint is {whole[0]}" if whole else "there is no whole checkpoint"
+        again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
+        return StorageFailed(f"{error}, then: {again} ({left}).")
 
     def shown_settings(self) -> dict[str, Any]:
         """The settings as they may be saved and sent: this run's name, and no password."""

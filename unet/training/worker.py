@@ -4,6 +4,7 @@ import os
 
 import ray
 
+from unet.errors import StorageFailed
 from unet.training.loop import Loop
 from unet.training.monitor import Line
 
@@ -22,8 +23,12 @@ def train_worker(config: dict) -> None:
     learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
     reader = ray.train.get_dataset_shard("train").reader()
     loop = Loop(job, learner, reader, line, rank, world_size)
-    if loop.train(ray.train.report) and job.score_test:
-        loop.test()
+    try:
+        if loop.train(ray.train.report) and job.score_test:
+            loop.test()
+    except StorageFailed as error:
+        # Told, not raised: what a worker raises starts all of them again, and they would end here again.
+        line.event("storage_failed", str(error))
 
 
 def start_tensorflow(threads: int, world_size: int):
