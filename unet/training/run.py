@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
+from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
@@ -45,7 +45,12 @@ class Run:
         """The run of that name under the settings' storage path, with what it says about itself if it exists."""
         run = cls(name, settings, Folder(settings.run.storage_path) / name)
         if run.folder.exists(SUMMARY):
-            run.summary = json.loads(run.folder.read_text(SUMMARY))
+            try:
+                run.summary = dict(json.loads(run.folder.read_bytes(SUMMARY)))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"{run.folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
+                ) from error
         return run
 
     @property
@@ -81,9 +86,9 @@ class Run:
         if not self.summary:
             return StorageFailed(f"{error}, and start again.")
         whole = self.checkpoints.whole()[-1:]
-        left = f"the last whole checkpoint is {whole[0]}" if whole else "there is no whole checkpoint"
+        left = f" (the last whole checkpoint is {whole[0]})" if whole else ""
         again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
-        return StorageFailed(f"{error}, then: {again} ({left}).")
+        return StorageFailed(f"{error}, then: {again}{left}.")
 
     def shown_settings(self) -> dict[str, Any]:
         """The settings as they may be saved and sent: this run's name, and no password."""
@@ -128,7 +133,7 @@ def _identify(settings: TrainSettings) -> Run:
         if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
-    before = yaml.safe_load(run.folder.read_text(CONFIG))
+    before = read_config(run.folder)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
     refuse_changes(name, before, flat(settings), MAY_CHANGE)
