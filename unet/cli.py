@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import tyro
-import yaml
 from pydantic import BaseModel
 
 from unet import config
@@ -71,7 +70,7 @@ def _settings_of_run(name: str, storage_path: str | None) -> dict:
         raise InputError(
             f"There is no run {name} under {storage}." + (f" There are: {', '.join(known[-8:])}." if known else "")
         )
-    return yaml.safe_load(folder.read_text("config.yaml")) | {"storage_path": storage, "run_name": name, "resume": name}
+    return config.read_config(folder) | {"storage_path": storage, "run_name": name, "resume": name}
 
 
 def _explain(error: Exception, code: int, debug: bool, message: str | None = None) -> int:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unet.errors import InputError
+from unet.storage import Folder
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
@@ -454,14 +455,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
         InputError: the file is missing or not a mapping of names to values.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_bytes(), f"--config {path}")
     except OSError as error:
         raise InputError(f"Cannot read --config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values or {}, dict):
         raise InputError(f"--config {path} must hold `name: value` lines.")
     return values or {}
+
+
+def parse_yaml(content: bytes | str, what: str) -> Any:
+    """YAML of plain values; a tag that would make an object of them is refused.
+
+    Raises:
+        InputError: it is not that.
+    """
+    try:
+        return yaml.safe_load(content)
+    except Exception as error:  # beside its own, PyYAML lets out whatever the values of odd tags lead to
+        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """The flat settings that the folder of a run or sweep keeps.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    values = parse_yaml(folder.read_bytes("config.yaml"), f"{folder}/config.yaml")
+    if not isinstance(values, dict):
+        raise InputError(f"{folder}/config.yaml does not hold `name: value` lines: bring back a copy of it.")
+    return values
 
 
 def sentence(error: ValidationError) -> str:

@@ -5,7 +5,7 @@ import time
 
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
-from unet.errors import InputError
+from unet.errors import InputError, StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
 from unet.tracking import without_password
@@ -40,7 +40,9 @@ def train(
 
 def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int, started: float, wish) -> dict:
     settings = run.settings
-    latest = run.checkpoints.latest()
+    latest, passed_over = run.checkpoints.resume(settings.model)
+    for sentence in passed_over:
+        display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
     # A trial of a sweep may be finished without a test score, which is then made up for.
     if run.summary.get("status") == "finished" and latest and (as_trial or run.summary.get("test")):
         done, best = latest[1].epoch - 1, latest[1].best_epoch
@@ -82,7 +84,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     journal = Journal(run, prepared, parameters, display, as_trial, started)
-    return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
+    try:
+        return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
+    except StorageFailed as error:
+        raise run.after(error) from error
 
 
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:

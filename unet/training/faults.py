@@ -59,7 +59,7 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
 
 def _own_words(text: str) -> str | None:
     """What an error of `unet.errors` says; Ray Data gives on what its tasks raised as text only."""
-    own = re.search(r"^unet\.errors\.(?!StepFailed)\w+: (.+)$", text, re.MULTILINE)
+    own = re.search(r"^unet\.errors\.(?!StepFailed|Damaged)\w+: (.+)$", text, re.MULTILINE)
     return own and own[1]
 
 

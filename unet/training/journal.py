@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from unet.data.shards import Prepared
+from unet.errors import StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking import Tracker, Untracked
@@ -101,11 +102,16 @@ class Journal:
         self.tracker.tags({"status": "stopped"})
         self.tracker.status("stopped")
 
+    def mark(self, status: str, **facts) -> None:
+        """Say how the run ends, in its folder if the storage still takes that."""
+        with contextlib.suppress(StorageFailed):
+            self.run.write_summary(status=status, **facts)
+        self.tracker.status(status)
+
     def broken_off(self, status: str, state: State | None, reason: str) -> None:
         """The end of a run that was stopped or failed."""
-        self.run.write_summary(status=status, **self._facts(state))
         self.tracker.tags({"status": status, "reason": reason[:500]})
-        self.tracker.status(status)
+        self.mark(status, **self._facts(state))
         if status == "stopped":
             at = f"step {state.step}" if state else "the start"
             go_on = f"python jobs/train.py --resume {self.run.name}{where(self.run.settings.run)}"

@@ -19,6 +19,7 @@ from unet.config import TrainSettings, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
+from unet.errors import StorageFailed
 from unet.evaluation import score
 from unet.packaging import package
 from unet.storage import Folder
@@ -27,6 +28,8 @@ from unet.training.monitor import Line, Live
 
 SAVE, STOP, LEAVE = 1, 2, 4
 ENDS = {STOP: "stopped", LEAVE: "left"}
+SAVE_PAUSES = (0, 2, 3)
+"""Seconds to wait before each try to save."""
 GALLERY = 8
 """How many validation photos are shown with their masks."""
 
@@ -114,6 +117,7 @@ class Loop:
             self.state = self.checkpoints.state(job.checkpoint)
             self.checkpoints.load(job.checkpoint, self.learner)
             self.learner.set_rates()
+            self.state.score = None  # of that step only
             changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
             self.state.equality, self.state.settings = equality, job.shown
             if changed and not self.is_done:
@@ -255,10 +259,27 @@ class Loop:
         self.line.event("epoch", {"record": state.history[-1], "validation": state.validation})
 
     def _save(self) -> None:
-        if self.rank == 0:
-            self.checkpoints.save(self.learner, self.state)
-            self.checkpoints.prune(self.settings.run.keep_checkpoints)
+        """Write a checkpoint.
+
+        Raises:
+            StorageFailed: it could not be written; on all workers alike, so that none waits for one that gave up.
+        """
+        failure = self._write() if self.rank == 0 else None
+        if self.learner.sum_over_workers(np.array([failure is not None], np.int64)).any():
+            raise failure or StorageFailed("The first worker cannot write")
         self.last_save = time.monotonic()
+
+    def _write(self) -> StorageFailed | None:
+        """Save and prune, again after a hiccup of the storage; what it says if it does not get over it."""
+        for pause in SAVE_PAUSES:
+            time.sleep(pause)
+            try:
+                self.checkpoints.save(self.learner, self.state)
+                self.checkpoints.prune(self.settings.run.keep_checkpoints)
+                return None
+            except StorageFailed as error:
+                failure = error
+        return failure
 
     def evaluate(self, split: str, batches) -> dict:
         plan = self.reader.ingest.plan(split, self.world_size)

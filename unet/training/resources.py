@@ -12,6 +12,7 @@ from unet.config import TrainSettings, parse_bytes
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
+from unet.training.arrays import weight_shapes
 
 READERS = 2
 RESERVED_CPUS = 0.5
@@ -299,17 +300,7 @@ def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]
 
 def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
     """The number of weights of the U-Net, without building it."""
-
-    def conv(size, before, after):
-        return size * size * before * after + after
-
-    filters = [base_filters * 2**level for level in range(depth + 1)]
-    total, before = 0, image_channels
-    for f in filters:  # the encoder and the bottleneck
-        total, before = total + conv(3, before, f) + conv(3, f, f), f
-    for f in reversed(filters[:-1]):
-        total, before = total + conv(3, before, f) + conv(3, 2 * f, f) + conv(3, f, f), f
-    return total + conv(1, before, num_classes)
+    return sum(map(math.prod, weight_shapes(base_filters, depth, num_classes, image_channels).values()))
 
 
 def _existing(storage: Folder) -> Path | None:

@@ -43,7 +43,7 @@ def keep(
     tracker.metrics(flat_metrics("test", test), state.epoch - 1, int(time.time() * 1000))
     figures = draw(history, test, gallery, state.class_infos)
     for name, content in figures.items():
-        run.folder.write_bytes(name, content)
+        run.write(name, content)
     tracker.artifacts("", figures)
     best = run.checkpoints.folder / state.best_checkpoint
     tracker.artifacts("best_checkpoint", {name: best.read_bytes(name) for name in best.names()})

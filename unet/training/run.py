@@ -13,16 +13,16 @@ from typing import Any
 
 import yaml
 
-from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
+from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
-from unet.errors import InputError
+from unet.errors import InputError, StorageFailed
 from unet.storage import Folder
 from unet.tracking import check_server, without_password
-from unet.training.checkpoint import Checkpoints
+from unet.training.checkpoint import CONFIG, Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, CONFIG, METRICS, LOCK = "summary.json", "config.yaml", "metrics.jsonl", ".lock"
+SUMMARY, METRICS, LOCK = "summary.json", "metrics.jsonl", ".lock"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
     *("restarts", "restart_log", "skipped_steps", "val", "test"),
@@ -50,7 +50,12 @@ class Run:
         """The run of that name under the settings' storage path, with what it says about itself if it exists."""
         run = cls(name, settings, Folder(settings.run.storage_path) / name)
         if run.folder.exists(SUMMARY):
-            run.summary = json.loads(run.folder.read_text(SUMMARY))
+            try:
+                run.summary = dict(json.loads(run.folder.read_bytes(SUMMARY)))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"{run.folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
+                ) from error
         return run
 
     @property
@@ -67,7 +72,7 @@ class Run:
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
-        self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+        self.write(SUMMARY, json.dumps(self.summary, indent=2).encode())
 
     def read_history(self) -> list[dict]:
         """The lines of `metrics.jsonl`; none if there is no such file."""
@@ -81,7 +86,25 @@ class Run:
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
-        self.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in history))
+        self.write(METRICS, "".join(json.dumps(line) + "\n" for line in history).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run that has started.
+
+        Raises:
+            StorageFailed: it cannot be written, or the run's folder is gone.
+        """
+        self.folder.require(CONFIG)
+        self.folder.write_bytes(name, content)
+
+    def after(self, error: StorageFailed) -> StorageFailed:
+        """The same with what is left and how to go on."""
+        if not self.summary:
+            return StorageFailed(f"{error}, and start again.")
+        whole = self.checkpoints.whole()[-1:]
+        left = f" (the last whole checkpoint is {whole[0]})" if whole else ""
+        again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
+        return StorageFailed(f"{error}, then: {again}{left}.")
 
     def shown_settings(self) -> dict[str, Any]:
         """The settings as they may be saved and sent: this run's name, and no password."""
@@ -111,9 +134,10 @@ def locked(folder: Folder, name: str) -> Iterator[None]:
                 f"{name} is under way already ({file.read().strip() or 'elsewhere'}): wait for its end or stop it, or "
                 "give another --run-name."
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk keeps nobody from the lock
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         try:
             yield
         finally:
@@ -156,7 +180,7 @@ def _identify(settings: TrainSettings) -> Run:
         if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
-    before = yaml.safe_load(run.folder.read_text(CONFIG))
+    before = read_config(run.folder)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
     refuse_changes(name, before, flat(settings), MAY_CHANGE)

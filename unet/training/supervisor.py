@@ -13,7 +13,7 @@ import ray
 
 from unet.config import parse_interval
 from unet.data import ingest
-from unet.errors import Diverged, InputError, RunFailed
+from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.training import resources
 from unet.training.checkpoint import State
 from unet.training.faults import Fault, Tries, fault_of
@@ -83,13 +83,11 @@ class Supervisor:
             try:
                 self._end(self._supervise(wish, lost))
                 return run.summary
-            except RunFailed:
-                raise
             except BaseException as error:
-                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
-                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                journal.tracker.status(status)
-                run.write_summary(status=status)
+                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running"; what
+                # ended the training itself is written down already.
+                if isinstance(error, StorageFailed) or not isinstance(error, RunFailed):
+                    journal.mark("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             finally:
                 self.display.close()
@@ -101,7 +99,7 @@ class Supervisor:
             fault = self._one_group(wish, reason)
             if self.stopped or self.failure or not (fault or self.left):
                 return fault
-            self.latest = self.run.checkpoints.latest()
+            self._look_for_checkpoint()
             reason, wait = self.leaving, 0.0
             if fault:
                 reason, wait = fault.reason, tries.failed(fault, self.latest and self.latest[0])
@@ -121,6 +119,19 @@ class Supervisor:
             if wish.is_set():
                 self._mark_stopped()
                 return None
+
+    def _look_for_checkpoint(self) -> None:
+        """The last one that verifies.
+
+        Raises:
+            RunFailed: there are some, and none does.
+        """
+        try:
+            self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
+        except InputError as error:
+            raise RunFailed(str(error)) from error
+        for sentence in passed_over:
+            self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
 
     def _find_room(self, wish: threading.Event) -> None:
         """Wait for places for a new group, and make its plan.
@@ -308,6 +319,9 @@ class Supervisor:
             remedy = f"go on with --on-nan skip, or {remedy}"
         self.failure = Diverged(f"{not_finite(content)} The last checkpoint is whole: {remedy}")
 
+    def _on_storage_failed(self, reason: str) -> None:
+        self.failure = StorageFailed(reason)
+
     def _end(self, fault: Fault | None) -> None:
         latest = self.run.checkpoints.latest()
         state = latest and latest[1]
@@ -315,10 +329,11 @@ class Supervisor:
         if fault is None and self.failure is None and (not self.stopped or self.package is not None):
             self.journal.finished(state, self.test, self.gallery, self.package)
             return
-        status = "stopped" if self.stopped else "failed"
+        lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
+        status = "stopped" if self.stopped and not lost else "failed"
         reason = str(self.failure or (fault.reason if fault else "stopped by the user"))
         self.journal.broken_off(status, state, reason)
-        if not self.stopped:
+        if status == "failed":
             again = state and fault and fault.kind != "final"
             go_on = f" Go on from step {state.step}: --resume {self.run.name}." if again else ""
             raise self.failure or RunFailed(f"The training failed: {reason}.{go_on}")

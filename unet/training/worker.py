@@ -4,7 +4,7 @@ import os
 
 import ray
 
-from unet.errors import StepFailed, first_line
+from unet.errors import StepFailed, StorageFailed, first_line
 from unet.training.loop import Loop
 from unet.training.monitor import Line
 
@@ -27,6 +27,9 @@ def train_worker(config: dict) -> None:
         loop = Loop(job, learner, reader, line, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
+    except StorageFailed as error:
+        # Told, not raised: what a worker raises may start all of them again, and they would end here again.
+        line.event("storage_failed", str(error))
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow"):
             raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import yaml
 
 import unet.data.prepare as preparing
-from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat
+from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.tracking import check_server, without_password
@@ -67,7 +67,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
     name = settings.run.resume or settings.run.run_name or time.strftime("sweep-%Y%m%d-%H%M%S")
     folder, saved, summary = storage / name, None, {}
     if folder.exists(CONFIG):
-        before = yaml.safe_load(folder.read_text(CONFIG))
+        before = read_config(folder)
         if "space" not in before:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
         # The space may have moved: what it holds is compared.
@@ -79,7 +79,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")
     text = saved if saved is not None and settings.run.resume else read_space(settings.sweep.space)
     space = parse_space(text, settings.sweep.space, settings)
-    if saved is not None and yaml.safe_load(saved) != yaml.safe_load(text):
+    if saved is not None and parse_yaml(saved, f"{folder}/{SPACE}") != parse_yaml(text, settings.sweep.space):
         raise InputError(f"The sweep {name} searches another space, {folder}/{SPACE}: give another --run-name.")
     if settings.sweep.search == "grid":
         space.grid()

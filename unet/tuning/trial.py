@@ -18,7 +18,7 @@ from unet.config import TrainSettings, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged
 from unet.storage import Folder
-from unet.training.checkpoint import Checkpoints
+from unet.training.checkpoint import FILES, Checkpoints
 from unet.training.loop import Job, Loop, not_finite
 from unet.training.monitor import Line
 from unet.training.run import Run, open_run
@@ -78,7 +78,7 @@ class WarmTrial(tune.Trainable):
         self._line = _TrialLine(shared.monitor, self._run.folder.uri)
         self._learners = self._learners or Learners()
         learner = self._learners.get(settings, len(shared.classes))
-        latest = self._run.checkpoints.latest()
+        latest, _ = self._run.checkpoints.resume(settings.model)
         training = settings.training
         reading = replace(
             shared.reading,
@@ -123,9 +123,10 @@ class WarmTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For PBT: this trial's latest checkpoint, which another may take over."""
         self._begin()
-        name, _ = self._run.checkpoints.latest()
-        own = self._run.checkpoints.folder / name
-        Checkpoints(Folder(checkpoint_dir)).folder.commit(name, {file: own.read_bytes(file) for file in own.names()})
+        own = self._run.checkpoints
+        name, _ = own.latest()
+        files = {file: own.folder.read_committed(name, file) for file in FILES}
+        Checkpoints(Folder(checkpoint_dir)).folder.commit(name, files)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
