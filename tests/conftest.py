@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -122,6 +123,14 @@ def job(name: str, *flags, env: dict | None = None, **options) -> subprocess.Com
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
         **options,
     )
+
+
+def door(name: str, *flags) -> int:
+    """Run a job in this process, as far as its door goes; its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    return end.value.code
 
 
 def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:

@@ -139,6 +139,8 @@ class RunSettings(StoreSettings):
     """Default: the time. The same name with the same settings continues the run."""
     resume: str | None = None
     """Continue this run, with the settings it was started with."""
+    sync: str | None = None
+    """Train nothing: send what MLflow lacks of this run, which has ended."""
     checkpoint_every: str | None = None
     """Also save inside an epoch: 200 is steps, 10m minutes. Default: at each epoch's end."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -159,6 +161,12 @@ class RunSettings(StoreSettings):
         if value is not None:
             parse_interval(value)
         return value
+
+    @model_validator(mode="after")
+    def _syncs_only(self):
+        if self.sync and (self.resume or self.run_name):
+            raise ValueError("--sync names the run itself: leave out --resume and --run-name")
+        return self
 
     @model_validator(mode="after")
     def _remote_needs_server(self):
@@ -312,6 +320,8 @@ class TuneSettings(TrainSettings):
     @model_validator(mode="after")
     def _search_fits(self):
         sweep = self.sweep
+        if self.run.sync:
+            raise ValueError("--sync is for `jobs/train.py`; --resume sends what MLflow lacks of a sweep")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
         if sweep.scheduler == "pbt" and self.compute.num_workers > 1:
@@ -330,7 +340,8 @@ class TuneSettings(TrainSettings):
 MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
-        *("on_nan", "keep_checkpoints", "storage_path", "run_name", "resume", "tracking_uri", "config", "debug"),
+        *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
+        *("config", "debug"),
     )
 )
 """Settings that may change when a run continues (its data are compared by their digest)."""

@@ -1,6 +1,7 @@
 """A training from an opened run to its end: data, resources, the workers of Ray Train, and their news."""
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -20,18 +21,22 @@ from unet.data import ingest
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.errors import Diverged, InputError, RunFailed
+from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
-from unet.tracking import Tracker, Untracked, without_password
+from unet.tracking.courier import Courier, Untracked
+from unet.tracking.send import PATIENCE, begin, kept_back, send, send_later
 from unet.training import resources, results
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.loop import Job, not_finite
 from unet.training.monitor import Monitor
-from unet.training.run import CONFIG, Run, where
+from unet.training.run import Run, milliseconds, where
 from unet.training.signals import stop_wish
 from unet.training.worker import train_worker
 
 MAX_RESTARTS = 3
+STOP_SECONDS = 2
+"""How long a run that was stopped waits for MLflow."""
 POLL_SECONDS = 0.5
 
 
@@ -64,10 +69,10 @@ def train(
             display.say(
                 f"The run {run.name} stopped early after epoch {done}, best {best}. More: --patience {stale + 5}."
             )
-            return run.summary
+            return _finished(run, display, as_trial)
         if done >= settings.training.epochs:
             display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
-            return run.summary
+            return _finished(run, display, as_trial)
     storage, nodes = Folder(settings.run.storage_path), resources.cluster_nodes()
     resources.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
     try:
@@ -100,10 +105,20 @@ def train(
     return session.run_to_end(wish)
 
 
+def _finished(run: Run, display: Display, as_trial: bool) -> dict:
+    """The summary of a run that was finished before; what an outage or a kill kept from MLflow is sent."""
+    if not as_trial and not run.summary.get("delivered", True):
+        try:
+            send_later(run, display)
+        except RunFailed as error:
+            display.say(str(error), "yellow")
+    return run.summary
+
+
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"
-    tracking = without_password(s.run.tracking_uri) if s.run.tracking_uri else f"sqlite in {s.run.storage_path}"
+    tracking = s.run.tracking_uri or f"sqlite in {s.run.storage_path}"
     return [
         ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
@@ -137,23 +152,24 @@ class _Session:
     callbacks: tuple
     as_trial: bool
     started: float
-    tracker: Tracker | Untracked = field(default_factory=Untracked)
+    tracker: Courier | Untracked = field(default_factory=Untracked)
     history: list[dict] = field(default_factory=list)
     failure: Diverged | None = None
     stopped: bool = False
     starts: int = 0
     restarts_before: int = 0
     test: dict | None = None
+    test_time: int | None = None
     gallery: dict | None = None
     package: dict[str, bytes] | None = None
 
     def run_to_end(self, wish: threading.Event | None = None) -> dict:
-        run, settings = self.run, self.run.settings
+        run, prepared = self.run, self.prepared
         if not self.as_trial:
-            storage = Folder(settings.run.storage_path)
-            self.tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
+            self.tracker = self._courier()
         self.restarts_before = run.summary.get("restarts") or 0
-        run.start(data_digest=self.prepared.manifest.data_digest, parameters=self.parameters)
+        facts = {"data_digest": prepared.manifest.data_digest, "prepared": without_secrets(prepared.folder.uri)}
+        run.start(parameters=self.parameters, **facts)
         # What the checkpoints vouch for: the file may lack an epoch that a kill kept from being written.
         latest = run.checkpoints.latest()
         self.history = latest[1].history if latest else []
@@ -169,20 +185,37 @@ class _Session:
                 # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
                 status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 self.tracker.status(status)
-                run.write_summary(status=status)
+                run.write_summary(status=status, ended=milliseconds())
+                self.tracker.deliver(PATIENCE, at_most=STOP_SECONDS)
                 raise
             finally:
+                self.tracker.close()
                 self.display.close()
                 if ray.is_initialized():
                     ray.kill(self.monitor)
+
+    def _courier(self) -> Courier:
+        """To MLflow. A new run is refused where that can never work; one that continues goes on."""
+        part = self.run.settings.run
+        say = lambda words: self.display.say(words, "yellow")  # noqa: E731
+        courier = Courier(Folder(part.storage_path), part.experiment, part.tracking_uri, say)
+        try:
+            if not self.run.summary:
+                courier.check(PATIENCE)
+        except BaseException:
+            courier.close()
+            raise
+        return courier
 
     def _train(self, wish: threading.Event) -> BaseException | None:
         """Run the workers in a thread to their end, whatever it is; what they failed with."""
         with ThreadPoolExecutor(1, thread_name_prefix="fit") as pool:
             fit = pool.submit(self._fit)
             try:
-                # While the workers import TensorFlow; the first use of a store takes seconds.
-                self._open_run()
+                if not self.as_trial:
+                    begin(self.run, self.tracker, self.prepared)
+                    self.tracker.tags({"status": "running"})
+                    self.tracker.status("running")
                 self._follow(fit, wish)
             except KeyboardInterrupt:  # the second one
                 ray.shutdown()  # ends the workers at once, and with them the thread that waits for them
@@ -191,18 +224,6 @@ class _Session:
                 self.monitor.stop.remote()  # the workers end after their step
                 raise
             return fit.exception()
-
-    def _open_run(self) -> None:
-        run = self.run
-        manifest = self.prepared.manifest
-        params = run.shown_settings() | {"parameters": self.parameters, "data_digest": manifest.data_digest}
-        tags = {"status": "running", "data_digest": manifest.data_digest, "run_folder": str(run.folder)}
-        run_id = self.tracker.start(run.name, run.summary["mlflow_run_id"], params, tags)
-        run.write_summary(mlflow_run_id=run_id or run.summary["mlflow_run_id"])
-        self.tracker.data(self.prepared)
-        for record in self.history:
-            self.tracker.epoch(record)
-        self.tracker.artifacts("", {CONFIG: run.folder.read_bytes(CONFIG)})
 
     def _fit(self):
         settings, plan, run = self.run.settings, self.plan, self.run
@@ -271,6 +292,7 @@ class _Session:
             seen += len(events)
             for kind, content in events:
                 getattr(self, f"_on_{kind}")(content)
+            self._hear()
             if ended:
                 return
             if live is not None and not self.stopped:
@@ -284,6 +306,12 @@ class _Session:
                 self.tracker.tags({"status": "stopped"})
                 self.tracker.status("stopped")
             time.sleep(POLL_SECONDS)
+
+    def _hear(self) -> None:
+        """What the store says, and the id of the run there when it is known."""
+        self.tracker.hear()
+        if self.tracker.run_id not in (None, self.run.summary["mlflow_run_id"]):
+            self.run.write_summary(mlflow_run_id=self.tracker.run_id)
 
     def _on_start(self, world_size: int) -> None:
         self.starts += 1
@@ -319,7 +347,7 @@ class _Session:
             self.tracker.epoch(record)
 
     def _on_test(self, result: dict) -> None:
-        self.test = result
+        self.test, self.test_time = result, milliseconds()
 
     def _on_gallery(self, gallery: dict) -> None:
         self.gallery = gallery
@@ -353,10 +381,9 @@ class _Session:
             self._keep(state, facts)
             return run.summary
         status = "stopped" if self.stopped else "failed"
-        run.write_summary(status=status, **facts)
-        reason = str(self.failure or (_cause(error) if error else "stopped by the user"))
-        self.tracker.tags({"status": status, "reason": reason[:500]})
-        self.tracker.status(status)
+        reason = without_secrets(str(self.failure or (_cause(error) if error else "stopped by the user")))
+        run.write_summary(status=status, reason=reason, ended=milliseconds(), **facts)
+        self._send()
         if self.stopped:
             at = f"step {state.step}" if state else "the start"
             self.display.say(
@@ -366,16 +393,26 @@ class _Session:
         raise self.failure or RunFailed(f"The training failed: {_cause(error)}") from error
 
     def _keep(self, state, facts: dict) -> None:
-        run, tracker, tags = self.run, self.tracker, {}
+        run = self.run
         if not self.as_trial:
             self.display.waiting("drawing")
-            tags = results.keep(run, state, self.history, self.test, self.gallery, self.package, tracker)
-            facts |= tags | {"test": self.test}
-            self.display.close()
-        if not results.finish(run, tracker, facts, tags):
-            self.display.say("MLflow did not take everything; the run's folder holds it all.", "yellow")
+            results.keep(run, state, self.history, self.test, self.gallery, self.package)
+            facts |= {"test": self.test, "test_time": self.test_time}
+        run.write_summary(status="finished", ended=milliseconds(), **facts)
+        self._send()
         if not self.as_trial:
-            results.show(run, tracker, self.display)
+            results.show(run, self.tracker.uri, self.display)
+
+    def _send(self) -> None:
+        """Have MLflow take all of the ended run, as long as it takes anything; after Ctrl-C nobody waits."""
+        if self.as_trial:
+            return
+        self.display.waiting("sending to MLflow")
+        at_most = STOP_SECONDS if self.stopped else math.inf
+        delivered = send(self.run, self.tracker, at_most=at_most)
+        self.display.close()
+        if not delivered:
+            self.display.say(kept_back(self.run, self.tracker), "yellow")
 
 
 def _cause(error: BaseException | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +13,19 @@ from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError
+from unet.secrets import shown, without_secrets
 from unet.storage import Folder
-from unet.tracking import check_server, without_password
+from unet.tracking.store import check_server
 from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+SUMMARY, CONFIG, METRICS, MODEL = "summary.json", "config.yaml", "metrics.jsonl", "model"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "val", "test"),
+    *("restarts", "val", "test", "test_time", "reason", "ended", "delivered"),
 )
+OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
+"""These of them come anew at the next end."""
 
 
 @dataclass
@@ -55,8 +59,8 @@ class Run:
     def start(self, **facts) -> None:
         """Write down that the run is on: its settings and what is known of it."""
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
-        later = {k: self.summary.get(k) for k in KNOWN_LATER}
-        later |= {"test": None, "model_uri": None}  # of an earlier end; they come anew at the next
+        later = {k: self.summary.get(k) for k in KNOWN_LATER} | dict.fromkeys(OF_AN_END)
+        later["started"] = self.summary.get("started") or milliseconds()
         self.write_summary(run_name=self.name, status="running", **later, **facts)
 
     def write_summary(self, **changes) -> None:
@@ -67,26 +71,41 @@ class Run:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
         self.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in history))
 
+    def history(self) -> list[dict]:
+        """The lines of `metrics.jsonl`."""
+        lines = self.folder.read_text(METRICS).splitlines() if self.folder.exists(METRICS) else []
+        return [json.loads(line) for line in lines]
+
+    def mlflow_key(self) -> str:
+        """What its MLflow run is found by where nobody has heard its id."""
+        if not self.summary.get("mlflow_key"):
+            self.write_summary(mlflow_key=uuid.uuid4().hex)
+        return self.summary["mlflow_key"]
+
     def shown_settings(self) -> dict[str, Any]:
-        """The settings as they may be saved and sent: this run's name, and no password."""
-        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None}
-        if values["tracking_uri"]:
-            values["tracking_uri"] = without_password(values["tracking_uri"])
-        return values
+        """The settings as they may be saved and sent: this run's name, and no secret."""
+        return shown(flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None})
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 def where(run: RunSettings, tracking: bool = True) -> str:
     """The flags that a later command needs to find a run or sweep, and its MLflow store where it asks for one."""
     flags = ""
     if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
-        flags += f" --storage-path {shlex.quote(run.storage_path)}"
+        flags += f" --storage-path {shlex.quote(without_secrets(run.storage_path))}"
     if tracking and run.tracking_uri:
-        flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
+        flags += f" --tracking-uri {shlex.quote(without_secrets(run.tracking_uri))}"
     return flags
 
 
-def open_run(settings: TrainSettings) -> Run:
+def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     """The run that the settings mean, after every check that needs no cluster.
+
+    A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
 
     Raises:
         InputError: the settings, the data or the tracking server cannot work.
@@ -94,7 +113,8 @@ def open_run(settings: TrainSettings) -> Run:
     check_writable(Folder(settings.run.storage_path))
     run = _identify(settings)
     check_source(settings.data.data)
-    check_server(settings.run.tracking_uri)
+    if tracked and not run.summary:
+        check_server(settings.run.tracking_uri)
     return run
 
 
