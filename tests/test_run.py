@@ -252,43 +252,6 @@ def test_a_run_refuses_data_that_changed(trained, storage, archives, tmp_path):
         train(storage, changed, run_name="on-damaged", num_workers=1)
 
 
-def test_a_continued_mlflow_run_gets_the_params_it_lacks(tmp_path):
-    from unet.storage import Folder
-    from unet.tracking import Tracker
-
-    tracker = Tracker(Folder(tmp_path), "params")
-    run_id = tracker.start("run", None, {"a": 1}, {})
-    tracker.start("run", run_id, {"a": 2, "b": 3, "c": None}, {})
-    assert tracker.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
-
-
-def test_mlflow_away_loses_and_doubles_nothing(tmp_path):
-    """A store that refuses for a while, files for good: metrics arrive, in order, once."""
-    from unet.storage import Folder
-    from unet.tracking import Tracker
-
-    tracker = Tracker(Folder(tmp_path), "outage")
-    tracker.start("run", None, {"a": 1}, {})
-    whole, refusals = tracker.client.log_batch, iter(range(3))
-
-    def refusing(*args, **kwargs):
-        if next(refusals, None) is not None:
-            raise ConnectionError("away")
-        return whole(*args, **kwargs)
-
-    tracker.client.log_batch = refusing
-    tracker.client.log_artifacts = lambda *args: (_ for _ in ()).throw(OSError("read-only"))
-    tracker.artifacts("", {"some.txt": b"text"})
-    for epoch in (1, 2, 3, 4):
-        tracker.epoch({"epoch": epoch, "step": epoch, "time": 1000 + epoch, "val_loss": 1 / epoch})
-    tracker.epoch({"epoch": 4, "step": 4, "time": 1004, "val_loss": 1 / 4})  # sent again, as after a resume
-    assert not tracker.deliver()  # the file is still here
-    tracker.status("finished")
-    history = tracker.client.get_metric_history(tracker.run_id, "val_loss")
-    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
-    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
-
-
 def test_a_finished_run_answers_so_and_other_settings_are_refused(trained, storage, packed):
     folder, summary = trained
     stamp = (folder / "summary.json").stat().st_mtime_ns

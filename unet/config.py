@@ -173,6 +173,8 @@ class RunSettings(StoreSettings):
     """Default: the time. The same name with the same settings continues the run."""
     resume: str | None = None
     """Continue this run, with the settings it was started with."""
+    sync: str | None = None
+    """Train nothing: send what MLflow lacks of this run, which has ended."""
     checkpoint_every: str | None = "10m"
     """Save inside an epoch too: 200 is steps, 10m minutes, None never. Each epoch's end is saved in any case."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -193,6 +195,12 @@ class RunSettings(StoreSettings):
         if value is not None:
             parse_interval(value)
         return value
+
+    @model_validator(mode="after")
+    def _syncs_only(self):
+        if self.sync and (self.resume or self.run_name):
+            raise ValueError("--sync names the run itself: leave out --resume and --run-name")
+        return self
 
     @model_validator(mode="after")
     def _remote_needs_server(self):
@@ -357,6 +365,8 @@ class TuneSettings(TrainSettings):
     @model_validator(mode="after")
     def _search_fits(self):
         sweep = self.sweep
+        if self.run.sync:
+            raise ValueError("--sync is for `jobs/train.py`; --resume sends what MLflow lacks of a sweep")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
         if self.compute.is_elastic:
@@ -378,7 +388,8 @@ MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout"),
-        *("on_nan", "keep_checkpoints", "storage_path", "run_name", "resume", "tracking_uri", "config", "debug"),
+        *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
+        *("config", "debug"),
     )
 )
 """Settings that may change when a run continues (its data are compared by their digest)."""

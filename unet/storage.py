@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unet.errors import Damaged, InputError, StorageFailed, first_line
+from unet.secrets import without_secrets
 
 MARKER = "COMMIT"
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
@@ -41,14 +42,14 @@ class Folder:
             try:
                 self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
             except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"Cannot open the storage {self.uri.split('?')[0]}: {error}") from error
+                raise InputError(f"Cannot open the storage {self}: {without_secrets(str(error))}") from error
 
     def __truediv__(self, name: str) -> "Folder":
         base, _, query = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}" + (f"?{query}" if query else ""))
 
     def __str__(self):
-        return self.uri.partition("?")[0]
+        return without_secrets(self.uri).partition("?")[0]
 
     def at(self, name: str) -> str:
         """The path of a file below, as `fs` takes it."""
@@ -65,6 +66,12 @@ class Folder:
         """The names of the files and folders right below, sorted; none if the folder does not exist."""
         found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found)
+
+    def files(self) -> list[str]:
+        """The relative names of all files below, without a set's marker, sorted."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
+        names = [info.path.removeprefix(f"{self.path}/") for info in found if info.type == pafs.FileType.File]
+        return sorted(name for name in names if name != MARKER)
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.at(name)) as stream:
@@ -132,6 +139,7 @@ class Folder:
 
         @contextlib.contextmanager
         def synced(file: str) -> Iterator[BinaryIO]:
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / file, "wb") as stream:
                 yield stream
                 stream.flush()

@@ -5,10 +5,10 @@ import time
 
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
-from unet.errors import InputError, StorageFailed
+from unet.errors import InputError, RunFailed, StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
-from unet.tracking import without_password
+from unet.tracking.send import send_later
 from unet.training import resources
 from unet.training.journal import Journal
 from unet.training.run import Run
@@ -51,10 +51,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
             display.say(
                 f"The run {run.name} stopped early after epoch {done}, best {best}. More: --patience {stale + 5}."
             )
-            return run.summary
+            return _finished(run, display, as_trial)
         if done >= settings.training.epochs:
             display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
-            return run.summary
+            return _finished(run, display, as_trial)
     storage, nodes = Folder(settings.run.storage_path), resources.cluster_nodes()
     resources.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
     try:
@@ -90,10 +90,20 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
         raise run.after(error) from error
 
 
+def _finished(run: Run, display: Display, as_trial: bool) -> dict:
+    """The summary of a run that was finished before; what an outage or a kill kept from MLflow is sent."""
+    if not as_trial and not run.summary.get("delivered", True):
+        try:
+            send_later(run, display)
+        except RunFailed as error:
+            display.say(str(error), "yellow")
+    return run.summary
+
+
 def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"
-    tracking = without_password(s.run.tracking_uri) if s.run.tracking_uri else f"sqlite in {s.run.storage_path}"
+    tracking = s.run.tracking_uri or f"sqlite in {s.run.storage_path}"
     return [
         ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in counts.items())),

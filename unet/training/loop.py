@@ -34,7 +34,7 @@ GALLERY = 8
 """How many validation photos are shown with their masks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray shows it in its dashboard as text, and settings hold secrets
 class Job:
     """What the driver hands to every worker.
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +18,19 @@ from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat, read_confi
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
+from unet.secrets import shown, without_secrets
 from unet.storage import Folder
-from unet.tracking import check_server, without_password
+from unet.tracking.store import check_server
 from unet.training.checkpoint import CONFIG, Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, METRICS, LOCK = "summary.json", "metrics.jsonl", ".lock"
+SUMMARY, METRICS, MODEL, LOCK = "summary.json", "metrics.jsonl", "model", ".lock"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "restart_log", "skipped_steps", "val", "test"),
+    *("restarts", "restart_log", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
 )
+OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
+"""These of them come anew at the next end."""
 
 
 @dataclass
@@ -65,20 +69,14 @@ class Run:
     def start(self, **facts) -> None:
         """Write down that the run is on: its settings and what is known of it."""
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
-        later = {k: self.summary.get(k) for k in KNOWN_LATER}
-        later |= {"test": None, "model_uri": None}  # of an earlier end; they come anew at the next
+        later = {k: self.summary.get(k) for k in KNOWN_LATER} | dict.fromkeys(OF_AN_END)
         later["restarts"] = later["restarts"] or 0
+        later["started"] = self.summary.get("started") or milliseconds()
         self.write_summary(run_name=self.name, status="running", **later, **facts)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
         self.write(SUMMARY, json.dumps(self.summary, indent=2).encode())
-
-    def read_history(self) -> list[dict]:
-        """The lines of `metrics.jsonl`; none if there is no such file."""
-        if not self.folder.exists(METRICS):
-            return []
-        return [json.loads(line) for line in self.folder.read_text(METRICS).splitlines()]
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """This run, for this process alone."""
@@ -106,12 +104,25 @@ class Run:
         again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
         return StorageFailed(f"{error}, then: {again}{left}.")
 
+    def history(self) -> list[dict]:
+        """The lines of `metrics.jsonl`."""
+        lines = self.folder.read_text(METRICS).splitlines() if self.folder.exists(METRICS) else []
+        return [json.loads(line) for line in lines]
+
+    def mlflow_key(self) -> str:
+        """What its MLflow run is found by where nobody has heard its id."""
+        if not self.summary.get("mlflow_key"):
+            self.write_summary(mlflow_key=uuid.uuid4().hex)
+        return self.summary["mlflow_key"]
+
     def shown_settings(self) -> dict[str, Any]:
-        """The settings as they may be saved and sent: this run's name, and no password."""
-        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None}
-        if values["tracking_uri"]:
-            values["tracking_uri"] = without_password(values["tracking_uri"])
-        return values
+        """The settings as they may be saved and sent: this run's name, and no secret."""
+        return shown(flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None})
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 @contextlib.contextmanager
@@ -149,14 +160,16 @@ def where(run: RunSettings, tracking: bool = True) -> str:
     """The flags that a later command needs to find a run or sweep, and its MLflow store where it asks for one."""
     flags = ""
     if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
-        flags += f" --storage-path {shlex.quote(run.storage_path)}"
+        flags += f" --storage-path {shlex.quote(without_secrets(run.storage_path))}"
     if tracking and run.tracking_uri:
-        flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
+        flags += f" --tracking-uri {shlex.quote(without_secrets(run.tracking_uri))}"
     return flags
 
 
-def open_run(settings: TrainSettings) -> Run:
+def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     """The run that the settings mean, after every check that needs no cluster.
+
+    A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
 
     Raises:
         InputError: the settings, the data or the tracking server cannot work.
@@ -164,7 +177,8 @@ def open_run(settings: TrainSettings) -> Run:
     check_writable(Folder(settings.run.storage_path))
     run = _identify(settings)
     check_source(settings.data.data)
-    check_server(settings.run.tracking_uri)
+    if tracked and not run.summary:
+        check_server(settings.run.tracking_uri)
     return run
 
 

@@ -20,6 +20,7 @@ from unet.training.faults import Fault, Tries, fault_of
 from unet.training.group import Group
 from unet.training.journal import Journal
 from unet.training.loop import Job, not_finite
+from unet.training.run import milliseconds
 from unet.training.signals import stop_wish
 
 POLL_SECONDS = 0.25
@@ -64,6 +65,8 @@ class Supervisor:
     nodes: frozenset[str] = frozenset()
     """Those that lived when `reading` was kept."""
     test: dict | None = None
+    tested: int | None = None
+    """When, in milliseconds since 1970."""
     gallery: dict | None = None
     package: dict[str, bytes] | None = None
 
@@ -78,9 +81,9 @@ class Supervisor:
         """
         journal, run = self.journal, self.run
         lost = "the driver was lost" if run.summary.get("status") == "running" and self.latest else None
-        journal.open(self.latest and self.latest[1])
-        with contextlib.nullcontext(wish) if wish else stop_wish() as wish:
+        with contextlib.closing(journal), contextlib.nullcontext(wish) if wish else stop_wish() as wish:
             try:
+                journal.open(self.latest and self.latest[1])
                 self._end(self._supervise(wish, lost))
                 return run.summary
             except BaseException as error:
@@ -171,8 +174,6 @@ class Supervisor:
         group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
         try:
             group.start(self._job(group, name), self._read_from)
-            if self.journal.tracker.run_id is None:
-                self.journal.connect()  # while the workers import TensorFlow
             if reason:
                 self.journal.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
             hung = self._follow(group, wish)
@@ -234,6 +235,7 @@ class Supervisor:
             at, events = group.news(self.run.folder.uri)
             for kind, content in events:
                 getattr(self, f"_on_{kind}")(content)
+            self.journal.hear()
             now = time.monotonic()
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
                 return hung
@@ -299,7 +301,7 @@ class Supervisor:
         self.journal.epoch(content["record"], content["validation"])
 
     def _on_test(self, result: dict) -> None:
-        self.test = result
+        self.test, self.tested = result, milliseconds()
 
     def _on_gallery(self, gallery: dict) -> None:
         self.gallery = gallery
@@ -327,7 +329,7 @@ class Supervisor:
         state = latest and latest[1]
         # A wish to stop that came when all was scored already changes nothing.
         if fault is None and self.failure is None and (not self.stopped or self.package is not None):
-            self.journal.finished(state, self.test, self.gallery, self.package)
+            self.journal.finished(state, self.test, self.tested, self.gallery, self.package)
             return
         lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
         status = "stopped" if self.stopped and not lost else "failed"

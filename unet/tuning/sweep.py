@@ -9,8 +9,9 @@ import yaml
 import unet.data.prepare as preparing
 from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
 from unet.errors import InputError
+from unet.secrets import shown
 from unet.storage import Folder
-from unet.tracking import check_server, without_password
+from unet.tracking.store import check_server
 from unet.training import resources
 from unet.training.run import CONFIG, SUMMARY, refuse_changes
 from unet.tuning.schedule import check_schedule
@@ -45,11 +46,9 @@ class Sweep:
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
 
     def shown_settings(self) -> dict:
-        """The settings as they may be saved and sent: this sweep's name, and no password."""
-        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None, "extend": None}
-        if values["tracking_uri"]:
-            values["tracking_uri"] = without_password(values["tracking_uri"])
-        return values
+        """The settings as they may be saved and sent: this sweep's name, and no secret."""
+        unsaved = dict.fromkeys(("resume", "sync", "config", "extend"))
+        return shown(flat(self.settings) | {"run_name": self.name} | unsaved)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes

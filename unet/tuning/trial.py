@@ -188,7 +188,8 @@ def group_trial(config: dict, shared: Shared) -> None:
     from unet.training.driver import train
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    run = open_run(shared.settings(tune.get_context().get_trial_name(), config["draw"]))
+    settings = shared.settings(tune.get_context().get_trial_name(), config["draw"])
+    run = open_run(settings, tracked=False)
     with ray_session():
         try:
             train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
