@@ -185,7 +185,8 @@ def test_a_streamed_run_whose_worker_is_killed_ends_bit_equal(trained, storage, 
 
     def kill():
         wait_for(lambda: len(list((storage / "again").glob("checkpoints/step_*/COMMIT"))) >= 2)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        own = psutil.Process().children(recursive=True)  # other Rays on this machine have workers too
+        workers = [p for p in own if "RayTrainWorker" in " ".join(p.cmdline())]
         workers[-1].kill()
 
     killer = threading.Thread(target=kill)
