@@ -205,7 +205,7 @@ class Courier:
         logging.getLogger(__name__).debug("MLflow: %s", without_secrets(str(error)))
         with self._changed:
             self._attempts, self._error = self._attempts + 1, error
-            self.reason = without_secrets(first_line(error))[:300]
+            self.reason = without_secrets(first_line(_root(error)))[:300]
             if refused(error) and not call.needed:
                 self._remove(call)
                 if not self._refusals:
@@ -230,6 +230,13 @@ class Courier:
 
     def _remove(self, call: _Call) -> None:
         (self._calls if self._calls and self._calls[0] is call else self._files).popleft()
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error of MLflow comes from, which says it in fewer words: the refused connection, the locked file."""
+    while not isinstance(error, InputError) and (cause := error.__cause__ or error.__context__):
+        error = cause
+    return error
 
 
 class Untracked:
