@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -247,7 +248,25 @@ def test_damage_that_no_digest_tells_never_crashes(written, tmp_path, file, chan
     assert resume(run)[0] in (SECOND, THIRD)
 
 
-def test_it_loads_what_was_saved_bit_for_bit_and_keras_reads_it(tmp_path):
+def test_in_an_object_store_files_without_a_marker_are_what_a_kill_left(written, learner, tmp_path):
+    """Arrow's local file system by its URI takes the way of an object store."""
+    run = shutil.copytree(written, tmp_path / "run")
+    store, folder = Checkpoints(Folder(f"file://{run}")), run / "checkpoints"
+    flip(folder / THIRD / WEIGHTS, 1000)
+    (found, _), (sentence,) = store.resume(SMALL.model)
+    assert found == SECOND and sentence.endswith(f"(model.weights.h5: wrong digest): going on from {SECOND}")
+    store.save(learner, state(3))
+    assert store.resume(SMALL.model)[0][0] == THIRD and not list(folder.glob(".tmp*"))
+    for name in (FIRST, SECOND, THIRD):
+        (folder / name / "COMMIT").unlink()
+    found, sentences = store.resume(SMALL.model)
+    assert found is None and sentences[0].endswith("(COMMIT: missing): starting at the beginning")
+    with pytest.raises(InputError, match="can be used"):  # on a disk no kill leaves that
+        resume(run)
+
+
+def test_it_loads_what_was_saved_bit_for_bit_and_keras_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # nothing is staged there
     rng = np.random.default_rng(0)
     one, other = Learner(SMALL, 3), Learner(SMALL, 3)
     values = [*one.model.weights, *one.optimizer_variables().values()]
