@@ -1,9 +1,15 @@
 """What ended the workers in words, and whether they are started again."""
 
+import signal
+import threading
+
+import numpy as np
 import pytest
+from conftest import ray_processes, train, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.train import WorkerGroupError
+from test_run import wait_for
 
 from unet.errors import Diverged, StepFailed
 from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of
@@ -55,3 +61,24 @@ def test_an_error_that_comes_again_is_not_tried_a_third_time():
     tries = Tries(5)
     assert tries.failed(same, "step_00000010") == 0 and tries.failed(same, "step_00000020") == 0
     assert Tries(5).failed(Fault("disk", "final"), None) is None
+
+
+@pytest.mark.slow
+def test_workers_that_hang_are_replaced(trained, storage, packed):
+    """Both are stopped, so that neither can notice; the run ends bit-equal to the unbroken one."""
+    folder, summary = trained
+
+    def freeze():
+        wait_for(lambda: len(list((storage / "frozen").glob("checkpoints/step_*/COMMIT"))) >= 2)
+        for worker in ray_processes("RayTrainWorker"):
+            worker.send_signal(signal.SIGSTOP)
+
+    helper = threading.Thread(target=freeze)
+    helper.start()
+    frozen = train(storage, packed, as_trial=True, run_name="frozen", checkpoint_every="3", step_timeout="0.4m")
+    helper.join()
+    assert "nothing has moved for 0.4 minutes" in frozen["restart_log"][0]["reason"]
+    assert frozen["val"] == summary["val"] and frozen["best_checkpoint"] == summary["best_checkpoint"]
+    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
+    before, after = weights_of(folder, last), weights_of(storage / "frozen", last)
+    assert all(np.array_equal(before[k], after[k]) for k in before)

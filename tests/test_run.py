@@ -20,6 +20,8 @@ from PIL import Image
 
 from unet.data.shards import Manifest
 from unet.errors import InputError, RunFailed
+from unet.storage import Folder
+from unet.training.run import locked
 
 CLASSES = ("pet", "background", "outline")
 SCORES = {f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES} | {
@@ -320,6 +322,27 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster
         train(storage, packed, run_name="burst", learning_rate=1e30)
     assert "--on-nan skip" in str(error.value)
     assert read_json(storage / "burst" / "summary.json")["status"] == "failed"
+    # Its advice is taken. The first update has spoilt the weights, so that no later step is finite; the epoch of the
+    # first one ends, with the others counted, and the next, which has none, does not.
+    with pytest.raises(RunFailed, match=r"of epoch 2 .* start anew"):
+        train(storage, packed, run_name="burst", learning_rate=1e30, on_nan="skip")
+    (line,) = [json.loads(line) for line in (storage / "burst" / "metrics.jsonl").open()]
+    summary = read_json(storage / "burst" / "summary.json")
+    assert line["skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["skipped_steps"]
+
+
+def test_a_run_has_one_driver(tmp_path):
+    """Another process that has the run is named; a kill of it lets go."""
+    hold = "import sys; from unet.training.run import *; c = locked(Folder(sys.argv[1]), 'x'); c.__enter__(); print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "mine")], **pipes) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(InputError, match=rf"^mine is under way already \(process {other.pid} on .*\): wait"):
+            train(tmp_path, tmp_path, run_name="mine")
+        other.kill()
+    with locked(Folder(tmp_path / "mine"), "mine"):
+        pass
+    assert not (tmp_path / "mine").exists()  # nothing had begun there
 
 
 def submit(ray_cluster, *arguments, verb="submit"):

@@ -1,6 +1,5 @@
 """What a run asks of the cluster, compared with what there is, before anything starts."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -84,14 +83,12 @@ def free_abandoned_places() -> None:
     Ray's own cleaner does not know the places of a controller that was lost while it started its workers.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-    from ray.util.state import list_placement_groups
-    from ray.util.state.exception import RayStateApiException
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    with contextlib.suppress(RayStateApiException, ConnectionError):  # a cluster without a dashboard does not tell
-        job = ("creator_job_id", "=", ray.get_runtime_context().get_job_id())
-        for found in list_placement_groups(filters=[job, ("state", "!=", "REMOVED")], limit=1000):
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(found.placement_group_id))))
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":  # an id ends with that of the job
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def plan_now(
