@@ -128,8 +128,8 @@ def main() -> None:
             table.add_row(kind, "", "", "", "", f"0 of {len(rounds)}")
         reached &= len(results) == len(rounds)
     print(
-        f"\n{options.workers} worker(s), a checkpoint every {options.checkpoint_every} steps: medians of {options.rounds} "
-        f"round(s). TensorFlow's import takes {loading:.1f} s."
+        f"\n{options.workers} worker(s), a checkpoint every {options.checkpoint_every} steps: medians of "
+        f"{options.rounds} round(s). TensorFlow's import takes {loading:.1f} s."
     )
     Console(highlight=False, width=100).print(table)
     print(f"The aim, {AIM_SECONDS} s beyond the import and one interval: {'reached' if reached else 'not reached'}.")
