@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup train test test-slow ui lint bench
+.PHONY: setup train test test-slow kill-test ui lint bench
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ test: setup  ## The suite, about twelve minutes
 test-slow: setup  ## What takes a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
+kill-test: setup  ## Kills of workers, controller and driver at random times: about half an hour
+	$(BIN)/python -m pytest -s -m '' tests/test_kills.py
+
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
 
@@ -36,3 +39,5 @@ bench: setup  ## Every speed claim of the README
 	$(BIN)/python benchmarks/prepare_throughput.py
 	$(BIN)/python benchmarks/ingest_throughput.py
 	$(BIN)/python benchmarks/stream_memory.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/soak.py

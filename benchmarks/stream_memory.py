@@ -11,15 +11,14 @@ store once, by what Ray says is in use. At the end, the slope by least squares o
 """
 
 import argparse
-import os
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import psutil
 import ray
+from processes import MB, slope, usage
 
 from unet.data.ingest import Ingest, shards
 from unet.data.order import PADDING, epoch_order
@@ -30,8 +29,8 @@ from unet.session import ray_session
 from unet.storage import Folder
 
 SIZE, BATCH, SEED, SETTLED = 128, 64, 7, 3
-MB = 2**20
-COLUMNS = ("driver", "reader", "Ray workers", "raylet", "other Ray")
+KINDS = {"ray::Reader": "reader", "ray::": "Ray workers", "/raylet": "raylet"}
+COLUMNS = ("driver", *KINDS.values(), "other Ray")
 
 
 @ray.remote(num_cpus=1)
@@ -49,39 +48,17 @@ class Reader:
             pass
         return indices[indices != PADDING]
 
-    def process(self) -> int:
-        return os.getpid()
 
-
-def memory(reader: int) -> dict[str, float]:
+def memory() -> dict[str, float]:
     """MB by kind, of all processes of the session."""
-    me, found = psutil.Process(), Counter(dict.fromkeys(COLUMNS, 0.0))
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            found[_kind(process, me, reader)] += process.memory_full_info().uss / MB
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return dict(found) | {"total": sum(found.values())}
-
-
-def _kind(process: psutil.Process, me: psutil.Process, reader: int) -> str:
-    if process.pid in (me.pid, reader):
-        return "driver" if process.pid == me.pid else "reader"
-    name = (process.cmdline() or [""])[0]
-    if name.startswith("ray::"):
-        return "Ray workers"
-    return "raylet" if name.endswith("/raylet") else "other Ray"
+    found = {kind: used.private for kind, used in usage(psutil.Process(), KINDS, "other Ray").items()}
+    return found | {"total": sum(found.values())}
 
 
 def object_store() -> float:
     """MB in use."""
     total, free = (found().get("object_store_memory", 0) for found in (ray.cluster_resources, ray.available_resources))
     return (total - free) / MB
-
-
-def slope(values: list[float]) -> float:
-    """By least squares, a step of one."""
-    return float(np.polyfit(np.arange(len(values)), values, 1)[0]) if len(values) > 1 else float("nan")
 
 
 def main() -> None:
@@ -106,7 +83,7 @@ def read(prepared: Prepared, epochs: int, store: int) -> None:
     size = sum(prepared.bytes_in_memory(split) for split in ("train", "val"))
     print(f"{samples:,} training samples, {size / MB:.0f} MB an epoch, object store {store / MB:.0f} MB", flush=True)
     reader = Reader.remote(shards(plan, 1)[0])
-    process, rows = ray.get(reader.process.remote()), []
+    rows = []
     print("".join(f"{name:>13}" for name in ("epoch", *COLUMNS, "total", "object store", "images/s")))
     for epoch in range(1, epochs + 1):
         begun = time.perf_counter()
@@ -116,7 +93,7 @@ def read(prepared: Prepared, epochs: int, store: int) -> None:
             raise SystemExit(f"Epoch {epoch} did not read every sample exactly once.")
         if not np.array_equal(indices, epoch_order(samples, SEED, epoch)):
             raise SystemExit(f"Epoch {epoch} came in another order.")
-        rows.append(memory(process) | {"object store": object_store()})
+        rows.append(memory() | {"object store": object_store()})
         values = "".join(f"{value:13.1f}" for value in rows[-1].values())
         print(f"{epoch:13d}{values}{speed:13.0f}", flush=True)
     settled = rows[SETTLED - 1 :]

@@ -1,0 +1,291 @@
+"""Processes of a run are killed at random times, and it ends as if nothing had happened.
+
+Every draw depends on one number, which is printed: `UNET_KILL_SEED=N make kill-test` draws the same again.
+"""
+
+import json
+import os
+import random
+import secrets
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, read_json, train, weights_of
+from oracle import check, names_by_digest, starts_of
+from watched import Kill, Watched
+
+KINDS = ("worker", "controller", "driver")
+EVERY = 3
+"""Steps between checkpoints."""
+START_SECONDS = 8
+"""About how long workers take to start."""
+REAL_SIZE = {"image_size": 128, "base_filters": 16, "depth": 4, "batch_size": 16, "limit_train": 90, "epochs": 3}
+DRAWN = "synthetic:150"
+
+
+@pytest.fixture(scope="module")
+def draws() -> random.Random:
+    seed = int(os.environ.get("UNET_KILL_SEED") or secrets.randbits(32))
+    print(f"\nUNET_KILL_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture
+def watched(storage, tmp_path):
+    """Makes trainings that are ended with the test, by name, data and settings."""
+    made = []
+
+    def make(name, data, address="local", **settings) -> Watched:
+        values = TINY | {"threads": 1, "checkpoint_every": EVERY, "data": data} | settings
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+        made.append(Watched(flags, storage, name, tmp_path / name, address))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.end()
+
+
+def play(job: Watched, plan: list[tuple[str, float, str, int]], last: int) -> None:
+    """Run a job to its end and kill by plan: (phase, seconds, kind, rank), with the same command after a driver.
+
+    The seconds are since the start of the workers (phase "start"), of stepping in all starts together ("train", in
+    rising order), or since the `last` step ("end"). A kill that is due after the job's end is left out.
+    """
+    job.start()
+    stepping, known, since = 0.0, set(), time.time()
+    for phase, seconds, kind, rank in plan:
+        first = job.wait_for_start(known)["time"] if phase == "train" else None
+        if phase == "end":
+            job.wait_for_step(last)
+            since = max(line["time"] for line in job.applied)
+        job.wait_until(
+            since + seconds if first is None else first + seconds - stepping, or_step=last if phase == "train" else None
+        )
+        if job.kill(kind, rank) is None:
+            break
+        since, known = time.time(), {line["start"] for line in job.applied}
+        stepping += since - first if first else 0.0
+        if kind == "driver":
+            job.start()
+    job.wait_until_end()
+    assert job.driver.returncode == 0, job.output
+
+
+def phase_of(kill: Kill, steps: int, last: int) -> str:
+    """What a kill fell into, by the ledger and what lay in the folder of checkpoints."""
+    if kill.step is None:
+        return "start"
+    committed = f"step_{kill.step:08d}" in kill.files
+    if committed:
+        return "end" if kill.step == last else "step"
+    if any(name.startswith(f".tmp-step_{kill.step:08d}") for name in kill.files):
+        return "checkpoint"
+    if kill.step % steps == 0:
+        return "validation"
+    return "checkpoint" if kill.step % EVERY == 0 else "step"
+
+
+def history_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds_of(run) -> tuple[float, float]:
+    """How long an unbroken run trained, and how long the rest took it."""
+    times = [line["time"] / 1000 for line in history_of(run)]
+    training = (times[-1] - times[0]) * len(times) / (len(times) - 1)
+    return training, (run / "summary.json").stat().st_mtime - times[-1]
+
+
+def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None:
+    """Bit-equal weights, optimizer and scores; a whole history here and in MLflow; each sample once an epoch."""
+    run, summary = job.run, read_json(job.run / "summary.json")
+    lines, expected = history_of(run), history_of(unbroken)
+    last = f"step_{expected[-1]['step']:08d}"
+    same = {key for key in expected[0] if key not in ("time", "images_per_second", "data_wait_fraction")}
+    assert [{k: line[k] for k in same} for line in lines] == [{k: line[k] for k in same} for line in expected]
+    weights, expected_weights = weights_of(run, last), weights_of(unbroken, last)
+    assert weights.keys() == expected_weights.keys()
+    assert all(np.array_equal(weights[key], expected_weights[key]) for key in weights)
+    with (
+        np.load(run / "checkpoints" / last / "optimizer.npz") as arrays,
+        np.load(unbroken / "checkpoints" / last / "optimizer.npz") as expected_arrays,
+    ):
+        assert set(arrays) == set(expected_arrays) and len(arrays) > 2
+        assert all(np.array_equal(arrays[key], expected_arrays[key]) for key in arrays)
+    finished = read_json(unbroken / "summary.json")
+    assert summary["status"] == "finished"
+    for key in ("val", "test", "best_epoch", "best_checkpoint"):
+        assert summary[key] == finished[key], key
+
+    assert_mlflow_agrees(job.storage, summary["mlflow_run_id"], lines)
+
+    epochs, settings = expected[-1]["epoch"], dict(flag[2:].split("=", 1) for flag in job.flags)
+    names = names_by_digest(job.storage / "data", summary["data_digest"], limit)
+    repeated = check(job.lines, job.committed, names, int(settings["batch-size"]), epochs)
+    assert max(repeated, default=0) <= EVERY, f"steps done again: {repeated}"
+    restarts = len(starts_of(job.lines)) - 1 - sum(kill.kind == "driver" for kill in job.kills)
+    assert summary["restarts"] >= restarts
+    show(job, expected, repeated)
+    assert not job.processes("worker") and not job.processes("controller")
+
+
+def assert_mlflow_agrees(storage, run_id: str, lines: list[dict]) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    for name in run.data.metrics:
+        history = [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run_id, name)]
+        if name.startswith("test_"):
+            assert len(history) == 1, name
+        else:
+            assert history == [(line["epoch"], line[name], line["time"]) for line in lines if name in line], name
+    assert set(lines[-1]) - set(run.data.metrics) <= {"epoch", "step", "time"}
+
+
+def show(job: Watched, lines: list[dict], repeated: list[int]) -> None:
+    """A table of the kills, for `pytest -s`."""
+    steps, last = lines[0]["step"], lines[-1]["step"]
+    for kill in job.kills:
+        rank = "" if kill.rank is None else f" of rank {kill.rank}"
+        at = "" if kill.step is None else f"after step {kill.step} of {last}"
+        print(f"{job.name:>24}  {kill.kind + rank:<18} in {phase_of(kill, steps, last):<11} {at}")
+    print(f"{job.name:>24}  steps done again by each new start: {repeated}")
+
+
+def plan_of(draws: random.Random, kinds: list[str], training: float, world: int) -> list:
+    """One kill of each kind, at times drawn uniformly over the training."""
+    moments = sorted(draws.uniform(0, training) for _ in kinds)
+    return [("train", moment, kind, draws.randrange(world)) for moment, kind in zip(moments, kinds, strict=True)]
+
+
+def test_a_run_survives_its_workers_its_controller_and_its_driver(
+    trained, ray_cluster, storage, packed, draws, watched
+):
+    """Streamed, so that it also shows that this way gives the numbers of the unbroken run, which keeps its data."""
+    unbroken, _ = trained
+    job = watched(
+        "killed",
+        packed,
+        ray_cluster.address_info["gcs_address"],
+        num_workers=2,
+        memory_budget="10kB",
+    )
+    plan = plan_of(draws, draws.sample(KINDS, 3), seconds_of(unbroken)[0], 2)
+    play(job, plan, history_of(unbroken)[-1]["step"])
+    assert len(job.kills) == 3
+    assert_ended_alike(job, unbroken)
+    assert_the_oracle_notices(job)
+
+
+def assert_the_oracle_notices(job: Watched) -> None:
+    """What would be wrong in a ledger is found in this one, changed so."""
+    names = names_by_digest(job.storage / "data", read_json(job.run / "summary.json")["data_digest"])
+    epochs, batch = TINY["epochs"], TINY["batch_size"]
+    last = max(line["step"] for line in job.lines)
+    at = next(i for i, line in enumerate(job.lines) if line["step"] == last and "rows" in line)
+    line, others = job.lines[at], job.lines[:at] + job.lines[at + 1 :]
+    other = next(digest for digest in names if digest not in line["rows"])
+    wrong = {
+        "a sample twice": [*others, line | {"rows": [other, *line["rows"][1:]]}],
+        "a sample left out": [*others, line | {"rows": ["padding", *line["rows"][1:]]}],
+        "a sample of another set": [*others, line | {"rows": ["0" * 16, *line["rows"][1:]]}],
+        "a step left out": [line for line in job.lines if line["step"] != last],
+        "ranks that disagree": [line | {"loss": line.get("rank")} if "loss" in line else line for line in job.lines],
+    }
+    for what, lines in wrong.items():
+        try:
+            check(lines, job.committed, names, batch, epochs)
+        except AssertionError:
+            continue
+        pytest.fail(f"the oracle does not notice {what}")
+    with pytest.raises(AssertionError, match="a start at"):
+        check(job.lines, {}, names, batch, epochs)
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster, storage, packed):
+    """An unbroken run by its number of workers, made when first asked for."""
+    made = {}
+
+    def of(workers: int):
+        if workers not in made:
+            train(storage, packed, run_name=f"unbroken-{workers}", num_workers=workers)
+            made[workers] = storage / f"unbroken-{workers}"
+        return made[workers]
+
+    return of
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("way", ["kept", "streamed"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_at_least_six_kills_of_a_run_on_a_ray_of_its_own(workers, way, unbroken, storage, packed, draws, watched):
+    """With the driver dies its whole Ray. Also kills while workers start and after the last step."""
+    before, kills = unbroken(workers), 0
+    training, rest = seconds_of(before)
+    for number in range(5):
+        if kills >= 6:
+            break
+        settings = {"num_workers": workers} | ({"memory_budget": "10kB"} if way == "streamed" else {})
+        job = watched(f"{way}-{workers}-{number}", packed, **settings)
+        *trained, extra = plan_of(draws, [*draws.sample(KINDS, 3), draws.choice(KINDS)], training, workers)
+        if number % 2:
+            trained.append(("end", draws.uniform(0, rest), *extra[2:]))
+        else:
+            trained.insert(draws.randrange(3), ("start", draws.uniform(0, START_SECONDS), *extra[2:]))
+        play(job, trained, history_of(before)[-1]["step"])
+        assert_ended_alike(job, before)
+        kills += len(job.kills)
+    assert kills >= 6
+
+
+@pytest.mark.kills
+def test_kills_at_real_size(ray_cluster, storage, draws, watched):
+    train(storage, DRAWN, run_name="real-unbroken", **REAL_SIZE)
+    before = storage / "real-unbroken"
+    job = watched("real-killed", DRAWN, num_workers=2, **REAL_SIZE)
+    plan = plan_of(draws, draws.sample(KINDS, 3), seconds_of(before)[0], 2)
+    play(job, plan, history_of(before)[-1]["step"])
+    assert len(job.kills) == 3
+    assert_ended_alike(job, before, REAL_SIZE["limit_train"])
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("size", ["tiny", "real"])
+def test_a_run_of_two_one_and_two_workers_agrees_with_one(size, ray_cluster, storage, packed, draws, watched):
+    """Stopped by Ctrl-C and continued by other numbers of workers, anywhere in an epoch."""
+    data, limit = (packed, None) if size == "tiny" else (DRAWN, REAL_SIZE["limit_train"])
+    settings = {"grad_shards": 2} | ({} if size == "tiny" else REAL_SIZE)
+    train(storage, data, run_name=f"{size}-one", num_workers=1, **settings)
+    before = storage / f"{size}-one"
+    expected = history_of(before)
+    last = expected[-1]["step"]
+    job = watched(f"{size}-switched", data, **settings)
+    first = draws.randrange(1, last // 2)
+    stops = (first, draws.randrange(first + last // 4, last - 2))
+    for number, (workers, stop) in enumerate(zip((2, 1, 2), (*stops, None), strict=True)):
+        job.start(f"--num-workers={workers}", resume=number > 0)
+        if stop is None:
+            break
+        assert job.wait_for_step(stop), job.output
+        job.interrupt()
+        job.wait_until_end()
+        assert job.driver.returncode == 130, job.output
+    job.wait_until_end()
+    assert job.driver.returncode == 0, job.output
+    starts = starts_of(job.lines)
+    print(f"{job.name:>24}  " + ", ".join(f"{s.world} worker(s): steps {s.first}-{s.last}" for s in starts))
+    assert [start.world for start in starts] == [2, 1, 2]
+    names = names_by_digest(storage / "data", read_json(job.run / "summary.json")["data_digest"], limit)
+    batch = (TINY | settings)["batch_size"]
+    assert set(check(job.lines, job.committed, names, batch, expected[-1]["epoch"])) == {0}  # Ctrl-C repeats nothing
+    checkpoint = f"step_{last:08d}"
+    weights, expected_weights = weights_of(job.run, checkpoint), weights_of(before, checkpoint)
+    for key, value in expected_weights.items():
+        np.testing.assert_allclose(weights[key], value, rtol=0, atol=1e-6)
+    for line, other in zip(history_of(job.run), expected, strict=True):
+        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
