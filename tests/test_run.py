@@ -333,7 +333,10 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster
 
 def test_a_run_has_one_driver(tmp_path):
     """Another process that has the run is named; a kill of it lets go."""
-    hold = "import sys; from unet.training.run import *; c = locked(Folder(sys.argv[1]), 'x'); c.__enter__(); print(1, flush=True); input()"
+    hold = (
+        "import sys; from unet.training.run import Folder, locked\n"
+        "with locked(Folder(sys.argv[1]), 'x'): print(1, flush=True); input()"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "mine")], **pipes) as other:
         assert other.stdout.readline() == b"1\n"
