@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, TINY, job, ray_processes, read_json, train, weights_of
+from conftest import ROOT, TINY, job, read_json, train, weights_of
 from PIL import Image
 
 from unet.data.shards import Manifest
@@ -178,31 +177,6 @@ def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, sto
         model.predict(odd.astype(np.float32))
     requirements = mlflow.pyfunc.get_model_dependencies(summary["model_uri"])
     assert "tensorflow==" in Path(requirements).read_text()
-
-
-def test_a_streamed_run_whose_worker_is_killed_ends_bit_equal(trained, storage, packed):
-    """The same settings from new processes, reading in the other way, with a worker lost on the way."""
-    folder, summary = trained
-
-    def kill():
-        wait_for(lambda: len(list((storage / "again").glob("checkpoints/step_*/COMMIT"))) >= 2)
-        ray_processes("RayTrainWorker")[-1].kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    # A budget of 10 kB does not hold the data, so this one streams.
-    again = train(storage, packed, as_trial=True, run_name="again", memory_budget="10kB", checkpoint_every="3")
-    killer.join()
-    assert again["restarts"] == 1
-    assert again["val"] == summary["val"] and again["best_checkpoint"] == summary["best_checkpoint"]
-    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
-    before, after = weights_of(folder, last), weights_of(storage / "again", last)
-    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
-    one, other = (
-        [(r["epoch"], r["train_loss"], r["val_loss"]) for r in map(json.loads, (f / "metrics.jsonl").open())]
-        for f in (folder, storage / "again")
-    )
-    assert one == other
 
 
 def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, tmp_path):
