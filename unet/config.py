@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unet.errors import InputError
-from unet.storage import Folder
 from unet.secrets import without_secrets
+from unet.storage import Folder
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
