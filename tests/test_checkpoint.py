@@ -193,6 +193,14 @@ def test_what_a_kill_left_half_written_is_passed_over_and_removed(run):
     assert sorted(p.name for p in folder.iterdir()) == [FIRST, SECOND]
 
 
+def test_a_kill_between_the_renamings_of_a_replacement_loses_nothing(run):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / THIRD, folder / f".tmp-{THIRD}-0a1b2c3d")
+    shutil.move(folder / THIRD, folder / f".tmp-{THIRD}-4e5f6a7b")
+    assert resume(run) == (THIRD, [])
+    assert sorted(p.name for p in folder.iterdir()) == [FIRST, SECOND, THIRD]
+
+
 def test_several_are_passed_over_and_a_new_run_starts_at_the_beginning(run, tmp_path):
     cut(run / "checkpoints" / THIRD / WEIGHTS, 100)
     (run / "checkpoints" / SECOND / "COMMIT").unlink()

@@ -16,6 +16,8 @@ from unet.tracking.store import Store, default_uri, load_mlflow, refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds from a failed attempt to the next, doubled each time."""
+HANG_SECONDS = 120.0
+"""How long an attempt without an answer is waited for at the end: a large file may take a while."""
 SLOW_SECONDS = 5.0
 """An attempt that fails so late is said at once; one that fails fast is tried again first."""
 
@@ -129,18 +131,19 @@ class Courier:
             if isinstance(self._error, InputError):
                 raise self._error
 
-    def deliver(self, seconds: float, at_most: float = float("inf")) -> bool:
+    def deliver(self, seconds: float, at_most: float = float("inf"), until: threading.Event | None = None) -> bool:
         """Wait until everything is taken; whether it is.
 
-        Gives up when the store has taken nothing for `seconds` and attempts fail, and after `at_most` in any case.
+        Gives up when the store has taken nothing for `seconds` and attempts fail, when one hangs, after `at_most` in
+        any case, and when `until` is set.
         """
-        return self._wait(lambda: not (self._calls or self._files), seconds, at_most) and not self._refusals
+        return self._wait(lambda: not (self._calls or self._files), seconds, at_most, until) and not self._refusals
 
-    def reach(self, seconds: float, at_most: float = float("inf")) -> bool:
+    def reach(self, seconds: float, at_most: float = float("inf"), until: threading.Event | None = None) -> bool:
         """Wait until `run_id` is known, as `deliver` does; whether it is."""
-        return self._wait(lambda: self.run_id is not None, seconds, at_most)
+        return self._wait(lambda: self.run_id is not None, seconds, at_most, until)
 
-    def _wait(self, done: Callable[[], bool], seconds: float, at_most: float) -> bool:
+    def _wait(self, done: Callable[[], bool], seconds: float, at_most: float, until: threading.Event | None) -> bool:
         began = time.monotonic()
         with self._changed:
             self._hurry = True
@@ -151,7 +154,8 @@ class Courier:
                 self._changed.wait_for(done, 0.2)
                 now = time.monotonic()
                 fails = self._failures and now - max(began, self._taken_at) > seconds
-                ended = done() or fails or now - began > at_most
+                hangs = now - max(began, self._taken_at) > max(seconds, HANG_SECONDS)
+                ended = done() or fails or hangs or now - began > at_most or (until is not None and until.is_set())
             self.hear()
         return done()
 

@@ -3,6 +3,8 @@
 The folder holds all that MLflow gets, and however often it is sent nothing is doubled.
 """
 
+import threading
+
 import yaml
 
 from unet.config import TrainSettings
@@ -14,7 +16,7 @@ from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.courier import Courier
 from unet.tracking.store import check_server
-from unet.training.run import CONFIG, MODEL, SUMMARY, Run, where
+from unet.training.run import CONFIG, MODEL, SUMMARY, Run, locked, where
 
 PATIENCE = 30.0
 """Seconds after which a store that takes nothing any more is given up."""
@@ -46,10 +48,19 @@ def _prepared(summary: dict) -> Prepared | None:
     return prepared if prepared and prepared.manifest.data_digest == summary["data_digest"] else None
 
 
-def send(run: Run, to: Courier, patience: float = PATIENCE, at_most: float = float("inf")) -> bool:
-    """Send all of an ended run; whether MLflow has taken it. Its summary then knows its MLflow run."""
+def send(
+    run: Run,
+    to: Courier,
+    patience: float = PATIENCE,
+    at_most: float = float("inf"),
+    until: threading.Event | None = None,
+) -> bool:
+    """Send all of an ended run; whether MLflow has taken it. Its summary then knows its MLflow run.
+
+    Waits as `Courier.deliver` does.
+    """
     begin(run, to)
-    if not to.reach(patience, at_most):
+    if not to.reach(patience, at_most, until):
         return False
     summary, finished = run.summary, run.summary["status"] == "finished"
     has_model = finished and run.folder.committed(MODEL)
@@ -66,7 +77,7 @@ def send(run: Run, to: Courier, patience: float = PATIENCE, at_most: float = flo
     to.tags({name: value[:500] for name, value in told.items() if value})
     to.file(run.folder, SUMMARY)
     to.status(summary["status"], summary.get("ended"))
-    delivered = to.deliver(patience, at_most)
+    delivered = to.deliver(patience, at_most, until)
     run.write_summary(delivered=delivered)
     return delivered
 
@@ -128,7 +139,13 @@ def sync(settings: TrainSettings, display: Display) -> None:
         InputError: the run has not ended, or the store does not answer.
         RunFailed: the store has not taken everything.
     """
-    run, part = Run.load(settings.run.sync, settings), settings.run
+    name, part = settings.run.sync, settings.run
+    with locked(Folder(part.storage_path) / name, name):
+        _sync(Run.load(name, settings), display)
+
+
+def _sync(run: Run, display: Display) -> None:
+    part = run.settings.run
     if run.summary.get("status") not in ("finished", "stopped", "failed"):
         raise InputError(
             f"The run {run.name} has not ended: what MLflow lacks is sent as it goes on. If it was killed, continue "

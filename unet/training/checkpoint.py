@@ -202,6 +202,7 @@ class Checkpoints:
             InputError: all are damaged.
         """
         found, damages, unfinished = None, {}, {}
+        self._finish_replacing()
         names = self._names()
         for name in reversed(names):
             try:
@@ -227,6 +228,16 @@ class Checkpoints:
         passed = damages | unfinished
         sentences = [f"{passed[name]}: {start}" for name in sorted(passed, reverse=True)]
         return found, sentences + (self._mend_best(*found) if found else [])
+
+    def _finish_replacing(self) -> None:
+        """Where a kill fell between the two renamings that replace a checkpoint, both copies have other names."""
+        copies: dict[str, list[str]] = {}
+        for leftover in self.folder.names():
+            if (torn := re.match(rf"\.tmp-({NAME})-", leftover)) and self.folder.committed(leftover):
+                copies.setdefault(torn[1], []).append(leftover)
+        for name, both in copies.items():
+            if len(both) > 1 and not self.folder.exists(name):
+                (self.folder / both[-1]).rename(self.folder / name)
 
     def _mend_best(self, name: str, state: State) -> list[str]:
         """Where the best one's weights are damaged, make the best that is left the best: a sentence that says so."""

@@ -36,6 +36,8 @@ def fault_of(error: BaseException) -> Fault:
     text = str(error)
     if own := _own_words(text):
         return Fault(own, "final")
+    if "startup timed out" in text:
+        return Fault("there was no place for the workers")
     if "TrainController" in text:
         return Fault("the controller of Ray Train was lost")
     return Fault(_last_line(error), "raised")
@@ -89,4 +91,4 @@ class Tries:
         self.failures += 1
         if fault.kind == "final" or self.failures > self.most or (fault.kind == "raised" and again):
             return None
-        return 0.0 if self.failures == 1 else min(FIRST_WAIT ** (self.failures - 1), LONGEST_WAIT)
+        return 0.0 if self.failures == 1 else min(FIRST_WAIT * 2 ** (self.failures - 2), LONGEST_WAIT)

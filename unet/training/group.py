@@ -80,7 +80,7 @@ class Group:
                 run_config=RunConfig(
                     name=self._name,
                     storage_path=str(scratch),
-                    failure_config=FailureConfig(max_failures=0),
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                     callbacks=[*self._callbacks, _Announce(self.monitor)],
                     logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
                 ),
@@ -110,6 +110,8 @@ class Group:
         for kind, content in events:
             if kind == "controller":
                 self._controller = content
+                if self.aborted_at is not None:
+                    ray.kill(content)
             elif kind == "worker":
                 self.nodes.add(content)
         return lives.get(run), [event for event in events if event[0] not in ("controller", "worker")]
@@ -120,9 +122,15 @@ class Group:
 
     def abort(self) -> None:
         """End the group now, or as soon as it has begun: workers die with the controller that owns them."""
-        if self._controller is not None and self.aborted_at is None:
-            ray.kill(self._controller)
+        if self.aborted_at is None:
             self.aborted_at = time.monotonic()
+            if self._controller is not None:
+                ray.kill(self._controller)
+
+    @property
+    def begun(self) -> bool:
+        """Whether its data are open and its controller is there."""
+        return self._controller is not None
 
     def close(self) -> None:
         """Let go of the mailbox."""

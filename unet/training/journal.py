@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -31,7 +32,9 @@ class Journal:
     Attributes:
         as_trial: a trial of a sweep, which has no test score and whose MLflow run the sweep writes.
         started: when the job began, in seconds since 1970.
-        history: the epochs so far, as in `metrics.jsonl`.
+        history: the epochs so far.
+        written: the lines of `metrics.jsonl`.
+        wish: set when somebody wants the driver to end.
     """
 
     run: Run
@@ -42,6 +45,8 @@ class Journal:
     started: float
     tracker: Courier | Untracked = field(default_factory=Untracked)
     history: list[dict] = field(default_factory=list)
+    written: list[dict] = field(default_factory=list)
+    wish: threading.Event | None = None
 
     def open(self, state: State | None) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
@@ -52,13 +57,13 @@ class Journal:
         run, manifest = self.run, self.prepared.manifest
         if not self.as_trial:
             self.tracker = self._courier()
-        self.history = run.history()
+        self.written = run.history()
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
         run.start(parameters=self.parameters, **facts)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         if not self.as_trial:
-            begin(run, self.tracker, self.prepared)
+            begin(run, self.tracker, self.prepared)  # with the history
             self.tracker.tags({"status": "running"})
             self.tracker.status("running")
 
@@ -91,22 +96,23 @@ class Journal:
     def epoch(self, record: dict, validation: dict | None) -> None:
         """An epoch that has ended, and the scores of the best one."""
         self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
+        self.tracker.epoch(self.history[-1])
         self.run.write_summary(
             best_epoch=record["best_epoch"], val=validation, skipped_steps=record.get("skipped_steps", 0)
         )
         self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
 
     def _take(self, history: list[dict]) -> None:
-        """Write down the epochs so far and send them on.
+        """Write down the epochs so far.
 
         A line that was written once stays as it is, although its epoch may be trained again after a damaged
-        checkpoint: MLflow has it with its time.
+        checkpoint: MLflow has it with its time. Until then it stands after the epochs so far.
         """
-        written = {_lasting(record): record for record in self.history}
-        history = [written.get(_lasting(record), record) for record in history]
-        self.history = history
-        self.run.write_history(history)
-        self.tracker.epoch(*history)  # those that it was given before it leaves out
+        written = {_lasting(record): record for record in self.written}
+        self.history = [written.get(_lasting(record), record) for record in history]
+        last = history[-1]["epoch"] if history else 0
+        self.written = self.history + [record for record in self.written if record["epoch"] > last]
+        self.run.write_history(self.written)
 
     def restart(self, reason: str, step: int, workers: int) -> None:
         """A group of workers that takes the place of another."""
@@ -133,7 +139,7 @@ class Journal:
         """The end of a run that was stopped or failed."""
         self.mark(status, reason=without_secrets(reason), **self._facts(state))
         with contextlib.suppress(StorageFailed):
-            self._send(at_most=STOP_SECONDS if status == "stopped" else math.inf)
+            self._send(STOP_SECONDS if status == "stopped" else math.inf)
         if status == "stopped":
             at = f"step {state.step}" if state else "the start"
             go_on = f"python jobs/train.py --resume {self.run.name}{where(self.run.settings.run)}"
@@ -147,16 +153,16 @@ class Journal:
             results.keep(run, state, self.history, test, gallery, package)
             facts |= {"test": test, "test_time": tested}
         run.write_summary(status="finished", ended=milliseconds(), **facts)
-        self._send()
+        self._send(math.inf, self.wish)
         if not self.as_trial:
             results.show(run, self.tracker.uri, self.display)
 
-    def _send(self, at_most: float = math.inf) -> None:
-        """Have MLflow take all of the ended run, as long as it takes anything."""
+    def _send(self, at_most: float, until: threading.Event | None = None) -> None:
+        """Have MLflow take all of the ended run, as long as it takes anything and `until` nobody minds the wait."""
         if self.as_trial:
             return
         self.display.waiting("sending to MLflow")
-        delivered = send(self.run, self.tracker, at_most=at_most)
+        delivered = send(self.run, self.tracker, at_most=at_most, until=until)
         self.display.close()
         if not delivered:
             self.display.say(kept_back(self.run, self.tracker), "yellow")

@@ -1,5 +1,6 @@
 """What passes between the driver and the workers while a run goes on: news one way, a wish to end the other."""
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -36,20 +37,26 @@ class Monitor:
     """A mailbox owned by the driver; dies with it."""
 
     def __init__(self):
-        self._live, self._events, self._wish = {}, [], None
+        self._live, self._events, self._wish, self._wished = {}, [], None, asyncio.Event()
 
-    def live(self, run: str, live: Live) -> str | None:
-        """Rank 0 of a run says where it is; answers whether it should save and "stop" or "leave"."""
+    async def live(self, run: str, live: Live) -> None:
+        """Rank 0 of a run says where it is."""
         self._live[run] = live
-        return self._wish
 
-    def event(self, kind: str, content) -> None:
+    async def event(self, kind: str, content) -> None:
         self._events.append((kind, content))
 
-    def wish(self, what: str) -> None:
+    async def wish(self, what: str) -> None:
+        """Have the workers save after their step and "stop" or "leave"."""
         self._wish = what
+        self._wished.set()
 
-    def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
+    async def wished(self) -> str:
+        """That wish, as soon as there is one."""
+        await self._wished.wait()
+        return self._wish
+
+    async def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
         """Where each run is, and the events after the first `seen`."""
         return self._live, self._events[seen:]
 
@@ -59,17 +66,17 @@ class Line:
 
     def __init__(self, monitor, run: str, rank: int = 0):
         self._monitor, self._run, self._speaks = monitor, run, rank == 0
-        self._pending, self._last, self.wish = None, 0.0, None
+        self._wished, self._last = self._monitor.wished.remote() if rank == 0 else None, 0.0
+
+    @property
+    def wish(self) -> str | None:
+        """What the driver wishes by now."""
+        return ray.get(self._wished) if ray.wait([self._wished], timeout=0)[0] else None
 
     def live(self, live: Live) -> None:
-        if not self._speaks:
-            return
-        if self._pending is not None and ray.wait([self._pending], timeout=0)[0]:
-            self.wish = ray.get(self._pending)
-            self._pending = None
-        if self._pending is None and time.monotonic() - self._last >= LIVE_SECONDS:
+        if self._speaks and time.monotonic() - self._last >= LIVE_SECONDS:
             self._last = time.monotonic()
-            self._pending = self._monitor.live.remote(self._run, live)
+            self._monitor.live.remote(self._run, live)
 
     def event(self, kind: str, content=None) -> None:
         """Delivered before this returns: what follows may be the end of the process."""

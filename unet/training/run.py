@@ -5,11 +5,13 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -68,11 +70,21 @@ class Run:
 
     def start(self, **facts) -> None:
         """Write down that the run is on: its settings and what is known of it."""
+        self._sweep()
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
         later = {k: self.summary.get(k) for k in KNOWN_LATER} | dict.fromkeys(OF_AN_END)
         later["restarts"] = later["restarts"] or 0
         later["started"] = self.summary.get("started") or milliseconds()
         self.write_summary(run_name=self.name, status="running", **later, **facts)
+
+    def _sweep(self) -> None:
+        """Remove what a kill left half written."""
+        if self.folder.is_local:
+            for path in Path(self.folder.path).glob(".*"):
+                if path.name.startswith(".tmp-"):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK and path.is_file():
+                    path.unlink(missing_ok=True)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes

@@ -30,7 +30,7 @@ ROOM_SECONDS = 600
 """How long a run waits for places for its workers, once it has begun."""
 GROW_SECONDS = 60.0
 """How long a group has trained before it may make room for more workers: their start costs as much."""
-ABORT_SECONDS = 30
+ABORT_SECONDS = 10
 """How long an aborted group has to end."""
 SETTLE_SECONDS = 5.0
 """How long an elastic run waits for as many workers as before, until it goes on with fewer."""
@@ -61,6 +61,8 @@ class Supervisor:
     stopped: bool = False
     leaving: str | None = None
     left: bool = False
+    promised: int | None = None
+    """How many workers there was room for when the group was asked to leave."""
     reading: ingest.Ingest | None = None
     nodes: frozenset[str] = frozenset()
     """Those that lived when `reading` was kept."""
@@ -80,8 +82,9 @@ class Supervisor:
             RunFailed: the run failed.
         """
         journal, run = self.journal, self.run
-        lost = "the driver was lost" if run.summary.get("status") == "running" and self.latest else None
+        lost = "the driver was lost" if run.summary.get("status") == "running" else None
         with contextlib.closing(journal), contextlib.nullcontext(wish) if wish else stop_wish() as wish:
+            journal.wish = wish
             try:
                 journal.open(self.latest and self.latest[1])
                 self._end(self._supervise(wish, lost))
@@ -101,7 +104,8 @@ class Supervisor:
             fault = self._one_group(wish, reason)
             if self.stopped or self.failure or not (fault or self.left):
                 return fault
-            self._look_for_checkpoint()
+            if not self._look_for_checkpoint():
+                return fault
             reason, wait = self.leaving, 0.0
             if fault:
                 reason, wait = fault.reason, tries.failed(fault, self.latest and self.latest[0])
@@ -114,34 +118,29 @@ class Supervisor:
                     + (f" (failure {tries.failures} of at most {tries.most} in a row)." if tries.failures > 1 else "."),
                     "yellow",
                 )
-                if not self.journal.as_trial:  # a sweep's job has other groups too
-                    resources.free_abandoned_places()
                 wish.wait(wait)
             self._find_room(wish)
+            if self.failure:
+                return fault
             if wish.is_set():
                 self._mark_stopped()
                 return None
 
-    def _look_for_checkpoint(self) -> None:
-        """The last one that verifies.
-
-        Raises:
-            RunFailed: there are some, and none does.
-        """
+    def _look_for_checkpoint(self) -> bool:
+        """Take the last one that verifies; whether the run can go on."""
         try:
             self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
         except InputError as error:
-            raise RunFailed(str(error)) from error
+            self.failure = RunFailed(str(error))
+            return False
         for sentence in passed_over:
             self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
+        return True
 
     def _find_room(self, wish: threading.Event) -> None:
-        """Wait for places for a new group, and make its plan.
-
-        Raises:
-            RunFailed: there were none for too long.
-        """
-        run, began, before = self.run, time.monotonic(), self.plan.num_workers
+        """Wait for places for a new group and make its plan, or set `failure` where there are none for too long."""
+        run, began, before = self.run, time.monotonic(), self.promised or self.plan.num_workers
+        self.promised = None
         while not wish.is_set():
             waited = time.monotonic() - began
             try:
@@ -158,7 +157,7 @@ class Supervisor:
                     f"There was no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, go on "
                     f"with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
                 )
-                raise self.failure
+                return
             if waited > SETTLE_SECONDS:
                 self.display.waiting(f"waiting for room: {why}")
             wish.wait(POLL_SECONDS)
@@ -180,12 +179,18 @@ class Supervisor:
             ray.shutdown()  # ends the workers at once
             raise
         except BaseException:
-            group.wish("stop")  # the workers end after their step
+            group.abort()
+            group.wait(ABORT_SECONDS)
             raise
         finally:
             if ray.is_initialized():
                 group.close()
-        return Fault(hung) if hung else group.error and fault_of(group.error)
+                if not self.journal.as_trial:  # a sweep's job has other groups too
+                    resources.free_abandoned_places()
+        if hung:
+            return Fault(hung)
+        aborted = self.stopped and group.aborted_at is not None
+        return None if aborted or group.error is None else fault_of(group.error)
 
     def _job(self, group: Group, checkpoint: str | None) -> Job:
         manifest = self.journal.prepared.manifest
@@ -238,8 +243,9 @@ class Supervisor:
             now = time.monotonic()
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
                 return hung
-            if events or (at is not None and at != live):
-                live, moved, since = at or live, now, since or now
+            # Opening the data takes as long as it takes.
+            if events or not group.begun or (at is not None and at != live):
+                live, moved, since = at or live, now, since or (now if at else None)
             if live is not None and not self.stopped:
                 self.display.progress(live, self.settings.training.epochs)
             if now - moved > limit and not hung:
@@ -250,7 +256,8 @@ class Supervisor:
                 self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
                 group.wish("stop")
             # Before its first step and after its last one a group has nothing that is not saved.
-            if hung or (self.stopped and (live is None or live.phase == "test")):
+            saved = live is None or (live.phase == "test" and self.package is None)
+            if hung or isinstance(self.failure, StorageFailed) or (self.stopped and saved):
                 group.abort()
             ending = self.stopped or self.leaving or (live and live.phase == "test")
             if now - looked > LOOK_SECONDS and not ending:
@@ -274,6 +281,7 @@ class Supervisor:
                 found = resources.plan_now(self.settings, nodes, self.plan.data_bytes, self.together, held)
                 room = found is not None and found.num_workers > held
                 if room and roomy:
+                    self.promised = found.num_workers
                     reason = f"there is room for {found.num_workers} workers"
         if reason:
             self.leaving = reason

@@ -28,8 +28,8 @@ def train_worker(config: dict) -> None:
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
     except StorageFailed as error:
-        # Told, not raised: what a worker raises may start all of them again, and they would end here again.
-        line.event("storage_failed", str(error))
+        # Told, by whomever, and not raised: the driver ends all of them, and would start them again otherwise.
+        ray.get(job.monitor.event.remote("storage_failed", str(error)))
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow"):
             raise
