@@ -138,6 +138,40 @@ def test_of_two_runs_with_one_key_one_stays(server, tmp_path):
     assert Store(Folder(tmp_path), "doubled", server.uri).start("run", None, {}, {}, key="key-3") == own
 
 
+def test_a_file_that_cannot_be_sent_holds_nothing_up(server, couriers, tmp_path):
+    make, words = couriers
+    courier = make(server.uri, "files")
+    courier.start("run", None, {}, {}, "key-5", 1)
+    courier.file(Folder(tmp_path), "late.txt")
+    courier.epoch(line(1))
+    courier.status("finished", 5)
+    assert not courier.deliver(0, at_most=60)
+    assert metrics_of(server, courier.run_id) == expected([line(1)])
+    assert mlflow.MlflowClient(server.uri).get_run(courier.run_id).info.status == "FINISHED"
+    (tmp_path / "late.txt").write_text("late")
+    assert courier.deliver(60)
+    assert [p.read_text() for p in (server.folder / "artifacts").rglob("late.txt")] == ["late"]
+    assert not any("does not answer" in w for w in words)
+
+
+def test_a_run_that_was_removed_is_made_anew(server, couriers):
+    make, words = couriers
+    client, lines = mlflow.MlflowClient(server.uri), [line(1), line(2)]
+    first = make(server.uri, "removed")
+    first.start("run", None, {}, {}, "key-6", 1)
+    first.epoch(lines[0])
+    assert first.deliver(60)
+    client.delete_run(first.run_id)
+    first.epoch(lines[1])
+    assert not first.deliver(60), "refused, not waited for"
+    assert "refuses a part of the run" in words[0] and len(words) == 1
+    again = make(server.uri, "removed")
+    again.start("run", first.run_id, {}, {}, "key-6", 1)
+    again.epoch(*lines)
+    assert again.deliver(60) and again.run_id != first.run_id
+    assert runs_of(server, "key-6") == [again.run_id] and metrics_of(server, again.run_id) == expected(lines)
+
+
 def test_what_can_never_work_is_refused_and_an_outage_is_not(server, couriers):
     make, words = couriers
     client = mlflow.MlflowClient(server.uri)
