@@ -97,7 +97,7 @@ def time_job(prepared: Prepared, kept: bool, epochs: int) -> float:
         batch_size=BATCH,
         seed=1,
         epochs=epochs + kept,
-        start=lambda: (1, 0),
+        start=(1, 0),
         memory=STREAM_MEMORY,
     )
     reader = shards(keep(plan) if kept else plan, 1)[0].reader()

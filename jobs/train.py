@@ -2,6 +2,7 @@
 
 python jobs/train.py --data synthetic --num-workers 2          on this machine
 python jobs/train.py --resume RUN_NAME                         continue a run
+python jobs/train.py --sync RUN_NAME                           send to MLflow what an outage kept back
 ray job submit --working-dir . -- python jobs/train.py …       on a cluster
 """
 
@@ -16,9 +17,13 @@ from unet.config import TrainSettings  # noqa: E402
 def run(settings: TrainSettings) -> int:
     from unet.session import ray_session
     from unet.terminal import Display
+    from unet.tracking.send import sync
     from unet.training.driver import train
     from unet.training.run import open_run
 
+    if settings.run.sync:
+        sync(settings, Display())
+        return cli.DONE
     opened = open_run(settings)
     with ray_session(settings.door.debug):
         summary = train(opened, Display(), started=STARTED)

@@ -3,12 +3,14 @@
 import gc
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -122,6 +124,20 @@ def job(name: str, *flags, env: dict | None = None, **options) -> subprocess.Com
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
         **options,
     )
+
+
+def ray_processes(kind: str) -> list[psutil.Process]:
+    """Processes of the session's Ray by their title, such as RayTrainWorker: others may run on this machine."""
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if p.is_running() and kind in " ".join(p.cmdline())]
+
+
+def door(name: str, *flags) -> int:
+    """Run a job in this process, as far as its door goes; its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    return end.value.code
 
 
 def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:

@@ -70,19 +70,6 @@ def test_a_mistyped_flag_or_name_meets_its_nearest(tmp_path):
     assert done.returncode == 2 and "did you mean dropout?" in done.stdout
 
 
-def test_a_password_is_neither_shown_nor_saved(tmp_path):
-    from unet.training.run import Folder, Run, where
-
-    settings = unflat(TrainSettings, {"tracking_uri": "http://me:secret@127.0.0.1:9", "storage_path": str(tmp_path)})
-    run = Run("named", settings, Folder(tmp_path / "named"))
-    run.start()
-    assert "secret" not in (tmp_path / "named" / "config.yaml").read_text() + where(run.settings.run)
-    done = job("train", f"--tracking-uri={settings.run.tracking_uri}", f"--storage-path={tmp_path}")
-    assert done.returncode == 2 and "secret" not in done.stdout and "does not answer" in done.stdout
-    done = job("train", "--resume=named", f"--storage-path={tmp_path}")
-    assert done.returncode == 2 and "Give --tracking-uri again" in done.stdout
-
-
 def test_debug_shows_the_traceback():
     assert "Traceback" in job("train", "--data", "/nowhere", "--debug").stdout
 

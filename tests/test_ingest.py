@@ -25,7 +25,7 @@ def pets(ray_cluster, tmp_path_factory) -> Prepared:
 
 def reading(pets, epochs=2, start=(1, 0), batch_size=48) -> Ingest:
     counts = pets.manifest.counts
-    return Ingest(pets.folder.uri, 16, counts, batch_size, 11, epochs, lambda: start, int(256e6))
+    return Ingest(pets.folder.uri, 16, counts, batch_size, 11, epochs, start, int(256e6))
 
 
 def readers(plan: Ingest, workers: int):

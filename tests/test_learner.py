@@ -1,7 +1,5 @@
 """The step and the evaluation of a single worker, against plain NumPy and each other."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -96,52 +94,6 @@ def test_counts_stay_exact_past_what_float32_can_count():
     assert confusion[1].sum() == 1028 * 128 * 128 - 3 > 2**24
     assert np.float32(confusion[1].sum()) != confusion[1].sum()  # a float32 counter would not have held it
     assert confusion[0].sum() == confusion[2].sum() == 1
-
-
-class _Weights:
-    """Stands for a learner where only the bookkeeping of checkpoints matters; writes real files."""
-
-    def __init__(self):
-        self.model = learner().model
-
-    def optimizer_variables(self):
-        return {}
-
-
-def test_checkpoints_keep_the_best_and_the_last_and_pass_over_damage(tmp_path):
-    from unet.storage import Folder
-    from unet.training.checkpoint import Checkpoints, State
-
-    checkpoints, one = Checkpoints(Folder(tmp_path)), _Weights()
-    for step, score in ((1, 0.5), (2, 0.7), (3, None), (4, 0.6), (5, None)):
-        checkpoints.save(one, State(0, "digest", {}, {}, step=step, score=score))
-    checkpoints.prune(keep_best=2)
-    assert checkpoints.whole() == ["step_00000002", "step_00000004", "step_00000005"]
-    folder = tmp_path / "checkpoints"
-    (folder / "step_00000005" / "state.json").write_text("{")
-    assert checkpoints.latest()[0] == "step_00000004"
-    (folder / "step_00000004" / "model.weights.h5").unlink()
-    (folder / "step_00000002" / "COMMIT").unlink()
-    assert checkpoints.latest() is None
-    checkpoints.save(one, State(0, "digest", {}, {}, step=2, score=0.7))  # written over, whole again
-    (folder / "notes.txt").write_text("mine")
-    checkpoints.prune(keep_best=1)
-    assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", "step_00000002"]
-
-
-def test_a_checkpoint_says_what_its_outputs_mean(tmp_path):
-    from unet.classes import PETS, ClassInfo
-    from unet.storage import Folder
-    from unet.training.checkpoint import Checkpoints, State
-
-    checkpoints, classes = Checkpoints(Folder(tmp_path)), (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)))
-    name = checkpoints.save(_Weights(), State(0, "digest", {}, {}, classes=list(classes)))
-    assert checkpoints.state(name).class_infos == classes
-    path = tmp_path / "checkpoints" / name / "state.json"
-    content = json.loads(path.read_text())
-    assert content.pop("classes") == [["road", [1, 2, 3]], ["sky", [4, 5, 6]]]
-    path.write_text(json.dumps(content))  # as it was when all data were pets
-    assert checkpoints.state(name).class_infos == PETS.classes
 
 
 def test_a_restarted_learner_is_a_new_one_bit_for_bit():

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from unet.classes import ClassInfo
-from unet.config import TrainSettings, unflat
+from unet.config import TrainSettings, flat, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.resize import ignore_padding, letterbox_box
@@ -52,7 +52,8 @@ def test_a_letterboxed_photo_is_answered_as_the_network_does(tmp_path):
     for step in range(1, 6):
         learner.train_step(images, masks, step)
     run = tmp_path / "run"
-    name = Checkpoints(Folder(run)).save(learner, State(0, "digest", {}, {}, classes=CLASSES))
+    Folder(run).write_text("config.yaml", "")
+    name = Checkpoints(Folder(run)).save(learner, State(0, "digest", flat(settings), {}, classes=CLASSES))
     for file, content in package(str(run), name, settings).items():
         (tmp_path / "model" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / file).write_bytes(content)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.training.resources import Node, check_free, plan
+from unet.training.resources import Node, check_free, plan, plan_now
 
 
 def settings(**changes):
@@ -62,3 +62,39 @@ def test_busy_cpus_are_refused_with_what_would_fit():
     with pytest.raises(InputError, match=r"leave 1 free.*--num-workers 1"):
         check_free(2, 0.75, 1.0)
     check_free(2, 0.75, 1.5)
+
+
+def free(*cpus, each=2):
+    return [Node(each, memory=16e9, object_store=6e9, free_cpus=c) for c in cpus]
+
+
+def test_an_elastic_run_takes_what_there_is_and_leaves_room_to_grow():
+    """A worker has the same CPUs and threads alone as beside the other, so that the other can join it."""
+    elastic = settings(num_workers="1:2")
+    whole, half = plan_now(elastic, free(2), 0), plan_now(elastic, free(0.8), 0)
+    assert (whole.num_workers, half.num_workers) == (2, 1)
+    assert half.cpus_per_worker == whole.cpus_per_worker == 0.75 and half.threads == whole.threads == 1
+    assert plan_now(elastic, free(0.7), 0) is None
+    assert plan_now(elastic, free(0.8), 0, held=1).num_workers == 2
+    assert plan_now(settings(num_workers=2), free(0.8), 0) is None
+
+
+def test_free_cpus_count_where_they_lie():
+    """0.4 and 0.4 free CPUs of two nodes hold no worker of 0.75."""
+    assert plan_now(settings(num_workers="1:4"), free(0.4, 0.4), 0) is None
+    assert plan_now(settings(num_workers="1:4"), free(1.6, 0.4), 0).num_workers == 2
+
+
+def test_an_elastic_run_counts_on_the_nodes_there_are():
+    """At most as many workers as the nodes could ever hold, and with micro-shards only what divides them."""
+    assert plan_now(settings(num_workers="1:8"), free(2), 0).num_workers == 2
+    assert plan_now(settings(num_workers="1:4", grad_shards=4, batch_size=8), free(8, each=8), 0).num_workers == 4
+    assert plan_now(settings(num_workers="1:4", grad_shards=4, batch_size=8), free(5.7, each=8), 0).num_workers == 2
+    with pytest.raises(InputError, match="at most 2 fit"):
+        plan_now(settings(num_workers="4:8"), free(2), 0)
+
+
+@pytest.mark.parametrize("given", ["0", "2:1", "x", "1:", "-1", "1.5"])
+def test_a_number_of_workers_that_is_none_is_refused(given):
+    with pytest.raises(InputError, match="--num-workers"):
+        settings(num_workers=given)

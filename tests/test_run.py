@@ -6,13 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -21,6 +19,8 @@ from PIL import Image
 
 from unet.data.shards import Manifest
 from unet.errors import InputError, RunFailed
+from unet.storage import Folder
+from unet.training.run import locked
 
 CLASSES = ("pet", "background", "outline")
 SCORES = {f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES} | {
@@ -179,32 +179,6 @@ def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, sto
     assert "tensorflow==" in Path(requirements).read_text()
 
 
-def test_a_streamed_run_whose_worker_is_killed_ends_bit_equal(trained, storage, packed):
-    """The same settings from new processes, reading in the other way, with a worker lost on the way."""
-    folder, summary = trained
-
-    def kill():
-        wait_for(lambda: len(list((storage / "again").glob("checkpoints/step_*/COMMIT"))) >= 2)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        workers[-1].kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    # A budget of 10 kB does not hold the data, so this one streams.
-    again = train(storage, packed, as_trial=True, run_name="again", memory_budget="10kB", checkpoint_every="3")
-    killer.join()
-    assert again["restarts"] == 1
-    assert again["val"] == summary["val"] and again["best_checkpoint"] == summary["best_checkpoint"]
-    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
-    before, after = weights_of(folder, last), weights_of(storage / "again", last)
-    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
-    one, other = (
-        [(r["epoch"], r["train_loss"], r["val_loss"]) for r in map(json.loads, (f / "metrics.jsonl").open())]
-        for f in (folder, storage / "again")
-    )
-    assert one == other
-
-
 def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, tmp_path):
     folder, summary = trained
     address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
@@ -252,43 +226,6 @@ def test_a_run_refuses_data_that_changed(trained, storage, archives, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(RunFailed, match=r"train-00000.* is damaged .*--verify` shows all"):
         train(storage, changed, run_name="on-damaged", num_workers=1)
-
-
-def test_a_continued_mlflow_run_gets_the_params_it_lacks(tmp_path):
-    from unet.storage import Folder
-    from unet.tracking import Tracker
-
-    tracker = Tracker(Folder(tmp_path), "params")
-    run_id = tracker.start("run", None, {"a": 1}, {})
-    tracker.start("run", run_id, {"a": 2, "b": 3, "c": None}, {})
-    assert tracker.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
-
-
-def test_mlflow_away_loses_and_doubles_nothing(tmp_path):
-    """A store that refuses for a while, files for good: metrics arrive, in order, once."""
-    from unet.storage import Folder
-    from unet.tracking import Tracker
-
-    tracker = Tracker(Folder(tmp_path), "outage")
-    tracker.start("run", None, {"a": 1}, {})
-    whole, refusals = tracker.client.log_batch, iter(range(3))
-
-    def refusing(*args, **kwargs):
-        if next(refusals, None) is not None:
-            raise ConnectionError("away")
-        return whole(*args, **kwargs)
-
-    tracker.client.log_batch = refusing
-    tracker.client.log_artifacts = lambda *args: (_ for _ in ()).throw(OSError("read-only"))
-    tracker.artifacts("", {"some.txt": b"text"})
-    for epoch in (1, 2, 3, 4):
-        tracker.epoch({"epoch": epoch, "step": epoch, "time": 1000 + epoch, "val_loss": 1 / epoch})
-    tracker.epoch({"epoch": 4, "step": 4, "time": 1004, "val_loss": 1 / 4})  # sent again, as after a resume
-    assert not tracker.deliver()  # the file is still here
-    tracker.status("finished")
-    history = tracker.client.get_metric_history(tracker.run_id, "val_loss")
-    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
-    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_finished_run_answers_so_and_other_settings_are_refused(trained, storage, packed):
@@ -359,6 +296,30 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster
         train(storage, packed, run_name="burst", learning_rate=1e30)
     assert "--on-nan skip" in str(error.value)
     assert read_json(storage / "burst" / "summary.json")["status"] == "failed"
+    # Its advice is taken. The first update has spoilt the weights, so that no later step is finite; the epoch of the
+    # first one ends, with the others counted, and the next, which has none, does not.
+    with pytest.raises(RunFailed, match=r"of epoch 2 .* start anew"):
+        train(storage, packed, run_name="burst", learning_rate=1e30, on_nan="skip")
+    (line,) = [json.loads(line) for line in (storage / "burst" / "metrics.jsonl").open()]
+    summary = read_json(storage / "burst" / "summary.json")
+    assert line["skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["skipped_steps"]
+
+
+def test_a_run_has_one_driver(tmp_path):
+    """Another process that has the run is named; a kill of it lets go."""
+    hold = (
+        "import sys; from unet.training.run import Folder, locked\n"
+        "with locked(Folder(sys.argv[1]), 'x'): print(1, flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "mine")], **pipes) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(InputError, match=rf"^mine is under way already \(process {other.pid} on .*\): wait"):
+            train(tmp_path, tmp_path, run_name="mine")
+        other.kill()
+    with locked(Folder(tmp_path / "mine"), "mine"):
+        pass
+    assert not (tmp_path / "mine").exists()  # nothing had begun there
 
 
 def submit(ray_cluster, *arguments, verb="submit"):

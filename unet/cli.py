@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import tyro
-import yaml
 from pydantic import BaseModel
 
 from unet import config
 from unet.errors import InputError, RunFailed
+from unet.secrets import lost, without_secrets
 from unet.storage import Folder
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
@@ -39,18 +39,21 @@ def main(settings: type[BaseModel], run: Callable[[Any], int | None], descriptio
 
 
 def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseModel:
-    """Settings from `argv`: a flag beats the file, the file beats the default; --resume reads the run's own."""
+    """Settings from `argv`: a flag beats the file, the file beats the default; --resume, --sync read the run's own."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--storage-path", "--tracking-uri"):
+    for flag in ("--config", "--resume", "--sync", "--storage-path", "--tracking-uri", "--data"):
         early.add_argument(flag)
     given, _ = early.parse_known_args([_with_dashes(a) for a in argv])
     values = {}
-    if given.resume:
-        values = _settings_of_run(given.resume, given.storage_path)
+    if name := given.resume or given.sync:
+        values = _settings_of_run(name, given.storage_path)
         if "space" in values and "sweep" not in settings.model_fields:
-            raise InputError(f"{given.resume} is a sweep: continue it with `jobs/tune.py --resume {given.resume}`.")
-        if ":***@" in (values.get("tracking_uri") or "") and not given.tracking_uri:
-            raise InputError(f"Give --tracking-uri again: the password of {values['tracking_uri']} was not saved.")
+            raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py --resume {name}`.")
+        values |= {"run_name": name, "resume": name} if given.resume else {"run_name": None, "sync": name}
+        for flag in ("tracking_uri",) if given.sync else ("tracking_uri", "data"):
+            if lost(values.get(flag)) and not getattr(given, flag):
+                again = flag.replace("_", "-")
+                raise InputError(f"Give --{again} again: what is secret in {values[flag]} was not saved.")
     if given.config:
         values |= config.load_yaml(config.Path(given.config))
     defaults = config.unflat(settings, values, f"--config {given.config}" if given.config else "the settings")
@@ -71,13 +74,13 @@ def _settings_of_run(name: str, storage_path: str | None) -> dict:
         raise InputError(
             f"There is no run {name} under {storage}." + (f" There are: {', '.join(known[-8:])}." if known else "")
         )
-    return yaml.safe_load(folder.read_text("config.yaml")) | {"storage_path": storage, "run_name": name, "resume": name}
+    return config.read_config(folder) | {"storage_path": storage}
 
 
 def _explain(error: Exception, code: int, debug: bool, message: str | None = None) -> int:
     if debug:
-        traceback.print_exception(error)
-    print(f"error: {message or error}", file=sys.stderr)
+        print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(f"error: {without_secrets(message or str(error))}", file=sys.stderr)
     if not debug and not isinstance(error, InputError):
         print("(--debug shows where.)", file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unet.errors import InputError
+from unet.storage import Folder
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
@@ -111,10 +112,43 @@ class TrainingSettings(Part):
 class ComputeSettings(Part):
     """What it runs on."""
 
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Training processes; each takes an equal share of every batch."""
+    num_workers: int | str = 1
+    """Training processes; each takes an equal share of every batch. 1:4 is elastic: begin with what is free, give up
+    workers that are lost, take more when there is room."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """TensorFlow threads a worker. Default: the cores it really has."""
+    max_failures: Annotated[int, Field(ge=0)] = 5
+    """Start lost workers again at most so often in a row without a new checkpoint."""
+    step_timeout: str = "10m"
+    """Start the workers again when no step or batch of scoring has ended for so long; 10m is minutes."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _is_range(cls, value):
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise ValueError(f"--num-workers {value} is no number of workers: give 2, or 1:2 for one to two")
+        return int(value) if least == most else str(value)
+
+    @field_validator("step_timeout")
+    @classmethod
+    def _is_minutes(cls, value):
+        if parse_interval(value)[0] != "seconds":
+            raise ValueError(f"--step-timeout {value} is no time: 10m means ten minutes")
+        return value
+
+    @property
+    def least_workers(self) -> int:
+        return int(str(self.num_workers).split(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        return int(str(self.num_workers).split(":")[-1])
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least_workers < self.most_workers
 
 
 class StoreSettings(Part):
@@ -139,8 +173,10 @@ class RunSettings(StoreSettings):
     """Default: the time. The same name with the same settings continues the run."""
     resume: str | None = None
     """Continue this run, with the settings it was started with."""
-    checkpoint_every: str | None = None
-    """Also save inside an epoch: 200 is steps, 10m minutes. Default: at each epoch's end."""
+    sync: str | None = None
+    """Train nothing: send what MLflow lacks of this run, which has ended."""
+    checkpoint_every: str | None = "10m"
+    """Save inside an epoch too: 200 is steps, 10m minutes, None never. Each epoch's end is saved in any case."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """How many of the best checkpoints stay; the last one always does."""
     experiment: str = "unet-pets"
@@ -159,6 +195,12 @@ class RunSettings(StoreSettings):
         if value is not None:
             parse_interval(value)
         return value
+
+    @model_validator(mode="after")
+    def _syncs_only(self):
+        if self.sync and (self.resume or self.run_name):
+            raise ValueError("--sync names the run itself: leave out --resume and --run-name")
+        return self
 
     @model_validator(mode="after")
     def _remote_needs_server(self):
@@ -182,21 +224,32 @@ class TrainSettings(Part):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     door: DoorSettings = DoorSettings()
 
     @model_validator(mode="after")
     def _fits_together(self):
         check_image_size(self.data.image_size, self.model.depth)
-        workers, shards, batch = self.compute.num_workers, self.training.grad_shards, self.training.batch_size
-        if workers > batch:
-            raise ValueError(f"--num-workers {workers} is more than --batch-size {batch}: some would have no sample")
-        if shards > 1 and (shards % workers or batch % shards):
+        compute, shards, batch = self.compute, self.training.grad_shards, self.training.batch_size
+        if compute.most_workers > batch:
             raise ValueError(
-                f"--grad-shards {shards} must be a multiple of --num-workers {workers} and divide --batch-size {batch}"
+                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some would have no sample"
+            )
+        ends = (compute.least_workers, compute.most_workers)
+        if shards > 1 and (any(shards % workers for workers in ends) or batch % shards):
+            raise ValueError(
+                f"--grad-shards {shards} must be a multiple of --num-workers {compute.num_workers} and divide "
+                f"--batch-size {batch}"
             )
         return self
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers there may be, in growing order: with micro-shards only numbers that divide them."""
+        shards = self.training.grad_shards
+        allowed = range(self.compute.least_workers, self.compute.most_workers + 1)
+        return [workers for workers in allowed if shards == 1 or shards % workers == 0]
 
 
 class PreparePart(Part):
@@ -312,9 +365,13 @@ class TuneSettings(TrainSettings):
     @model_validator(mode="after")
     def _search_fits(self):
         sweep = self.sweep
+        if self.run.sync:
+            raise ValueError("--sync is for `jobs/train.py`; --resume sends what MLflow lacks of a sweep")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
-        if sweep.scheduler == "pbt" and self.compute.num_workers > 1:
+        if self.compute.is_elastic:
+            raise ValueError(f"--num-workers {self.compute.num_workers}: the trials of a sweep need one number")
+        if sweep.scheduler == "pbt" and self.compute.most_workers > 1:
             raise ValueError(
                 "--scheduler pbt hands weights from trial to trial, which works for trials of one worker only: give "
                 "--num-workers 1, or --scheduler asha"
@@ -330,7 +387,9 @@ class TuneSettings(TrainSettings):
 MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
-        *("on_nan", "keep_checkpoints", "storage_path", "run_name", "resume", "tracking_uri", "config", "debug"),
+        *("max_failures", "step_timeout"),
+        *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
+        *("config", "debug"),
     )
 )
 """Settings that may change when a run continues (its data are compared by their digest)."""
@@ -407,14 +466,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
         InputError: the file is missing or not a mapping of names to values.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_bytes(), f"--config {path}")
     except OSError as error:
         raise InputError(f"Cannot read --config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values or {}, dict):
         raise InputError(f"--config {path} must hold `name: value` lines.")
     return values or {}
+
+
+def parse_yaml(content: bytes | str, what: str) -> Any:
+    """YAML of plain values; a tag that would make an object of them is refused.
+
+    Raises:
+        InputError: it is not that.
+    """
+    try:
+        return yaml.safe_load(content)
+    except Exception as error:  # beside its own, PyYAML lets out whatever the values of odd tags lead to
+        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """The flat settings that the folder of a run or sweep keeps.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    values = parse_yaml(folder.read_bytes("config.yaml"), f"{folder}/config.yaml")
+    if not isinstance(values, dict):
+        raise InputError(f"{folder}/config.yaml does not hold `name: value` lines: bring back a copy of it.")
+    return values
 
 
 def sentence(error: ValidationError) -> str:

@@ -13,6 +13,18 @@ class Diverged(RunFailed):
     """A run whose numbers stopped being finite: starting it again would end the same."""
 
 
+class StepFailed(Exception):
+    """What TensorFlow raised in a worker, in words: its own errors would make who reads them import it."""
+
+
+class StorageFailed(RunFailed):
+    """What could not be written (or read), why, and the first half of the remedy: the disk is full, read-only, away."""
+
+
+class Damaged(RunFailed):
+    """A checkpoint that is not what was written: its name, the file and what is wrong with it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from unet.data.order import PADDING
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared, pixels
 from unet.data.sources.find import check_source
-from unet.errors import InputError
+from unet.errors import Damaged, InputError
 from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
@@ -104,7 +104,13 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
     check_source(part.data)
     storage = Folder(settings.store.storage_path)
     run, checkpoint = find_checkpoint(part.model, storage)
-    state = Checkpoints(run).state(checkpoint)
+    checkpoints = Checkpoints(run)
+    try:
+        state, weights = checkpoints.state(checkpoint), checkpoints.weights(checkpoint)
+    except Damaged as error:
+        others = [name for name in checkpoints.whole() if name != checkpoint]
+        hint = f"give --model {checkpoints.folder}/{others[-1]}" if others else "bring back a copy of it"
+        raise InputError(f"The checkpoint {error} of {run} cannot be scored: {hint}.") from error
     # What concerns the machine of the training does not concern this one.
     trained = unflat(TrainSettings, {k: v for k, v in state.settings.items() if k not in MAY_CHANGE})
     trained = trained.model_copy(update={"training": trained.training.model_copy(update={"grad_shards": 1})})
@@ -120,10 +126,10 @@ def evaluate(settings: EvaluateSettings, display: Display) -> dict:
         from unet.training.learner import Learner
 
         learner = Learner(trained, len(names))
-    Checkpoints(run).load_weights(checkpoint, learner.model)
+    learner.model.set_weights(weights)
     counts = prepared.manifest.counts
     reading = Ingest(
-        prepared.folder.uri, trained.data.image_size, counts, trained.training.batch_size, 0, 1, lambda: (1, 0), 0, {}
+        prepared.folder.uri, trained.data.image_size, counts, trained.training.batch_size, 0, 1, (1, 0), 0, {}
     )
     batches = Shard(reading, 0, 1).reader().direct(part.split)
     steps = reading.plan(part.split, 1).steps

@@ -8,7 +8,7 @@ import warnings
 
 from unet.errors import InputError
 
-POLL_SECONDS = "1"
+POLL_SECONDS = "0.5"
 
 
 @contextlib.contextmanager
@@ -56,6 +56,8 @@ def ray_session(debug: bool = False):
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is one line of ours
+        # Ray prints a paragraph about each process that died; it has no setting for that, and ours is a line.
+        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
     try:
         yield
     finally:

@@ -1,22 +1,33 @@
 """A folder of results, on a local disk or in an object store, through pyarrow's file systems.
 
 Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an
-object store publishes an object at its end. A set of files (a checkpoint) carries a marker written last.
+object store publishes an object at its end. A set of files (a checkpoint) carries a marker written last, with the
+size and digest of each, so that it is noticed when they are no longer what was written.
 """
 
 import contextlib
+import errno
+import hashlib
+import io
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from unet.errors import InputError
+from unet.errors import Damaged, InputError, StorageFailed, first_line
+from unet.secrets import without_secrets
 
 MARKER = "COMMIT"
+REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
+
+Content = bytes | Callable[[BinaryIO], object]
+"""A file's bytes, or what writes them to a stream that cannot seek."""
 
 
 class Folder:
@@ -31,14 +42,14 @@ class Folder:
             try:
                 self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
             except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"Cannot open the storage {self.uri.split('?')[0]}: {error}") from error
+                raise InputError(f"Cannot open the storage {self}: {without_secrets(str(error))}") from error
 
     def __truediv__(self, name: str) -> "Folder":
         base, _, query = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}" + (f"?{query}" if query else ""))
 
     def __str__(self):
-        return self.uri.partition("?")[0]
+        return without_secrets(self.uri).partition("?")[0]
 
     def at(self, name: str) -> str:
         """The path of a file below, as `fs` takes it."""
@@ -47,10 +58,20 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 
+    def size(self, name: str) -> int | None:
+        """Of a file in bytes; None if there is none."""
+        return self.fs.get_file_info(self.at(name)).size
+
     def names(self) -> list[str]:
         """The names of the files and folders right below, sorted; none if the folder does not exist."""
         found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found)
+
+    def files(self) -> list[str]:
+        """The relative names of all files below, without a set's marker, sorted."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
+        names = [info.path.removeprefix(f"{self.path}/") for info in found if info.type == pafs.FileType.File]
+        return sorted(name for name in names if name != MARKER)
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.at(name)) as stream:
@@ -80,28 +101,53 @@ class Folder:
         _sync(target.parent)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with self.writing(name) as stream:
+        """Raises StorageFailed."""
+        with _reported(f"{self}/{name}"), self.writing(name) as stream:
             stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
+        """Raises StorageFailed."""
         self.write_bytes(name, text.encode())
 
-    def commit(self, name: str, files: dict[str, bytes]) -> None:
-        """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count."""
-        if not self.is_local:
+    def require(self, name: str) -> None:
+        """Refuse to go on writing into a folder that does not hold a file any more which it did.
+
+        Raises:
+            StorageFailed: it was removed, or its disk is away; writing would make another one in its place.
+        """
+        with _reported(str(self)):
+            if not self.exists(name):
+                raise StorageFailed(f"{self} is gone, or the disk it was on: bring it back")
+
+    def commit(self, name: str, files: dict[str, Content]) -> None:
+        """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count.
+
+        Raises:
+            StorageFailed: nothing has changed then.
+        """
+        with _reported(f"{self}/{name}"):
+            if self.is_local:
+                self._commit_local(name, files)
+                return
             if self.committed(name):
                 self.fs.delete_file(self.at(f"{name}/{MARKER}"))
-            for file, data in files.items():
-                self.write_bytes(f"{name}/{file}", data)
-            self.write_bytes(f"{name}/{MARKER}", b"")
-            return
+            _write_set(files, lambda file: self.fs.open_output_stream(self.at(f"{name}/{file}")))
+
+    def _commit_local(self, name: str, files: dict[str, Content]) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)
         target, temporary = Path(self.at(name)), Path(self.at(f".tmp-{name}-{uuid.uuid4().hex[:8]}"))
+
+        @contextlib.contextmanager
+        def synced(file: str) -> Iterator[BinaryIO]:
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary / file, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+
         try:
             temporary.mkdir()
-            for file, data in (files | {MARKER: b""}).items():
-                (temporary / file).write_bytes(data)
-                _sync(temporary / file)
+            _write_set(files, synced)
             _sync(temporary)
             older = target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}")
             if target.exists():
@@ -121,11 +167,113 @@ class Folder:
     def committed(self, name: str) -> bool:
         return self.exists(f"{name}/{MARKER}")
 
+    def marker(self, name: str) -> dict[str, tuple[int, str]]:
+        """Size and sha256 of each file of a committed sub-folder; empty where its marker is of before it held them.
+
+        Raises:
+            Damaged: there is no marker, or it cannot be read.
+        """
+        content = self._content(name, MARKER)
+        try:
+            return {file: (int(size), str(digest)) for file, (size, digest) in json.loads(content or "{}").items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Damaged(f"{name} is damaged ({MARKER}: not what was written)") from error
+
+    def read_committed(self, name: str, file: str) -> bytes:
+        """A file of a committed sub-folder, compared with its digest.
+
+        Raises:
+            Damaged: it is missing, or not what was written.
+        """
+        known = self.marker(name)
+        if known and file not in known:
+            raise Damaged(f"{name} is damaged ({MARKER}: does not know {file})")
+        content = self._content(name, file)
+        if known:
+            size, digest = known[file]
+            if len(content) != size:
+                raise Damaged(f"{name} is damaged ({file}: {len(content)} bytes of {size})")
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise Damaged(f"{name} is damaged ({file}: wrong digest)")
+        return content
+
+    def _content(self, name: str, file: str) -> bytes:
+        try:
+            return self.read_bytes(f"{name}/{file}")
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is damaged ({file}: missing)") from error
+        except OSError as error:
+            # A disk that has lost a block has lost the file; a network or a right comes back.
+            if self.is_local and not isinstance(error, PermissionError):
+                raise Damaged(f"{name} is damaged ({file}: {_reason(error)})") from error
+            raise StorageFailed(f"Cannot read {self}/{name}/{file}: {_reason(error)}; put that right") from error
+
+    def revoke(self, name: str) -> None:
+        """Take the marker away: the sub-folder does not count any more. Raises StorageFailed."""
+        with _reported(f"{self}/{name}"):
+            if self.committed(name):
+                self.fs.delete_file(self.at(f"{name}/{MARKER}"))
+
     def delete(self, name: str) -> None:
-        """Remove a sub-folder; the marker goes first, so that a torn removal is not taken for a whole set."""
-        if self.exists(f"{name}/{MARKER}"):
-            self.fs.delete_file(self.at(f"{name}/{MARKER}"))
-        self.fs.delete_dir(self.at(name))
+        """Remove a sub-folder; the marker goes first, so that a torn removal is not taken for a whole set.
+
+        Raises:
+            StorageFailed: it cannot be removed.
+        """
+        self.revoke(name)
+        with _reported(f"{self}/{name}"):
+            self.fs.delete_dir(self.at(name))
+
+
+class _Counted(io.RawIOBase):
+    """A stream that knows size and digest of what went through it."""
+
+    def __init__(self, stream):
+        self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self._stream.write(data)
+        self._digest.update(data)
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    @property
+    def known(self) -> tuple[int, str]:
+        return self._size, self._digest.hexdigest()
+
+
+def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.AbstractContextManager]) -> None:
+    """Write the files and last their marker, each through the stream that `opened` gives for its name."""
+    known = {}
+    for file, content in files.items():
+        with opened(file) as stream:
+            counted = _Counted(stream)
+            if callable(content):
+                content(counted)
+            else:
+                counted.write(content)
+            known[file] = counted.known
+    with opened(MARKER) as stream:
+        stream.write(json.dumps(known).encode())
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """What the system says when something cannot be written, as a sentence that lacks only the way on."""
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno, "put that right")
+        raise StorageFailed(f"Cannot write {what}: {_reason(error)}; {remedy}") from error
+
+
+def _reason(error: OSError) -> str:
+    # Arrow gives the errno, and a text that repeats the path.
+    return os.strerror(error.errno) if error.errno else first_line(error)
 
 
 def _sync(path: Path) -> None:

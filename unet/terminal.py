@@ -13,6 +13,7 @@ from rich.text import Text
 
 from unet.classes import Classes
 from unet.data.shards import REPORT, Prepared
+from unet.secrets import without_secrets
 from unet.training.monitor import Live
 
 SHOWN = 5
@@ -34,14 +35,14 @@ class Display:
         self._printed = time.monotonic()
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(Text(text, style=style or ""))
+        self.console.print(Text(without_secrets(text), style=style or ""))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Names and values, each on one unbroken line so that paths and commands can be copied."""
         self.say(title, "bold")
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
+            self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", without_secrets(value)))
 
     def working(self, what: str, done: int, total: int) -> None:
         """How far a long work is; `total` 0 where that is not known."""

@@ -5,7 +5,7 @@ that do not fit are streamed by one execution of Ray Data for the whole run, tra
 ways give the same samples in the same order; a streamed block says where it belongs and the worker checks it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -57,7 +57,7 @@ class Ingest:
         seed: of order and flips.
         epochs: the last epoch.
         kept: by split, references to the chunks held in the object store; None when streaming.
-        start: gives (epoch, step in the epoch) to start at, asked anew at every start of the workers.
+        start: (epoch, step in the epoch) to start at.
         memory: bytes of object store that streaming may use.
     """
 
@@ -67,7 +67,7 @@ class Ingest:
     batch_size: int
     seed: int
     epochs: int
-    start: Callable[[], tuple[int, int]]
+    start: tuple[int, int]
     memory: int
     kept: dict[str, list[ray.ObjectRef]] | None = None
 
@@ -254,7 +254,7 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
 
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
     """The reading tasks: runs of steps that begin in one window, and each epoch's validation."""
-    first_epoch, first_step = ingest.start()
+    first_epoch, first_step = ingest.start
     for epoch in range(first_epoch, ingest.epochs + 1):
         steps = ingest.plan("train", world_size).steps
         window_steps = max(1, WINDOW * CHUNK // ingest.batch_size)

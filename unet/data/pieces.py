@@ -19,7 +19,7 @@ from unet.data.checks import mask_fit, without_padding
 from unet.data.decode import BILINEAR, NEAREST
 from unet.data.order import CHUNK
 from unet.data.resize import letterbox_box
-from unet.data.shards import sample_digest, shard_schema
+from unet.data.shards import check_plain, sample_digest, shard_schema
 from unet.data.sources import Sample
 from unet.storage import Folder
 
@@ -164,9 +164,11 @@ def _write(folder: Folder, name: str, table: pa.Table) -> None:
 
 def read_table(folder: Folder, name: str) -> pa.Table:
     """A table of a piece; from a local disk it is mapped, not read."""
-    if folder.is_local:
-        return pa.ipc.open_file(pa.memory_map(f"{folder.path}/{name}")).read_all()
-    return pa.ipc.open_file(pa.py_buffer(folder.read_bytes(name))).read_all()
+    is_local = folder.is_local
+    source = pa.memory_map(f"{folder.path}/{name}") if is_local else pa.py_buffer(folder.read_bytes(name))
+    file = pa.ipc.open_file(source)
+    check_plain(file.schema)
+    return file.read_all()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -129,7 +130,11 @@ class Manifest:
             )
         if content.pop("manifest_digest") != _digest_of(content):
             raise ValueError("its content was changed")
-        return cls(**content)
+        manifest = cls(**content)
+        for file in (*manifest.sha256, *(file for files in manifest.files.values() for file in files)):
+            if not file or file == ".." or Path(file).name != file:
+                raise ValueError(f"it names {file!r}, which is not a file beside it")
+        return manifest
 
 
 def _digest_of(content: dict) -> str:
@@ -198,7 +203,7 @@ class Prepared:
         file, group = self.chunks[split][chunk]
         try:
             with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
-                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+                parquet = open_parquet(stream, page_checksum_verification=True)
                 return parquet.read_row_group(group, columns=list(columns)).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
             reason = first_line(error)
@@ -243,7 +248,7 @@ class Prepared:
     def _samples(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         try:
             with self.folder.fs.open_input_file(self.folder.at(SAMPLES)) as stream:
-                return read(pq.ParquetFile(stream, page_checksum_verification=True))
+                return read(open_parquet(stream, page_checksum_verification=True))
         except (OSError, pa.ArrowInvalid) as error:
             reason = first_line(error)
             message = f"Cannot read {self.folder}/{SAMPLES} ({reason}): {REPREPARE.format(self.folder)}"
@@ -253,6 +258,35 @@ class Prepared:
         """The names of a split in canonical order."""
         tables = [self.read_chunk(split, chunk, ("name",)) for chunk in range(len(self.chunks[split]))]
         return [name for table in tables for name in table.column("name").to_pylist()]
+
+
+def open_parquet(stream: pa.NativeFile, **options) -> pq.ParquetFile:
+    """A Parquet file of plain columns.
+
+    Raises:
+        ArrowInvalid: it holds others.
+    """
+    file = pq.ParquetFile(stream, **options)
+    check_plain(file.schema_arrow)
+    return file
+
+
+def check_plain(schema: pa.Schema) -> None:
+    """Refuse columns of extension types: the values of those that Ray registers are pickles, which run code when read.
+
+    Raises:
+        ArrowInvalid: there is one.
+    """
+
+    def is_plain(kind: pa.DataType) -> bool:
+        if isinstance(kind, pa.BaseExtensionType):
+            return False
+        inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
+        return all(map(is_plain, inner + [kind.field(i).type for i in range(kind.num_fields)]))
+
+    for column in schema:
+        if not is_plain(column.type):
+            raise pa.ArrowInvalid(f"its column {column.name} is not of a plain type")
 
 
 def pixels(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,10 +4,18 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unet.data.pieces import sha256_of
-from unet.data.shards import MANIFEST, SAMPLES, SPLITS, Manifest, Prepared, data_digest, files_of_chunks
+from unet.data.shards import (
+    MANIFEST,
+    SAMPLES,
+    SPLITS,
+    Manifest,
+    Prepared,
+    data_digest,
+    files_of_chunks,
+    open_parquet,
+)
 from unet.data.sources import Progress
 from unet.errors import InputError, first_line
 from unet.storage import Folder
@@ -74,4 +82,4 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[
 def _row_group(prepared: Prepared, file: str, group: int) -> pa.Table:
     # Without the pages' checksums, which would only say that something in 256 samples is wrong.
     with prepared.folder.fs.open_input_file(prepared.folder.at(file)) as stream:
-        return pq.ParquetFile(stream).read_row_group(group, columns=["name", "image", "mask"]).combine_chunks()
+        return open_parquet(stream).read_row_group(group, columns=["name", "image", "mask"]).combine_chunks()

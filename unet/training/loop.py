@@ -1,7 +1,7 @@
 """The training loop of one worker: restore, then epochs of steps, each followed by validation, then the test.
 
-All workers run this; what one of them decides (stopping, saving by the clock) is decided on rank 0 and travels
-with the step's sum, so nobody waits for another for ever.
+All workers run this; what one of them decides (stopping, leaving, saving by the clock) is decided on rank 0 and
+travels with the step's sum, so nobody waits for another for ever.
 """
 
 import math
@@ -19,18 +19,22 @@ from unet.config import TrainSettings, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
+from unet.errors import StorageFailed
 from unet.evaluation import score
 from unet.packaging import package
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints, State, name_of
 from unet.training.monitor import Line, Live
 
-STOP, SAVE = 1, 2
+SAVE, STOP, LEAVE = 1, 2, 4
+ENDS = {STOP: "stopped", LEAVE: "left"}
+SAVE_PAUSES = (0, 2, 3)
+"""Seconds to wait before each try to save."""
 GALLERY = 8
 """How many validation photos are shown with their masks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray shows it in its dashboard as text, and settings hold secrets
 class Job:
     """What the driver hands to every worker.
 
@@ -41,6 +45,7 @@ class Job:
         threads: TensorFlow threads of this worker.
         data_digest: of the prepared data.
         classes: of the prepared data.
+        checkpoint: name of the one to go on from; None at a run's beginning.
         monitor: handle of the `Monitor`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
     """
@@ -51,6 +56,7 @@ class Job:
     threads: int
     data_digest: str
     classes: Classes
+    checkpoint: str | None
     monitor: ray.actor.ActorHandle
     score_test: bool = True
 
@@ -79,7 +85,7 @@ class Clock:
 
 @dataclass
 class Loop:
-    """The loop of one worker and its state, restored from the run's latest checkpoint if it has one."""
+    """The loop of one worker and its state, restored from the job's checkpoint."""
 
     job: Job
     learner: object
@@ -103,19 +109,19 @@ class Loop:
         self.last_save = time.monotonic()
 
     def _restore(self) -> None:
-        equality = self._equality()
-        latest = self.checkpoints.latest()
-        if latest is None:
-            job, seed = self.job, self.settings.training.seed
+        equality, job = self._equality(), self.job
+        if job.checkpoint is None:
+            seed = self.settings.training.seed
             self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes))
         else:
-            name, self.state = latest
-            self.checkpoints.load(name, self.learner)
+            self.state = self.checkpoints.state(job.checkpoint)
+            self.checkpoints.load(job.checkpoint, self.learner)
             self.learner.set_rates()
+            self.state.score = None  # of that step only
             changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
-            self.state.equality, self.state.settings = equality, self.job.shown
-            changed = [] if self.is_done else changed
-            self.line.event("resumed", {"history": self.state.history, "changed": changed})
+            self.state.equality, self.state.settings = equality, job.shown
+            if changed and not self.is_done:
+                self.line.event("changed", changed)
         self.learner.synchronise()
 
     def _equality(self) -> dict:
@@ -185,9 +191,9 @@ class Loop:
                 self.line.event("first_step", time.time())
                 self.stepped = True
             self._tell(clock, "train", batch.step + 1, self.plan.steps)
-            if result.control & STOP:
+            if end := result.control & (STOP | LEAVE):
                 self._save()
-                self.line.event("stopped", state.step)
+                self.line.event(ENDS[end], state.step)
                 return False
             # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
             if self._is_due(result.control) and state.epoch_step < self.plan.steps:
@@ -201,7 +207,7 @@ class Loop:
             return 0
         by_clock = self.interval and self.interval[0] == "seconds"
         due = by_clock and time.monotonic() - self.last_save >= self.interval[1]
-        return STOP * self.line.stop_wished + SAVE * bool(due)
+        return SAVE * bool(due) + {None: 0, "stop": STOP, "leave": LEAVE}[self.line.wish]
 
     def _is_due(self, control: int) -> bool:
         by_steps = self.interval and self.interval[0] == "steps" and self.state.step % self.interval[1] == 0
@@ -212,7 +218,8 @@ class Loop:
         # In float16 an overflow only means that the loss scale was too large, unless it cannot shrink further.
         scale = float(self.learner.loss_scale.numpy())
         expected = self.learner.scales_loss and scale > 1.0
-        if expected or self.settings.training.on_nan == "skip":
+        hopeless = batch.step + 1 == self.plan.steps and not self.state.pixels  # not one step of the epoch was finite
+        if expected or (self.settings.training.on_nan == "skip" and not hopeless):
             self.state.skipped_steps += 1
             return True
         prepared = Prepared(Folder(self.reader.ingest.folder))
@@ -243,6 +250,7 @@ class Loop:
         else:
             state.stale_epochs += 1
         record |= {"best_val_mean_iou": state.best_score, "best_epoch": state.best_epoch}
+        record |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
         state.history.append({k: v for k, v in record.items() if v is not None and math.isfinite(v)})
         state.score = score
         state.epoch, state.epoch_step, state.loss_sum, state.pixels = state.epoch + 1, 0, 0.0, 0.0
@@ -251,10 +259,27 @@ class Loop:
         self.line.event("epoch", {"record": state.history[-1], "validation": state.validation})
 
     def _save(self) -> None:
-        if self.rank == 0:
-            self.checkpoints.save(self.learner, self.state)
-            self.checkpoints.prune(self.settings.run.keep_checkpoints)
+        """Write a checkpoint.
+
+        Raises:
+            StorageFailed: it could not be written; on all workers alike, so that none waits for one that gave up.
+        """
+        failure = self._write() if self.rank == 0 else None
+        if self.learner.sum_over_workers(np.array([failure is not None], np.int64)).any():
+            raise failure or StorageFailed("The first worker cannot write")
         self.last_save = time.monotonic()
+
+    def _write(self) -> StorageFailed | None:
+        """Save and prune, again after a hiccup of the storage; what it says if it does not get over it."""
+        for pause in SAVE_PAUSES:
+            time.sleep(pause)
+            try:
+                self.checkpoints.save(self.learner, self.state)
+                self.checkpoints.prune(self.settings.run.keep_checkpoints)
+                return None
+            except StorageFailed as error:
+                failure = error
+        return failure
 
     def evaluate(self, split: str, batches) -> dict:
         plan = self.reader.ingest.plan(split, self.world_size)

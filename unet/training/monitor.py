@@ -1,4 +1,4 @@
-"""What passes between the driver and the workers while a run goes on: news one way, a wish to stop the other."""
+"""What passes between the driver and the workers while a run goes on: news one way, a wish to end the other."""
 
 import time
 from dataclasses import dataclass
@@ -36,18 +36,18 @@ class Monitor:
     """A mailbox owned by the driver; dies with it."""
 
     def __init__(self):
-        self._live, self._events, self._stop = {}, [], False
+        self._live, self._events, self._wish = {}, [], None
 
-    def live(self, run: str, live: Live) -> bool:
-        """Rank 0 of a run says where it is; answers whether it should stop."""
+    def live(self, run: str, live: Live) -> str | None:
+        """Rank 0 of a run says where it is; answers whether it should save and "stop" or "leave"."""
         self._live[run] = live
-        return self._stop
+        return self._wish
 
     def event(self, kind: str, content) -> None:
         self._events.append((kind, content))
 
-    def stop(self) -> None:
-        self._stop = True
+    def wish(self, what: str) -> None:
+        self._wish = what
 
     def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
         """Where each run is, and the events after the first `seen`."""
@@ -59,13 +59,13 @@ class Line:
 
     def __init__(self, monitor, run: str, rank: int = 0):
         self._monitor, self._run, self._speaks = monitor, run, rank == 0
-        self._pending, self._last, self.stop_wished = None, 0.0, False
+        self._pending, self._last, self.wish = None, 0.0, None
 
     def live(self, live: Live) -> None:
         if not self._speaks:
             return
         if self._pending is not None and ray.wait([self._pending], timeout=0)[0]:
-            self.stop_wished |= ray.get(self._pending)
+            self.wish = ray.get(self._pending)
             self._pending = None
         if self._pending is None and time.monotonic() - self._last >= LIVE_SECONDS:
             self._last = time.monotonic()

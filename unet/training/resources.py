@@ -4,13 +4,14 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unet.config import TrainSettings, parse_bytes
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
+from unet.training.arrays import weight_shapes
 
 READERS = 2
 RESERVED_CPUS = 0.5
@@ -21,12 +22,14 @@ WORKER_BYTES = 0.8e9
 
 @dataclass(frozen=True)
 class Node:
-    """What Ray says a node has in all."""
+    """What Ray says a node has in all, and what of it nobody holds."""
 
     cpus: float
     gpus: float = 0
     memory: float = math.inf
     object_store: float = math.inf
+    free_cpus: float = 0
+    free_gpus: float = 0
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,102 @@ class Plan:
 
 
 def cluster_nodes() -> list[Node]:
-    """The living nodes of the connected cluster."""
+    """The nodes of the connected cluster that live and are to stay."""
     import ray
 
-    resources = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [Node(r.get("CPU", 0), r.get("GPU", 0), r["memory"], r["object_store_memory"]) for r in resources]
+    leaving, found = draining_nodes(), []
+    # What of each node is free Ray tells by no public call; only the sum of all.
+    free = ray._private.state.available_resources_per_node()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in leaving:
+            r, left = node["Resources"], free.get(node["NodeID"], {})
+            sizes = (r.get("CPU", 0), r.get("GPU", 0), r["memory"], r["object_store_memory"])
+            found.append(Node(*sizes, left.get("CPU", 0), left.get("GPU", 0)))
+    return found
 
 
-def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1) -> Plan:
+def draining_nodes() -> set[str]:
+    """The ids of nodes whose end is announced: a spot machine that is called back."""
+    import ray
+
+    # What Ray Train's own watcher asks. Its public form, `get_preemption_info`, makes the workers wait for each other.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def free_abandoned_places() -> None:
+    """Give back what the groups of this job's lost controllers reserved; call when none of them is to live.
+
+    Ray's own cleaner does not know the places of a controller that was lost while it started its workers.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":  # an id ends with that of the job
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
+def plan_now(
+    settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1, held: int = 0
+) -> Plan | None:
+    """The plan for as many workers as there is room for now; None if not even the least find room.
+
+    Elastic or not, a worker gets what it would have beside the most that the nodes could hold, so that others can
+    join it. `held` workers have their places already.
+
+    Raises:
+        InputError: not even empty nodes would hold the least.
+    """
+    counts = settings.worker_counts
+    while True:
+        try:
+            most = plan(settings, nodes, data_bytes, together, counts[-1])
+            break
+        except InputError:
+            if len(counts) == 1:
+                raise
+            counts = counts[:-1]
+    places = sum(_places(node, most) for node in nodes) + held
+    fit = [workers for workers in counts if workers <= places]
+    return replace(most, num_workers=fit[-1]) if fit else None
+
+
+def take_room(settings: TrainSettings, data_bytes: int) -> Plan:
+    """The plan for now, giving what just ended a moment to hand back its CPUs.
+
+    Raises:
+        InputError: others hold them; with how many workers would fit.
+    """
+    for _ in range(40):
+        nodes = cluster_nodes()
+        if found := plan_now(settings, nodes, data_bytes):
+            return found
+        time.sleep(0.25)
+    least = plan(settings, nodes, data_bytes)
+    check_free(least.num_workers, least.cpus_per_worker, sum(node.free_cpus for node in nodes))
+    raise InputError(
+        f"No node has {least.cpus_per_worker:g} free CPUs for each of {least.num_workers} workers: wait for other "
+        "jobs, or give fewer --num-workers."
+    )
+
+
+def _places(node: Node, plan: Plan) -> int:
+    cpus = int((node.free_cpus + 1e-6) // plan.cpus_per_worker)
+    return min(cpus, int(node.free_gpus)) if plan.use_gpu else cpus
+
+
+def plan(
+    settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1, workers: int | None = None
+) -> Plan:
     """Fit the settings to the nodes, where `together` such trainings run at a time (trials of a sweep).
+
+    `workers` is their number, by default the least that the settings allow.
 
     Raises:
         InputError: it would not fit or would wait for ever; with the settings that would fit.
     """
-    workers = settings.compute.num_workers
+    workers = workers or settings.compute.least_workers
     cores = int(sum(n.cpus for n in nodes))
     if not any(n.cpus > 0 for n in nodes):
         raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
@@ -118,7 +203,7 @@ def plan_trials(
         InputError: not even one fits; with the settings that would.
     """
     workers, cpus, gpus = (
-        settings.compute.num_workers,
+        settings.compute.least_workers,
         int(sum(n.cpus for n in nodes)),
         int(sum(n.gpus for n in nodes)),
     )
@@ -212,17 +297,7 @@ def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]
 
 def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
     """The number of weights of the U-Net, without building it."""
-
-    def conv(size, before, after):
-        return size * size * before * after + after
-
-    filters = [base_filters * 2**level for level in range(depth + 1)]
-    total, before = 0, image_channels
-    for f in filters:  # the encoder and the bottleneck
-        total, before = total + conv(3, before, f) + conv(3, f, f), f
-    for f in reversed(filters[:-1]):
-        total, before = total + conv(3, before, f) + conv(3, 2 * f, f) + conv(3, f, f), f
-    return total + conv(1, before, num_classes)
+    return sum(map(math.prod, weight_shapes(base_filters, depth, num_classes, image_channels).values()))
 
 
 def _existing(storage: Folder) -> Path | None:

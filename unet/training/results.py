@@ -1,54 +1,24 @@
-"""What a finished run leaves: scores, pictures, the best checkpoint and the packaged model, here and in MLflow."""
+"""What a finished run leaves in its folder: pictures and the packaged model; and what it says in the terminal."""
 
 import io
 import shlex
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 from unet import report
 from unet.classes import Classes
-from unet.metrics import flat as flat_metrics
 from unet.terminal import Display
-from unet.tracking import Tracker, without_password
 from unet.training.checkpoint import State
-from unet.training.run import SUMMARY, Run, where
+from unet.training.run import MODEL, Run, where
 
 
-def finish(run: Run, tracker: Tracker, facts: dict, tags: dict[str, str]) -> bool:
-    """Mark the run finished; whether MLflow has taken everything."""
-    run.write_summary(status="finished", **facts)
-    tracker.tags(tags | {"best_checkpoint": facts["best_checkpoint"], "status": "finished"})
-    tracker.artifacts("", {SUMMARY: run.folder.read_bytes(SUMMARY)})
-    tracker.status("finished")
-    return tracker.deliver()
-
-
-def keep(
-    run: Run,
-    state: State,
-    history: list[dict],
-    test: dict,
-    gallery: dict,
-    package: dict[str, bytes],
-    tracker: Tracker,
-) -> dict[str, str]:
-    """Write and send the scores of test, the pictures, the best checkpoint and its packaged model.
-
-    Returns:
-        `model_uri` of the packaged model.
-    """
-    tracker.metrics(flat_metrics("test", test), state.epoch - 1, int(time.time() * 1000))
-    figures = draw(history, test, gallery, state.class_infos)
-    for name, content in figures.items():
-        run.folder.write_bytes(name, content)
-    tracker.artifacts("", figures)
-    best = run.checkpoints.folder / state.best_checkpoint
-    tracker.artifacts("best_checkpoint", {name: best.read_bytes(name) for name in best.names()})
-    tracker.artifacts("model", package)
-    return {"model_uri": f"runs:/{tracker.run_id}/model"}
+def keep(run: Run, state: State, history: list[dict], test: dict, gallery: dict, package: dict[str, bytes]) -> None:
+    """Write the pictures and the packaged model."""
+    for name, content in draw(history, test, gallery, state.class_infos).items():
+        run.write(name, content)
+    run.folder.commit(MODEL, package)
 
 
 def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> dict[str, bytes]:
@@ -69,11 +39,11 @@ def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> di
     return files
 
 
-def show(run: Run, tracker: Tracker, display: Display) -> None:
+def show(run: Run, uri: str, display: Display) -> None:
     """The table of scores and the commands to look, evaluate and continue."""
     summary, settings = run.summary, run.settings
     display.console.print(report.score_table("Test split, best epoch's weights", summary["test"]))
-    more, data, uri = settings.training.epochs + 10, shlex.quote(settings.data.data), without_password(tracker.uri)
+    more, data = settings.training.epochs + 10, shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience = settings.training.patience
     if patience is not None and patience <= run.checkpoints.latest()[1].stale_epochs:
@@ -82,7 +52,7 @@ def show(run: Run, tracker: Tracker, display: Display) -> None:
         f"Run {run.name} is finished",
         [
             ("best", f"epoch {summary['best_epoch']}, {run.folder}/{summary['best_checkpoint']}"),
-            ("model", summary["model_uri"]),
+            ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
             ("look", look),
             (
                 "evaluate",

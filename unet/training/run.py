@@ -1,27 +1,36 @@
 """A run's folder: which run the settings mean, and what it says about itself."""
 
+import contextlib
+import fcntl
 import json
+import os
 import shlex
+import socket
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat
+from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
-from unet.errors import InputError
+from unet.errors import InputError, StorageFailed
+from unet.secrets import shown, without_secrets
 from unet.storage import Folder
-from unet.tracking import check_server, without_password
-from unet.training.checkpoint import Checkpoints
+from unet.tracking.store import check_server
+from unet.training.checkpoint import CONFIG, Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+SUMMARY, METRICS, MODEL, LOCK = "summary.json", "metrics.jsonl", "model", ".lock"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "val", "test"),
+    *("restarts", "restart_log", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
 )
+OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
+"""These of them come anew at the next end."""
 
 
 @dataclass
@@ -45,7 +54,12 @@ class Run:
         """The run of that name under the settings' storage path, with what it says about itself if it exists."""
         run = cls(name, settings, Folder(settings.run.storage_path) / name)
         if run.folder.exists(SUMMARY):
-            run.summary = json.loads(run.folder.read_text(SUMMARY))
+            try:
+                run.summary = dict(json.loads(run.folder.read_bytes(SUMMARY)))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"{run.folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
+                ) from error
         return run
 
     @property
@@ -55,38 +69,107 @@ class Run:
     def start(self, **facts) -> None:
         """Write down that the run is on: its settings and what is known of it."""
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
-        later = {k: self.summary.get(k) for k in KNOWN_LATER}
-        later |= {"test": None, "model_uri": None}  # of an earlier end; they come anew at the next
+        later = {k: self.summary.get(k) for k in KNOWN_LATER} | dict.fromkeys(OF_AN_END)
+        later["restarts"] = later["restarts"] or 0
+        later["started"] = self.summary.get("started") or milliseconds()
         self.write_summary(run_name=self.name, status="running", **later, **facts)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
-        self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
+        self.write(SUMMARY, json.dumps(self.summary, indent=2).encode())
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """This run, for this process alone."""
+        return locked(self.folder, self.name)
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
-        self.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in history))
+        self.write(METRICS, "".join(json.dumps(line) + "\n" for line in history).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run that has started.
+
+        Raises:
+            StorageFailed: it cannot be written, or the run's folder is gone.
+        """
+        self.folder.require(CONFIG)
+        self.folder.write_bytes(name, content)
+
+    def after(self, error: StorageFailed) -> StorageFailed:
+        """The same with what is left and how to go on."""
+        if not self.summary:
+            return StorageFailed(f"{error}, and start again.")
+        whole = self.checkpoints.whole()[-1:]
+        left = f" (the last whole checkpoint is {whole[0]})" if whole else ""
+        again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
+        return StorageFailed(f"{error}, then: {again}{left}.")
+
+    def history(self) -> list[dict]:
+        """The lines of `metrics.jsonl`."""
+        lines = self.folder.read_text(METRICS).splitlines() if self.folder.exists(METRICS) else []
+        return [json.loads(line) for line in lines]
+
+    def mlflow_key(self) -> str:
+        """What its MLflow run is found by where nobody has heard its id."""
+        if not self.summary.get("mlflow_key"):
+            self.write_summary(mlflow_key=uuid.uuid4().hex)
+        return self.summary["mlflow_key"]
 
     def shown_settings(self) -> dict[str, Any]:
-        """The settings as they may be saved and sent: this run's name, and no password."""
-        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None}
-        if values["tracking_uri"]:
-            values["tracking_uri"] = without_password(values["tracking_uri"])
-        return values
+        """The settings as they may be saved and sent: this run's name, and no secret."""
+        return shown(flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None})
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts."""
+    return int(time.time() * 1000)
+
+
+@contextlib.contextmanager
+def locked(folder: Folder, name: str) -> Iterator[None]:
+    """The folder of a run or sweep for this process alone, as far as its disk can tell. A kill lets go of it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    if not folder.is_local:
+        yield
+        return
+    os.makedirs(folder.path, exist_ok=True)
+    with open(folder.at(LOCK), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{name} is under way already ({file.read().strip() or 'elsewhere'}): wait for its end or stop it, or "
+                "give another --run-name."
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk keeps nobody from the lock
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        try:
+            yield
+        finally:
+            if folder.names() == [LOCK]:  # nothing began here
+                folder.fs.delete_dir(folder.path)
 
 
 def where(run: RunSettings, tracking: bool = True) -> str:
     """The flags that a later command needs to find a run or sweep, and its MLflow store where it asks for one."""
     flags = ""
     if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
-        flags += f" --storage-path {shlex.quote(run.storage_path)}"
+        flags += f" --storage-path {shlex.quote(without_secrets(run.storage_path))}"
     if tracking and run.tracking_uri:
-        flags += f" --tracking-uri {shlex.quote(without_password(run.tracking_uri))}"
+        flags += f" --tracking-uri {shlex.quote(without_secrets(run.tracking_uri))}"
     return flags
 
 
-def open_run(settings: TrainSettings) -> Run:
+def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     """The run that the settings mean, after every check that needs no cluster.
+
+    A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
 
     Raises:
         InputError: the settings, the data or the tracking server cannot work.
@@ -94,7 +177,8 @@ def open_run(settings: TrainSettings) -> Run:
     check_writable(Folder(settings.run.storage_path))
     run = _identify(settings)
     check_source(settings.data.data)
-    check_server(settings.run.tracking_uri)
+    if tracked and not run.summary:
+        check_server(settings.run.tracking_uri)
     return run
 
 
@@ -110,7 +194,7 @@ def _identify(settings: TrainSettings) -> Run:
         if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
-    before = yaml.safe_load(run.folder.read_text(CONFIG))
+    before = read_config(run.folder)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
     refuse_changes(name, before, flat(settings), MAY_CHANGE)

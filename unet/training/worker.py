@@ -4,6 +4,7 @@ import os
 
 import ray
 
+from unet.errors import StepFailed, StorageFailed, first_line
 from unet.training.loop import Loop
 from unet.training.monitor import Line
 
@@ -14,16 +15,25 @@ def train_worker(config: dict) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = Line(job.monitor, job.run, rank)
+    ray.get(job.monitor.event.remote("worker", ray.get_runtime_context().get_node_id()))
     line.event("start", world_size)
-    strategy = start_tensorflow(job.threads, world_size)
+    try:
+        strategy = start_tensorflow(job.threads, world_size)
 
-    from unet.training.learner import Learner  # imports TensorFlow, whose threads are set now
+        from unet.training.learner import Learner  # imports TensorFlow, whose threads are set now
 
-    learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
-    reader = ray.train.get_dataset_shard("train").reader()
-    loop = Loop(job, learner, reader, line, rank, world_size)
-    if loop.train(ray.train.report) and job.score_test:
-        loop.test()
+        learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
+        reader = ray.train.get_dataset_shard("train").reader()
+        loop = Loop(job, learner, reader, line, rank, world_size)
+        if loop.train(ray.train.report) and job.score_test:
+            loop.test()
+    except StorageFailed as error:
+        # Told, not raised: what a worker raises may start all of them again, and they would end here again.
+        line.event("storage_failed", str(error))
+    except Exception as error:
+        if not type(error).__module__.startswith("tensorflow"):
+            raise
+        raise StepFailed(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 def start_tensorflow(threads: int, world_size: int):

@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-from unet.tracking import Tracker
+from unet.tracking.tracker import Tracker
 from unet.tuning.ledger import UNDER_WAY, Ledger
 
 ENDED = {"finished": "finished", "pruned": "finished", "failed": "failed", "stopped": "stopped"}
@@ -58,7 +58,9 @@ class ChildRuns:
             tags = self._tags | {"status": "running", "trial": trial}
             # A kill may have fallen between the run's creation and its entry in the ledger.
             known = row.get("mlflow_run_id") or self._tracker.child(trial)
-            run.start(trial, known, params, tags, parent_run_id=self._tracker.run_id)
+            # The winner's training may have made it already.
+            key = self._ledger.run_summary(trial).get("mlflow_key")
+            run.start(trial, known, params, tags, parent_run_id=self._tracker.run_id, key=key)
             self._runs[trial], self._sent[trial] = run, []
             self._ledger.update(trial, mlflow_run_id=run.run_id)
         return self._runs[trial]

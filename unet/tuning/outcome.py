@@ -15,8 +15,9 @@ from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
+from unet.secrets import shown
 from unet.terminal import Display
-from unet.tracking import Tracker
+from unet.tracking.tracker import Tracker
 from unet.training.driver import train
 from unet.training.run import open_run
 from unet.tuning import figures
@@ -53,7 +54,7 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     writer.writeheader()
     writer.writerows(row | row["settings"] for row in rows)
     best = shared.base | {"data": settings.data.data} | rows[0]["settings"]
-    best = {k: v for k, v in best.items() if k not in OF_THIS_PLACE}
+    best = shown({k: v for k, v in best.items() if k not in OF_THIS_PLACE})
     files = {"sweep.csv": table.getvalue().encode(), "best_config.yaml": yaml.safe_dump(best, sort_keys=False).encode()}
     importance = figures.parameter_importance(rows, space, settings.training.seed)
     histories = {row["trial"]: ledger.history(row["trial"])[: row["epochs"]] for row in rows}

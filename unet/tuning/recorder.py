@@ -4,6 +4,7 @@ import time
 
 from ray import tune
 
+from unet.secrets import without_secrets
 from unet.tuning.children import ChildRuns
 from unet.tuning.ledger import Ledger
 
@@ -73,6 +74,7 @@ class Recorder(tune.Callback):
         self.end(name(trial), "failed", lines[-1] if lines else "unknown")
 
     def end(self, trial: str, end: str, reason: str | None, **facts) -> None:
+        reason = reason and without_secrets(reason)
         self._ledger.update(trial, end=end, reason=reason, ended=round(time.time(), 1), **facts)
         self._ledger.close_run(trial)
         self._children.end(trial)

@@ -1,6 +1,7 @@
 """A sweep from its opened folder to its end: data, resources, Ray Tune, and what follows its last trial."""
 
 import os
+import shlex
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from unet.config import SweepSettings
 from unet.data import ingest
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
+from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
-from unet.tracking import Tracker, code_version, without_password
+from unet.tracking.store import code_version
+from unet.tracking.tracker import Tracker
 from unet.training import resources
 from unet.training.monitor import Monitor
 from unet.training.run import where
@@ -88,7 +91,9 @@ def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
     if model:
         run = sweep.settings.run
         tracker = Tracker(Folder(run.storage_path), run.experiment, run.tracking_uri)
-        registered = _register(tracker, ledger[summary["best_trial"]], model, summary)
+        trial = summary["best_trial"]
+        best = ledger[trial] | {"mlflow_run_id": ledger.run_summary(trial)["mlflow_run_id"]}
+        registered = _register(tracker, best, model, summary)
         sweep.write_summary(registered=registered, registered_trial=summary["best_trial"])
         display.say(f"Registered: {sweep.summary['registered']}")
     return sweep.summary
@@ -222,7 +227,7 @@ class _Session:
         settings, folder = self.sweep.settings, self.prepared.folder.uri
         base = {k: v for k, v in shown.items() if k not in SweepSettings.model_fields}
         base |= {"data": folder, "storage_path": self.sweep.folder.uri}
-        base["tracking_uri"] = without_password(self.tracker.uri)  # trials do not write there
+        base["tracking_uri"] = without_secrets(self.tracker.uri)  # trials do not write there
         reading = ingest.Ingest(
             folder=folder,
             image_size=settings.data.image_size,
@@ -230,7 +235,7 @@ class _Session:
             batch_size=settings.training.batch_size,
             seed=settings.training.seed,
             epochs=settings.training.epochs,
-            start=lambda: (1, 0),
+            start=(1, 0),
             memory=self.plan.stream_bytes // self.together,
         )
         if self.plan.kept and self.plan.num_workers == 1:
@@ -327,7 +332,7 @@ class _Session:
         if self.stopped is not None:
             return
         self.stopped, self.stopped_at, self.stopping = reason, time.monotonic(), set(self.recorder.running)
-        self.monitor.stop.remote()
+        self.monitor.wish.remote("stop")
         if self.search:
             self.search.close()
         if reason == BY_USER:
@@ -359,7 +364,13 @@ class _Session:
         if run["status"] != "finished":
             return self._stop()
         facts |= {"model_uri": run["model_uri"], "test": run["test"]}
-        if name := settings.sweep.register:
+        name = settings.sweep.register
+        if name and not run.get("delivered", True):
+            sync = f"python jobs/train.py --sync {best['trial']} --storage-path {shlex.quote(str(sweep.folder))}"
+            self.display.say(
+                f"Not registered: MLflow lacks the model. After `{sync}` the same command does it.", "yellow"
+            )
+        elif name:
             best["mlflow_run_id"] = run["mlflow_run_id"]
             facts["registered"] = _register(tracker, best, name, sweep.summary)
             facts["registered_trial"] = best["trial"]
@@ -392,5 +403,5 @@ class _Session:
             ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
             ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),
             ("results", str(self.sweep.folder)),
-            ("tracking", f"{without_password(self.tracker.uri)}, experiment {settings.run.experiment}"),
+            ("tracking", f"{without_secrets(self.tracker.uri)}, experiment {settings.run.experiment}"),
         ]

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Integer
 
-from unet.config import SEARCHABLE, TrainSettings, flat, unflat
+from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
 from unet.errors import InputError
 
 SPACES = Path(__file__).resolve().parent.parent.parent / "tune_spaces"
@@ -85,10 +84,7 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     Raises:
         InputError: it names an unknown setting or draw (with the nearest known), or a value that does not fit.
     """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"The space {source} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(text, f"The space {source}")
     if not isinstance(content, dict) or not content:
         raise InputError(f"The space {source} needs lines such as `dropout: {{uniform: [0.0, 0.5]}}`.")
     base, draws, values = flat(settings), {}, {}

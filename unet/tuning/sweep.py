@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import yaml
 
 import unet.data.prepare as preparing
-from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat
+from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
 from unet.errors import InputError
+from unet.secrets import shown
 from unet.storage import Folder
-from unet.tracking import check_server, without_password
+from unet.tracking.store import check_server
 from unet.training import resources
 from unet.training.run import CONFIG, SUMMARY, refuse_changes
 from unet.tuning.schedule import check_schedule
@@ -45,11 +46,9 @@ class Sweep:
         self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
 
     def shown_settings(self) -> dict:
-        """The settings as they may be saved and sent: this sweep's name, and no password."""
-        values = flat(self.settings) | {"run_name": self.name, "resume": None, "config": None, "extend": None}
-        if values["tracking_uri"]:
-            values["tracking_uri"] = without_password(values["tracking_uri"])
-        return values
+        """The settings as they may be saved and sent: this sweep's name, and no secret."""
+        unsaved = dict.fromkeys(("resume", "sync", "config", "extend"))
+        return shown(flat(self.settings) | {"run_name": self.name} | unsaved)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
@@ -67,7 +66,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
     name = settings.run.resume or settings.run.run_name or time.strftime("sweep-%Y%m%d-%H%M%S")
     folder, saved, summary = storage / name, None, {}
     if folder.exists(CONFIG):
-        before = yaml.safe_load(folder.read_text(CONFIG))
+        before = read_config(folder)
         if "space" not in before:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
         # The space may have moved: what it holds is compared.
@@ -79,7 +78,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")
     text = saved if saved is not None and settings.run.resume else read_space(settings.sweep.space)
     space = parse_space(text, settings.sweep.space, settings)
-    if saved is not None and yaml.safe_load(saved) != yaml.safe_load(text):
+    if saved is not None and parse_yaml(saved, f"{folder}/{SPACE}") != parse_yaml(text, settings.sweep.space):
         raise InputError(f"The sweep {name} searches another space, {folder}/{SPACE}: give another --run-name.")
     if settings.sweep.search == "grid":
         space.grid()

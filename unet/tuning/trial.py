@@ -18,7 +18,7 @@ from unet.config import TrainSettings, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged
 from unet.storage import Folder
-from unet.training.checkpoint import Checkpoints
+from unet.training.checkpoint import FILES, Checkpoints
 from unet.training.loop import Job, Loop, not_finite
 from unet.training.monitor import Line
 from unet.training.run import Run, open_run
@@ -78,13 +78,13 @@ class WarmTrial(tune.Trainable):
         self._line = _TrialLine(shared.monitor, self._run.folder.uri)
         self._learners = self._learners or Learners()
         learner = self._learners.get(settings, len(shared.classes))
-        latest = self._run.checkpoints.latest()
+        latest, _ = self._run.checkpoints.resume(settings.model)
         training = settings.training
         reading = replace(
             shared.reading,
             batch_size=training.batch_size,
             seed=training.seed,
-            start=lambda: (latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
+            start=(latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
         )
         job = Job(
             settings=settings,
@@ -93,6 +93,7 @@ class WarmTrial(tune.Trainable):
             threads=shared.threads,
             data_digest=shared.data_digest,
             classes=shared.classes,
+            checkpoint=latest and latest[0],
             monitor=shared.monitor,
             score_test=False,
         )
@@ -122,9 +123,10 @@ class WarmTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For PBT: this trial's latest checkpoint, which another may take over."""
         self._begin()
-        name, _ = self._run.checkpoints.latest()
-        own = self._run.checkpoints.folder / name
-        Checkpoints(Folder(checkpoint_dir)).folder.commit(name, {file: own.read_bytes(file) for file in own.names()})
+        own = self._run.checkpoints
+        name, _ = own.latest()
+        files = {file: own.folder.read_committed(name, file) for file in FILES}
+        Checkpoints(Folder(checkpoint_dir)).folder.commit(name, files)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
@@ -186,7 +188,8 @@ def group_trial(config: dict, shared: Shared) -> None:
     from unet.training.driver import train
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    run = open_run(shared.settings(tune.get_context().get_trial_name(), config["draw"]))
+    settings = shared.settings(tune.get_context().get_trial_name(), config["draw"])
+    run = open_run(settings, tracked=False)
     with ray_session():
         try:
             train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)

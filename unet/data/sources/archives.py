@@ -22,8 +22,8 @@ def extract(folder: Path, target: Path, progress: Progress) -> Path:
     """Unpack what is packed into `target`, once; give the folder that holds `images/` and `annotations/`.
 
     Raises:
-        InputError: an archive is damaged, or holds an entry that would leave the target (absolute, `..`, a link
-            outward, a device).
+        InputError: an archive is damaged, or holds an entry that would leave the target (absolute, `..`), a link or a
+            device.
     """
     if all((folder / f).is_dir() for f in FOLDERS):
         return folder
@@ -44,6 +44,9 @@ def _unpack(archive: Path, name: str, target: Path, progress: Progress) -> None:
     try:
         with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
             for entry in tar:
+                # Where a link leads is not known before it is followed.
+                if entry.name.startswith("/") or not (entry.isreg() or entry.isdir()):
+                    raise ValueError(f"{entry.name} is not a file or folder below it")
                 tar.extract(entry, unfinished, filter="data")
                 if file.tell() >> 20 > told:
                     told = file.tell() >> 20

@@ -18,11 +18,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from unet.classes import IGNORE, ClassInfo, Labels
-from unet.config import Part
+from unet.config import Part, parse_yaml
 from unet.data.sources import (
     Problem,
     Sample,
@@ -105,13 +104,11 @@ def describe(folder: Path) -> Description:
             f"{path} is missing: say there what the masks' values mean, such as "
             "`classes: {road: 1, other: 2}` and `ignore: 255`."
         )
+    content = parse_yaml(path.read_bytes(), str(path))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict) or not isinstance(content.get("classes"), dict):
             raise InputError("it must hold `classes:` with a line `name: mask value` for each.")
         return Description(**content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -1,0 +1,84 @@
+"""What ended the workers in words, and whether they are started again."""
+
+import signal
+import threading
+
+import numpy as np
+import pytest
+from conftest import ray_processes, train, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.train import WorkerGroupError
+from test_run import wait_for
+
+from unet.errors import Diverged, StepFailed
+from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of
+
+DIED = RuntimeError(
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 4711"
+)
+MEMORY = RuntimeError("Task was killed due to the node running low on memory; memory usage threshold was exceeded")
+BROKEN = StepFailed("UnavailableError: Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "words"),
+    [
+        ({0: BROKEN, 1: DIED}, "lost", "worker 1 (process 4711) was killed or has crashed"),
+        ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
+        ({1: MEMORY}, "lost", "ran out of memory"),
+        ({0: ValueError("no such layer"), 1: BROKEN}, "raised", "worker 0: ValueError: no such layer"),
+        ({0: Diverged("The numbers stopped.")}, "final", "The numbers stopped."),
+        ({0: RuntimeError("a task failed\nunet.errors.InputError: train-0 is damaged")}, "final", "train-0 is damaged"),
+    ],
+)
+def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
+    fault = fault_of(WorkerGroupError("all of it", failures))
+    assert fault.kind == kind and words in fault.reason
+
+
+@given(st.integers(0, 8), st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=30))
+def test_tries_are_bounded_where_nothing_is_won(most, checkpoints):
+    """At most so many in a row without a new checkpoint; the first at once, the later ones after growing waits."""
+    tries, row, before, last = Tries(most), 0, "none", 0.0
+    for checkpoint in checkpoints:
+        row = row + 1 if checkpoint == before else 1
+        wait = tries.failed(Fault("lost"), checkpoint)
+        if before == "none" and checkpoint is None:
+            row = 1
+        before = checkpoint
+        if row > most:
+            assert wait is None
+            return
+        assert (wait == 0) if row == 1 else (last <= wait <= LONGEST_WAIT)
+        last = wait
+
+
+def test_an_error_that_comes_again_is_not_tried_a_third_time():
+    tries, same = Tries(5), Fault("worker 0: ValueError: x", "raised")
+    assert tries.failed(same, "step_00000010") == 0
+    assert tries.failed(same, "step_00000010") is None
+    tries = Tries(5)
+    assert tries.failed(same, "step_00000010") == 0 and tries.failed(same, "step_00000020") == 0
+    assert Tries(5).failed(Fault("disk", "final"), None) is None
+
+
+@pytest.mark.slow
+def test_workers_that_hang_are_replaced(trained, storage, packed):
+    """Both are stopped, so that neither can notice; the run ends bit-equal to the unbroken one."""
+    folder, summary = trained
+
+    def freeze():
+        wait_for(lambda: len(list((storage / "frozen").glob("checkpoints/step_*/COMMIT"))) >= 2)
+        for worker in ray_processes("RayTrainWorker"):
+            worker.send_signal(signal.SIGSTOP)
+
+    helper = threading.Thread(target=freeze)
+    helper.start()
+    frozen = train(storage, packed, as_trial=True, run_name="frozen", checkpoint_every="3", step_timeout="0.4m")
+    helper.join()
+    assert "nothing has moved for 0.4 minutes" in frozen["restart_log"][0]["reason"]
+    assert frozen["val"] == summary["val"] and frozen["best_checkpoint"] == summary["best_checkpoint"]
+    last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
+    before, after = weights_of(folder, last), weights_of(storage / "frozen", last)
+    assert all(np.array_equal(before[k], after[k]) for k in before)

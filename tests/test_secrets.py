@@ -1,0 +1,112 @@
+"""No secret of a URI comes out of the one place that takes them out, nor of the doors."""
+
+import string
+
+import pytest
+import yaml
+from conftest import ROOT, door, tiny_settings
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unet.secrets import lost, without_secrets
+from unet.storage import Folder
+from unet.training.run import Run, where
+
+# Long enough not to stand in the rest of a URI by chance; what ends a host or a value is among it.
+PLAIN = string.ascii_letters + string.digits
+SECRETS = st.text(PLAIN + "#?@:+=%.~!*_-", min_size=8, max_size=40).filter(lambda s: set(s) & set(PLAIN))
+VALUES = st.text(PLAIN + "/+=%@:.,~!*_-", min_size=8, max_size=40)
+NAMES = st.sampled_from(
+    ["secret_key", "access_key", "token", "api-key", "X-Amz-Signature", "PASSWORD", "sig", "credential"]
+)
+SCHEMES = st.sampled_from(["http", "https", "s3", "gs", "postgresql", "mysql+pymysql"])
+HIDDEN = st.one_of(
+    st.builds(lambda scheme, s: (s, f"{scheme}://{s}@host.org:5000/a/b.db"), SCHEMES, SECRETS),
+    st.builds(lambda scheme, s: (s, f"{scheme}://me:{s}@host"), SCHEMES, SECRETS),
+    st.builds(lambda scheme, s: (s, f"{scheme}://:{s}@10.0.0.1/x@y?region=z"), SCHEMES, SECRETS),
+    st.builds(
+        lambda s, cut: (s, f"s3://KEY:p{s[:cut]}/{s[cut:]}@bucket/p"),
+        SECRETS.filter(lambda s: "/" not in s),
+        st.just(0),
+    ),
+    st.builds(lambda name, s: (s, f"s3://bucket/p?region=x&{name}={s}&scheme=http"), NAMES, VALUES),
+    st.builds(lambda name, s: (s, f"https://host/p?{name}={s}"), NAMES, VALUES),
+)
+
+
+@given(HIDDEN, st.sampled_from(["{}", "cannot open {}: refused", "'{}' (see http://docs.org/a@b)", '{{"uri": "{}"}}']))
+def test_a_secret_never_comes_out(hidden, sentence):
+    secret, uri = hidden
+    shown = without_secrets(sentence.format(uri))
+    assert secret not in shown and lost(shown)
+    assert without_secrets(shown) == shown
+
+
+PARTS = st.text(PLAIN + "._-", min_size=1, max_size=12)
+
+
+@given(SCHEMES, PARTS, PARTS, st.integers(1, 65535))
+def test_what_has_no_secret_stays(scheme, host, name, port):
+    for uri in (
+        f"{scheme}://{host}/{name}@{host}/x.db",
+        f"{scheme}://{host}:{port}/{name}@{host}?region={name}&endpoint_override={host}:{port}",
+        f"{scheme}://[::1]:{port}/a@{name}",
+        f"sqlite:////home/{name}@{host}/x.db",
+        f"/home/{name}@{host}/x: {name}@{host} at {host}:{port}",
+        f"synthetic:{port}",
+    ):
+        assert without_secrets(uri) == uri and not lost(uri)
+
+
+S3 = "s3://AKIAKEY:hunter2%2Fsesame@bucket/runs?region=x"
+BLOB = f"{S3}&secret_key=opensesame"
+HTTP = "http://me:swordfish@127.0.0.1:9"
+WORDS = ("AKIAKEY", "hunter2", "opensesame", "swordfish")
+
+
+def test_a_run_saves_and_shows_none(tmp_path):
+    settings = tiny_settings(BLOB, S3, tracking_uri=HTTP)
+    assert not any(word in str(Folder(S3)) for word in WORDS) and str(Folder(S3)).endswith("@bucket/runs")
+    run = Run("named", settings, Folder(tmp_path / "named"))
+    run.start()
+    saved = (tmp_path / "named" / "config.yaml").read_text()
+    assert not any(word in saved + where(settings.run) for word in WORDS)
+    assert yaml.safe_load(saved)["storage_path"].endswith("@bucket/runs?region=x&secret_key=***")
+    # What went to a worker is shown by Ray as text.
+    from unet.training.loop import Job
+
+    job = Job(settings, run.shown_settings(), run.folder.uri, 1, "digest", (), None, None)
+    assert not any(word in str(job) + str(job.shown) for word in WORDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("train", [f"--tracking-uri={HTTP}"]),
+        ("train", [f"--tracking-uri={HTTP}", "--debug"]),
+        ("train", [f"--storage-path={BLOB}", "--tracking-uri=http://127.0.0.1:9"]),
+        ("prepare", [f"--source={S3}"]),
+        ("prepare", [f"--output={BLOB}"]),
+    ],
+)
+def test_a_refusal_shows_none(name, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNET_STORAGE_PATH", str(tmp_path))
+    assert door(name, *flags) == 2
+    captured = capsys.readouterr()
+    assert "error: " in captured.err and ("Traceback" in captured.err) == ("--debug" in flags)
+    assert not any(word in captured.out + captured.err for word in WORDS)
+
+
+@pytest.mark.parametrize("flag", ["tracking_uri", "data"])
+def test_a_resume_asks_for_what_was_not_saved(flag, tmp_path):
+    from unet.cli import parse
+    from unet.config import TrainSettings
+    from unet.errors import InputError
+
+    values = {flag: S3 if flag == "data" else HTTP}
+    Run("named", tiny_settings(tmp_path, **({"data": ROOT} | values)), Folder(tmp_path / "named")).start()
+    flags, name = ["--resume=named", f"--storage-path={tmp_path}"], f"--{flag.replace('_', '-')}"
+    with pytest.raises(InputError, match=rf"Give {name} again: what is secret in .*\*\*\*@"):
+        parse(TrainSettings, "", flags)
+    settings = parse(TrainSettings, "", [*flags, f"{name}={values[flag]}"])
+    assert {**settings.run.model_dump(), **settings.data.model_dump()}[flag] == values[flag]

@@ -1,0 +1,330 @@
+"""Nothing that is loaded can run code, read another file or leave its folder: an exploit is planted in each format."""
+
+import ast
+import io
+import json
+import pickle
+import shutil
+import tarfile
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, read_json
+
+from unet import cli
+from unet.config import TrainSettings, TuneSettings, flat, unflat
+from unet.data.pieces import read_table
+from unet.data.shards import MANIFEST, Manifest, Prepared
+from unet.data.sources.archives import extract
+from unet.data.sources.own import describe
+from unet.data.verify import verify
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.training.arrays import optimizer_shapes, weight_shapes, write_arrays, write_weights
+from unet.training.checkpoint import Checkpoints, State
+from unet.training.run import _identify
+from unet.tuning.space import parse_space
+
+SMALL = unflat(TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2})
+SHAPES = weight_shapes(2, 1, 3)
+NAME, KERNEL = "step_00000000", "layers/conv2d/vars/0"
+
+
+class Exploit:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+def checkpoint(run: Path) -> Path:
+    """A run with one whole checkpoint of zeros, whose marker says nothing of the content; the checkpoint's folder."""
+    folder = run / "checkpoints" / NAME
+    folder.mkdir(parents=True)
+    with (folder / "model.weights.h5").open("wb") as file:
+        write_weights(file, {path: np.zeros(shape, np.float32) for path, shape in SHAPES.items()})
+    with (folder / "optimizer.npz").open("wb") as file:
+        write_arrays(file, {name: np.zeros(shape, np.float32) for name, shape in optimizer_shapes(SHAPES).items()})
+    state = State(0, "digest", flat(SMALL), {})
+    Folder(folder).write_bytes("state.json", json.dumps(asdict(state)).encode())
+    (folder / "COMMIT").touch()
+    return folder
+
+
+def refused(run: Path, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Checkpoints(Folder(run)).resume(SMALL.model)
+
+
+def test_a_whole_one_is_accepted(tmp_path):
+    checkpoint(tmp_path)
+    assert Checkpoints(Folder(tmp_path)).resume(SMALL.model)[0][0] == NAME
+
+
+def pickled_array(path: Path, canary: Path):
+    arrays = dict(np.load(path))
+    arrays["loss_scale"] = np.array(Exploit(canary), object)
+    np.savez(path, **arrays)
+
+
+def plain_pickle(path: Path, canary: Path):
+    path.write_bytes(pickle.dumps(Exploit(canary)))
+
+
+def pickle_in_a_zip(path: Path, canary: Path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in optimizer_shapes(SHAPES):
+            archive.writestr(f"{name}.npy", pickle.dumps(Exploit(canary)))
+
+
+@pytest.mark.parametrize("plant", [pickled_array, plain_pickle, pickle_in_a_zip])
+def test_an_optimizer_that_is_pickled_is_not_unpickled(tmp_path, canary, plant):
+    plant(checkpoint(tmp_path) / "optimizer.npz", canary)
+    refused(tmp_path, r"\(optimizer.npz: ")
+
+
+def test_a_packed_array_is_not_unpacked(tmp_path):
+    path = checkpoint(tmp_path) / "optimizer.npz"
+    np.savez_compressed(path, **dict(np.load(path)))
+    refused(tmp_path, "is packed")
+
+
+def soft_link(file, other):
+    file["elsewhere"] = h5py.SoftLink(f"/{KERNEL}")
+
+
+def external_link(file, other):
+    del file[KERNEL]
+    file[KERNEL] = h5py.ExternalLink(str(other), "/kernel")
+
+
+def external_group(file, other):
+    del file["layers/conv2d_1"]
+    file["layers/conv2d_1"] = h5py.ExternalLink(str(other), "/group")
+
+
+def unused_external_link(file, other):
+    file["more"] = h5py.ExternalLink(str(other), "/kernel")
+
+
+def external_storage(file, other):
+    del file[KERNEL]
+    file.create_dataset(KERNEL, SHAPES[KERNEL], np.float32, external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file, other):
+    del file[KERNEL]
+    layout = h5py.VirtualLayout(SHAPES[KERNEL], np.float32)
+    layout[:] = h5py.VirtualSource(str(other), "kernel", SHAPES[KERNEL])
+    file.create_virtual_dataset(KERNEL, layout)
+
+
+def filtered(file, other):
+    values = file[KERNEL][()]
+    del file[KERNEL]
+    file.create_dataset(KERNEL, data=values, compression="gzip")
+
+
+def texts(file, other):
+    del file[KERNEL]
+    file.create_dataset(KERNEL, SHAPES[KERNEL], h5py.string_dtype())
+
+
+def references(file, other):
+    del file[KERNEL]
+    file.create_dataset(KERNEL, SHAPES[KERNEL], h5py.ref_dtype)
+
+
+WEIGHTS = {
+    soft_link: "is a link",
+    external_link: "is a link",
+    external_group: "is a link",
+    unused_external_link: "is a link",
+    external_storage: "not stored plainly",
+    virtual: "not stored plainly",
+    filtered: "not stored plainly",
+    texts: "holds object",
+    references: "holds object",
+}
+
+
+@pytest.mark.parametrize("plant", WEIGHTS, ids=lambda plant: plant.__name__)
+def test_weights_that_lie_elsewhere_are_refused(tmp_path, plant):
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["kernel"] = np.full(SHAPES[KERNEL], 7, np.float32)
+        for path in ("layers/conv2d_1/vars/0", "layers/conv2d_1/vars/1"):
+            file[path.replace("layers/conv2d_1", "group")] = np.full(SHAPES[path], 7, np.float32)
+    with h5py.File(checkpoint(tmp_path) / "model.weights.h5", "a") as file:
+        plant(file, other)
+    refused(tmp_path, rf"\(model.weights.h5: .*{WEIGHTS[plant]}")
+
+
+def yaml_of(canary: Path) -> str:
+    return f"classes: !!python/object/apply:os.mknod ['{canary}']\n"
+
+
+def test_yaml_makes_no_objects(tmp_path, canary):
+    text = yaml_of(canary)
+    (tmp_path / "settings.yaml").write_text(text)
+    (tmp_path / "dataset.yaml").write_text(text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    readings = {
+        "--config": lambda: cli.parse(TrainSettings, "", [f"--config={tmp_path}/settings.yaml"]),
+        "config.yaml": lambda: cli.parse(TrainSettings, "", ["--resume=run", f"--storage-path={tmp_path}"]),
+        "run/config.yaml": lambda: _identify(
+            unflat(TrainSettings, {"run_name": "run", "storage_path": str(tmp_path)}),
+        ),
+        "The space x": lambda: parse_space(text, "x", unflat(TuneSettings, {})),
+        "dataset.yaml": lambda: describe(tmp_path),
+    }
+    for what, read in readings.items():
+        with pytest.raises(InputError, match=rf"{what}.* is not valid YAML: could not determine a constructor"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "text", ["!!timestamp x", "!!bool x", "!!int x", "[" * 10_000, "\0", "a: !!binary x", "{[1]: 2}"]
+)
+def test_yaml_that_is_none_is_a_sentence(tmp_path, text):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"--config .*settings.yaml is not valid YAML"):
+        cli.parse(TrainSettings, "", [f"--config={tmp_path}/settings.yaml"])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "[" * 10**5])
+def test_a_damaged_summary_is_a_sentence(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(InputError, match=r"summary.json is damaged: bring back a copy of it, or remove it"):
+        _identify(unflat(TrainSettings, {"run_name": "run", "storage_path": str(tmp_path)}))
+
+
+def pickled_column(rows: int, canary: Path) -> pa.Array:
+    """A column of the type that Ray Data registers for Python objects: reading a value unpickles it."""
+    import ray.data  # noqa: F401
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    kind = ArrowPythonObjectType()
+    return kind.wrap_array(pa.array([pickle.dumps(Exploit(canary))] * rows, kind.storage_type))
+
+
+@pytest.fixture(scope="module")
+def shards(ray_cluster, packed, tmp_path_factory) -> Path:
+    from unet.data.pieces import Recipe
+    from unet.data.prepare import prepare
+
+    target = tmp_path_factory.mktemp("whole") / "shards"
+    prepare(str(packed), Folder(target), Recipe(32))
+    return target
+
+
+@pytest.mark.parametrize("column", ["name", "image", "nested"])
+def test_shards_of_pickled_columns_are_refused(shards, tmp_path, canary, column):
+    folder = Path(shutil.copytree(shards, tmp_path / "shards"))
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        planted = pickled_column(len(table), canary)
+        if column == "nested":
+            planted = pa.StructArray.from_arrays([planted], ["inner"])
+        place = max(0, table.column_names.index(column) if column in table.column_names else 0)
+        pq.write_table(table.set_column(place, table.column_names[place], planted), path, row_group_size=256)
+    pq.read_table(folder / "samples.parquet")[0].to_pylist()
+    assert canary.exists()  # the exploit is alive
+    canary.unlink()
+    prepared = Prepared(Folder(folder))
+    for read in (lambda: prepared.read_chunk("train", 0), lambda: prepared.names("test"), prepared.samples):
+        with pytest.raises(InputError, match=r"is not of a plain type\): remove .* and prepare the data again"):
+            read()
+    assert any(words.startswith("has changed") for _, words in verify(Folder(folder), lambda *_: None))
+
+
+def test_pieces_of_pickled_columns_are_refused(tmp_path, canary):
+    table = pa.table({"name": pickled_column(2, canary)})
+    with pa.OSFile(str(tmp_path / "piece.arrow"), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(pa.ArrowInvalid, match="is not of a plain type"):
+        read_table(Folder(tmp_path), "piece.arrow")
+
+
+@pytest.mark.parametrize("name", ["../secret.parquet", "/tmp/secret.parquet", "a/b.parquet", "..", ""])
+def test_a_manifest_names_only_files_beside_it(shards, tmp_path, name):
+    content = read_json(shards / MANIFEST)
+    del content["manifest_digest"]
+    for change in ({"files": content["files"] | {"val": [name]}}, {"sha256": content["sha256"] | {name: "0" * 64}}):
+        (tmp_path / MANIFEST).write_text(Manifest(**content | change).to_json())
+        with pytest.raises(
+            InputError, match=r"manifest.json is damaged \(it names '.*', which is not a file beside it"
+        ):
+            Prepared(Folder(tmp_path))
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", content: bytes = b"") -> tuple:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, len(content)
+    return info, io.BytesIO(content)
+
+
+ARCHIVES = {
+    "up": [member("images/../../../canary", content=b"x")],
+    "absolute": [member("{tmp}/canary", content=b"x")],
+    "through a link": [member("images/out", tarfile.SYMTYPE, "{tmp}"), member("images/out/canary", content=b"x")],
+    "through a link of a link": [
+        member("images/a", tarfile.SYMTYPE, "."),
+        member("images/b", tarfile.SYMTYPE, "a/.."),
+        member("images/b/../../canary", content=b"x"),
+    ],
+    "a link to a file": [member("images/x.jpg", tarfile.SYMTYPE, "{tmp}/secret")],
+    "a hard link to a file": [member("images/x.jpg", tarfile.LNKTYPE, "{tmp}/secret")],
+    "a device": [member("images/x.jpg", tarfile.CHRTYPE)],
+    "a pipe": [member("images/x.jpg", tarfile.FIFOTYPE)],
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_stays_in_its_folder(tmp_path, canary, kind):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    for name in ("images", "annotations"):
+        with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as tar:
+            tar.addfile(*member(name, tarfile.DIRTYPE))
+            for info, content in ARCHIVES[kind] if name == "images" else []:
+                info.name, info.linkname = (text.format(tmp=tmp_path) for text in (info.name, info.linkname))
+                content.seek(0)
+                tar.addfile(info, content)
+    with pytest.raises(InputError, match=r"Cannot unpack .*images.tar.gz: .* Fetch the archive again"):
+        extract(folder, tmp_path / "target", lambda *_: None)
+    assert not [p for p in (tmp_path / "target").rglob("*") if not p.is_dir()]
+
+
+def test_the_code_calls_nothing_that_could_load_code():
+    """The list of what reads is short; whoever adds to it meets this test."""
+    loaders = {"load", "loads", "eval", "exec", "load_model", "extractall", "unsafe_load", "full_load", "read_pickle"}
+    found = set()
+    for path in [*(ROOT / "unet").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                if call.rpartition(".")[2] in loaders:
+                    found.add(call)
+    # Of JSON, of this project, and of Pillow.
+    own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load"}
+    assert found == own | {"json.loads", "image.load"}

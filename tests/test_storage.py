@@ -1,0 +1,175 @@
+"""Storage that fails under a run: full, read-only, away. The run ends in one sentence, and goes on when it is back."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import TINY, job, read_json, train, weights_of
+
+from unet.config import TrainSettings, flat, unflat
+from unet.errors import StorageFailed
+from unet.storage import Folder
+from unet.training.checkpoint import Checkpoints, State
+from unet.training.learner import Learner
+
+PAGE = 4096
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own: a tmpfs of 160 MB, which root may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or mount("-t", "tmpfs", "-o", "size=160m", "tmpfs", place):
+        pytest.skip("needs the right to mount")
+    yield place
+    while os.path.ismount(place):
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def mount(*arguments) -> int:
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode
+
+
+def fill(place: Path, leave: int = 0) -> Path:
+    """Fill a disk of the tests up to so many bytes; the file that does it."""
+    assert os.path.ismount(place) and shutil.disk_usage(place).total < 2**28
+    filler = place / "filler"
+    with filler.open("wb") as file:
+        if room := shutil.disk_usage(place).free - leave:
+            os.posix_fallocate(file.fileno(), 0, room)
+    return filler
+
+
+def test_wherever_a_full_disk_ends_a_save_the_one_before_stays(disk):
+    """A page more room each time, until a save fits."""
+    settings = unflat(TrainSettings, {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 2})
+    learner, checkpoints, failures = Learner(settings, 3), Checkpoints(Folder(disk / "run")), 0
+    Folder(disk / "run").write_text("config.yaml", "")
+    checkpoints.save(learner, State(0, "digest", flat(settings), {}, step=1))
+    while True:
+        filler = fill(disk, leave=failures * PAGE)
+        try:
+            checkpoints.save(learner, State(0, "digest", flat(settings), {}, step=2))
+            break
+        except StorageFailed as error:
+            assert str(error).endswith("step_00000002: No space left on device; make room")
+            failures += 1
+        finally:
+            filler.unlink()
+        assert checkpoints.resume(settings.model)[0][0] == "step_00000001"
+        assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+    assert failures > 5 and checkpoints.resume(settings.model)[0][0] == "step_00000002"
+
+
+def whole(run: Path) -> list[str]:
+    return sorted(p.parent.name for p in run.glob("checkpoints/step_*/COMMIT"))
+
+
+@contextlib.contextmanager
+def as_soon_as(condition, act):
+    """Do something once a condition holds, beside what stands inside."""
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.02):
+            if condition():
+                act()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def prepared_of(trained) -> Path:
+    folder, summary = trained
+    manifests = (folder.parent / "data").glob("*/manifest.json")
+    return next(m.parent for m in manifests if read_json(m)["data_digest"] == summary["data_digest"])
+
+
+def no_workers_are_left() -> bool:
+    """Among what this session's Ray runs."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        running = psutil.Process().children(recursive=True)
+        if not any("RayTrainWorker" in name_of(process) for process in running):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""  # it has just ended
+
+
+def test_a_run_on_a_full_disk_ends_in_a_sentence_and_goes_on_bit_equal(trained, disk):
+    data = prepared_of(trained)
+    run = disk / "full"
+    filled = as_soon_as(lambda: len(whole(run)) >= 2, lambda: fill(disk))
+    with pytest.raises(StorageFailed) as error, filled:
+        train(disk, data, as_trial=True, run_name="full", checkpoint_every="3")
+    last = whole(run)[-1]
+    words = f"then: python jobs/train.py --resume full --storage-path {disk} (the last whole checkpoint is {last})."
+    assert str(error.value).startswith("Cannot write ") and "No space left on device; make room" in str(error.value)
+    assert str(error.value).endswith(words) and no_workers_are_left()
+    assert not list(run.rglob(".tmp-*"))
+    (disk / "filler").unlink()
+    summary = train(disk, data, as_trial=True, run_name="full", checkpoint_every="3")
+    assert summary["status"] == "finished" and summary["val"] == trained[1]["val"]
+    last = sorted(p.name for p in (trained[0] / "checkpoints").iterdir())[-1]
+    before, after = weights_of(trained[0], last), weights_of(run, last)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["read-only", "away"])
+def test_a_job_whose_storage_is_taken_away_ends_in_a_sentence_and_goes_on(trained, ray_cluster, disk, tmp_path, fault):
+    place = disk / "bound"
+    for folder in (disk / "real", place):
+        folder.mkdir()
+    assert not mount("--bind", disk / "real", place)
+    run, marks = place / "gone", f"sqlite:///{tmp_path}/mlflow.db"
+
+    def fail():
+        if fault == "away":
+            subprocess.run(["umount", "-l", place], check=True)
+        while fault == "read-only" and mount("-o", "remount,ro", disk):  # it is busy while a file is written
+            time.sleep(0.01)
+
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    flags += ["--num-workers=2", "--threads=1", f"--data={prepared_of(trained)}", f"--storage-path={place}"]
+    flags += [f"--tracking-uri={marks}", "--run-name=gone", "--checkpoint-every=3"]
+    address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    with as_soon_as(lambda: len(whole(run)) >= 2, fail):
+        ended = job("train", *flags, env=address)
+    said = ended.stdout[ended.stdout.index("error: ") :]
+    words = {"read-only": "Read-only file system; make it writable again", "away": "is gone, or the disk it was on"}
+    assert ended.returncode == 1 and words[fault] in said and "--resume gone" in said, ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert no_workers_are_left()
+    if fault == "away":
+        assert list(place.iterdir()) == []
+        assert not mount("--bind", disk / "real", place)
+    else:
+        assert whole(run)[-1] in said and not mount("-o", "remount,rw", disk)
+    assert not list(run.rglob(".tmp-*"))
+    done = job("train", "--resume=gone", f"--storage-path={place}", f"--tracking-uri={marks}", env=address)
+    assert done.returncode == 0, done.stdout
+    summary = read_json(run / "summary.json")
+    assert summary["val"] == trained[1]["val"] and summary["test"] == trained[1]["test"]
+    subprocess.run(["umount", "-l", place], check=True)

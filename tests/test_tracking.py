@@ -1,0 +1,327 @@
+"""MLflow away: a real server frozen and killed, a locked sqlite, a lost answer, a store that never comes back."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import ROOT, TINY, door, read_json, tiny_settings, train
+from mlflow_server import Line, Server
+from test_run import start_job, wait_for
+
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.tracking.courier import Courier
+from unet.tracking.send import kept_back, send
+from unet.tracking.store import KEY, Store, check_server
+from unet.tracking.tracker import Tracker
+from unet.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Requests are given up after a second, so that a frozen server costs no more."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture
+def couriers(tmp_path):
+    """Makes couriers, and ends them; what they say goes into the list of the second value."""
+    made, words = [], []
+
+    def make(uri, experiment):
+        made.append(Courier(Folder(tmp_path), experiment, uri, words.append))
+        return made[-1]
+
+    yield make, words
+    for courier in made:
+        courier.close()
+
+
+def line(epoch: int) -> dict:
+    return {"epoch": epoch, "step": 3 * epoch, "time": 1000 + epoch, "val_loss": 1 / epoch, "train_loss": 2 / epoch}
+
+
+def expected(lines: list[dict]) -> Counter:
+    """Metrics as MLflow keeps them."""
+    return Counter(
+        (name, value, record["time"], record["epoch"])
+        for record in lines
+        for name, value in record.items()
+        if name not in ("epoch", "step", "time")
+    )
+
+
+def metrics_of(server: Server, run_id: str) -> Counter:
+    return Counter(server.rows("select key, value, timestamp, step from metrics where run_uuid = ?", run_id))
+
+
+def runs_of(server: Server, key: str) -> list[str]:
+    """The ids of the runs with this key that were not deleted."""
+    query = "select r.run_uuid from runs r join tags t on t.run_uuid = r.run_uuid where t.key = ? and t.value = ?"
+    return [row[0] for row in server.rows(f"{query} and r.lifecycle_stage = 'active'", KEY, key)]
+
+
+def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, couriers, tmp_path):
+    make, words = couriers
+    (tmp_path / "some.txt").write_text("text")
+    server.freeze()
+    courier = make(server.uri, "frozen")
+    courier.start("run", None, {"a": 1, "none": None}, {"kind": "x"}, "key-1", 1)
+    for epoch in (1, 2):
+        courier.epoch(line(epoch))
+    courier.file(Folder(tmp_path), "some.txt", "below")
+    assert courier.run_id is None, "the calls were to return before the server answers"
+    assert not courier.deliver(0, at_most=60) and courier.run_id is None
+    server.thaw()
+    assert courier.deliver(60)
+    server.kill()
+    courier.epoch(*map(line, (1, 2, 3)))  # the first two were given before
+    courier.epoch(line(4))
+    assert not courier.deliver(0, at_most=60)
+    server.start()
+    courier.epoch(line(5))
+    courier.status("finished", 5)
+    assert courier.deliver(60)
+
+    assert runs_of(server, "key-1") == [courier.run_id]
+    assert metrics_of(server, courier.run_id) == expected(list(map(line, range(1, 6))))
+    run = mlflow.MlflowClient(server.uri).get_run(courier.run_id)
+    assert run.data.params == {"a": "1"} and run.data.tags["kind"] == "x" and run.info.status == "FINISHED"
+    assert (run.info.start_time, run.info.end_time) == (1, 5)
+    assert [p.read_text() for p in (server.folder / "artifacts").rglob("below/some.txt")] == ["text"]
+    place = f"MLflow at {server.uri}"
+    assert [w.partition(" (")[0] for w in words[::2]] == [f"{place} does not answer"] * 2, words
+    assert words[1::2] == [f"{place} answers again: what was kept back is being sent."] * 2
+    assert all("the training goes on, what is kept back is sent later" in w for w in words[::2])
+
+
+def test_a_run_whose_creation_was_not_answered_is_made_once(server, couriers):
+    """Also the experiment and the metrics: what the server has taken is not taken twice."""
+    make, _ = couriers
+    wire = Line(server, ["experiments/create", "runs/create", "runs/log-batch"])
+    try:
+        courier = make(wire.uri, "lost")
+        courier.start("run", None, {"a": 1}, {}, "key-2", 1)
+        courier.epoch(line(1))
+        assert courier.deliver(60)
+    finally:
+        wire.close()
+    assert sorted(wire.lost) == ["experiments/create", "runs/create", "runs/log-batch"]
+    assert runs_of(server, "key-2") == [courier.run_id]
+    assert metrics_of(server, courier.run_id) == expected([line(1)])
+
+
+def test_of_two_runs_with_one_key_one_stays(server, tmp_path):
+    """A frozen server may answer the first of two creations after the second."""
+    store = Store(Folder(tmp_path), "doubled", server.uri)
+    own = store.start("run", None, {}, {}, key="key-3", started=5)
+    late = store.client.create_run(store.experiment_id, 1, {KEY: "key-3"}).info.run_id
+    assert set(runs_of(server, "key-3")) == {own, late}
+    assert store.find("key-3") == own and runs_of(server, "key-3") == [own]
+    assert Store(Folder(tmp_path), "doubled", server.uri).start("run", None, {}, {}, key="key-3") == own
+
+
+def test_what_can_never_work_is_refused_and_an_outage_is_not(server, couriers):
+    make, words = couriers
+    client = mlflow.MlflowClient(server.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(InputError, match="experiment gone was deleted: restore it"):
+        make(server.uri, "gone").check(60)
+    with pytest.raises(InputError, match=r"MLflow cannot use foo://me: .*unsupported URI"):
+        make("foo://me", "x").check(60)
+    away = make("http://127.0.0.1:9", "x")
+    away.check(60)
+    # A run that continues asks nothing; it takes what is deleted as an outage.
+    assert not away.deliver(0, at_most=60)
+    check_server(server.uri.replace("//", "//me:password@"))
+    for uri in ("http://127.0.0.1:9", "http://me:password@nowhere.invalid", "postgresql://me:password@127.0.0.1:9/x"):
+        with pytest.raises(InputError, match="does not answer") as error:
+            check_server(uri)
+        assert "password" not in str(error.value)
+    assert any("does not answer" in w for w in words)
+
+
+def test_a_locked_sqlite_delays_nobody(server, couriers, tmp_path):
+    make, words = couriers
+    database = shutil.copy(server.database, tmp_path / "locked.db")
+    lock = sqlite3.connect(database, isolation_level=None)
+    lock.execute("begin exclusive")
+    courier = make(f"sqlite:///{database}", "locked")
+    courier.start("run", None, {}, {}, "key-4", 1)
+    courier.epoch(line(1), line(2))
+    courier.status("stopped")
+    courier.check(60)  # the first attempt has failed, which is no reason to refuse
+    assert courier.run_id is None and "locked" in courier.reason
+    lock.close()
+    assert courier.deliver(60)
+    found = sqlite3.connect(database).execute("select key, value, timestamp, step from metrics").fetchall()
+    assert Counter(row for row in found) >= expected([line(1), line(2)])
+    assert mlflow.MlflowClient(courier.uri).get_run(courier.run_id).info.status == "KILLED"
+    assert "locked" in words[0]
+
+
+@pytest.fixture
+def unsent(trained, tmp_path):
+    """The session's run in another place, as one that MLflow has never heard of."""
+    folder = shutil.copytree(trained[0], tmp_path / "storage" / "trained")
+    summary = read_json(folder / "summary.json") | {"mlflow_run_id": None, "model_uri": None, "delivered": False}
+    (folder / "summary.json").write_text(json.dumps(summary | {"mlflow_key": folder.parent.parent.name}))
+    return folder
+
+
+def test_a_store_that_never_comes_back_is_given_up(unsent, couriers):
+    make, _ = couriers
+    settings = tiny_settings(unsent.parent, ROOT, tracking_uri="http://me:word@127.0.0.1:9")
+    run, courier = Run.load("trained", settings), make(settings.run.tracking_uri, "x")
+    assert not send(run, courier, patience=0)
+    words = kept_back(run, courier)
+    command = (
+        f"python jobs/train.py --sync trained --storage-path {unsent.parent} --tracking-uri 'http://***@127.0.0.1:9'"
+    )
+    assert words.endswith(command) and "its folder holds everything" in words
+
+
+def test_sync_sends_all_of_a_run_once(unsent, server, packed):
+    """Line by line as in its folder, in a process that never imports TensorFlow; again, it changes nothing."""
+    flags = ["--sync", "trained", "--storage-path", str(unsent.parent), "--tracking-uri", server.uri]
+    code = f"""
+import runpy, sys
+sys.argv = ["train.py", *{flags!r}]
+try:
+    runpy.run_path("{ROOT}/jobs/train.py", run_name="__main__")
+except SystemExit as end:
+    import ray
+    sys.exit(end.code or ("tensorflow" in sys.modules and "TensorFlow") or (ray.is_initialized() and "Ray") or 0)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = read_json(unsent / "summary.json")
+    run_id = summary["mlflow_run_id"]
+    assert done.stdout.split("\n")[:-1] == [
+        f"MLflow at {server.uri} has all of the run trained (finished, 10 epochs): run {run_id}."
+    ]
+    state = check_synced(unsent, server)
+    # As after a kill while it was sent: the same command answers that the run is finished, and sends it.
+    (unsent / "summary.json").write_text(json.dumps(summary | {"delivered": None}))
+    train(unsent.parent, packed, run_name="trained", tracking_uri=server.uri)
+    assert check_synced(unsent, server) == state and read_json(unsent / "summary.json") == summary
+
+
+def check_synced(folder: Path, server: Server) -> dict:
+    """Compare a run's folder with what the server has; the server's rows of it."""
+    summary, config = read_json(folder / "summary.json"), yaml.safe_load((folder / "config.yaml").read_text())
+    run_id = summary["mlflow_run_id"]
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = metrics_of(server, run_id)
+    test = Counter({row: n for row, n in found.items() if row[0].startswith("test_")})
+    assert found - test == expected(lines)
+    assert {row[2:] for row in test} == {(summary["test_time"], 10)} and len(test) == 10
+    assert ("test_mean_iou", summary["test"]["mean_iou"], summary["test_time"], 10) in test
+    client = mlflow.MlflowClient(server.uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and runs_of(server, summary["mlflow_key"]) == [run_id]
+    assert (run.info.start_time, run.info.end_time) == (summary["started"], summary["ended"])
+    shown = {k: str(v) for k, v in config.items() if v is not None}
+    assert run.data.params == shown | {k: str(summary[k]) for k in ("parameters", "data_digest")}
+    assert config["sync"] is None and run.data.tags["best_checkpoint"] == summary["best_checkpoint"]
+    (data,) = run.inputs.dataset_inputs
+    assert summary["data_digest"].startswith(data.dataset.digest)
+    assert summary["model_uri"] == f"runs:/{run_id}/model" and summary["delivered"]
+    (top,) = (server.folder / "artifacts").glob(f"*/{run_id}/artifacts")
+    files = {str(p.relative_to(top)): p.read_bytes() for p in top.rglob("*") if p.is_file()}
+    best = folder / summary["best_checkpoint"]
+    places = {"": folder, "best_checkpoint/": best, "model/": folder / "model"}
+    own = {
+        f"{place}{p.relative_to(where)}": p.read_bytes()
+        for place, where in places.items()
+        for p in (where.rglob("*") if place else where.glob("*"))
+        if p.is_file() and p.name not in ("COMMIT", "metrics.jsonl", "summary.json", ".lock")
+    }
+    assert {name: content for name, content in files.items() if name in own} == own and "model/MLmodel" in own
+    assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}
+    return {"metrics": found, "tags": run.data.tags, "files": sorted(files)}
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "flags"),
+    [
+        ("finished", "There is no run nobody under", ["--sync=nobody"]),
+        ("failed", "does not answer", ["--sync=trained", "--tracking-uri=http://127.0.0.1:9"]),
+        ("running", "has not ended: what MLflow lacks is sent as it goes on", ["--sync=trained"]),
+        ("finished", "--sync names the run itself", ["--sync=trained", "--run-name=x"]),
+    ],
+)
+def test_sync_of_what_cannot_be_is_one_sentence(unsent, capsys, status, words, flags):
+    summary = read_json(unsent / "summary.json") | {"status": status}
+    (unsent / "summary.json").write_text(json.dumps(summary))
+    assert door("train", *flags, f"--storage-path={unsent.parent}") == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and words in output.err and output.err.count("\n") == 1 and not output.out
+    assert read_json(unsent / "summary.json") == summary
+
+
+def test_a_continued_run_of_a_sweep_gets_the_params_it_lacks(server, tmp_path):
+    tracker = Tracker(Folder(tmp_path), "params", server.uri)
+    run_id = tracker.start("run", None, {"a": 1}, {})
+    tracker.start("run", run_id, {"a": 2, "b": 3, "c": None}, {})
+    assert tracker.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
+
+
+def test_a_sweep_keeps_back_what_the_store_refuses(server, tmp_path):
+    """A store that refuses for a while, files for good: metrics arrive, in order, once."""
+    tracker = Tracker(Folder(tmp_path), "outage", server.uri)
+    tracker.start("run", None, {"a": 1}, {})
+    whole, refusals = tracker.client.log_batch, iter(range(3))
+
+    def refusing(*args, **kwargs):
+        if next(refusals, None) is not None:
+            raise ConnectionError("away")
+        return whole(*args, **kwargs)
+
+    tracker.client.log_batch = refusing
+    tracker.client.log_artifacts = lambda *args: (_ for _ in ()).throw(OSError("read-only"))
+    tracker.artifacts("", {"some.txt": b"text"})
+    for epoch in (1, 2, 3, 4, 4):  # the last one again, as after a resume
+        tracker.epoch(line(epoch))
+    assert not tracker.deliver()  # the file is still here
+    tracker.status("finished")
+    assert metrics_of(server, tracker.run_id) == expected(list(map(line, range(1, 5))))
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_training_whose_server_never_comes_back_ends_well(ray_cluster, server, packed, tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    flags += [f"--data={packed}", "--run-name=left", f"--storage-path={tmp_path}", f"--tracking-uri={server.uri}"]
+    process = start_job(*flags, RAY_ADDRESS=ray_cluster.address_info["gcs_address"])
+    wait_for(
+        lambda: (tmp_path / "left" / "metrics.jsonl").exists() and (tmp_path / "left" / "metrics.jsonl").read_text()
+    )
+    server.kill()
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert f"MLflow at {server.uri} does not answer" in output
+    assert f"--sync left --storage-path {tmp_path} --tracking-uri {server.uri}" in output
+    summary = read_json(tmp_path / "left" / "summary.json")
+    assert summary["status"] == "finished" and summary["delivered"] is False
+    server.start()
+    assert door("train", "--sync=left", f"--storage-path={tmp_path}") == 0
+    check_synced(tmp_path / "left", server)

@@ -1,0 +1,31 @@
+"""Takes secrets out of text. Whatever is shown, logged, sent to MLflow or saved goes through here.
+
+A secret in a URI stands before an @ (`https://TOKEN@host`, `s3://KEY:SECRET@bucket`) or in its query
+(`?secret_key=…`). Nothing else is looked for: settings have no other place for one.
+"""
+
+import re
+from typing import Any
+
+MASK = "***"
+
+# Up to the last @ before the first slash: # and ? end a host, but stand in passwords that were not percent-encoded.
+# A slash in a password is told from the one after a port by what is before it.
+_USERINFO = re.compile(r"(://)(?:[^/\s]+|(?!\[)[^/\s:]*:(?!\d{0,5}(?:/|$))\S+)@")
+_NAMES = "key|secret|token|passw|pwd|signature|credential"
+_QUERY = re.compile(rf"([?&;#](?:[^=&;#?\s]*(?:{_NAMES})[^=&;#?\s]*|sig)=)[^&\s'\"]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """A URI, or any text with URIs in it, as it may be shown and saved."""
+    return _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
+
+
+def shown(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they may be shown and saved."""
+    return {name: without_secrets(v) if isinstance(v, str) else v for name, v in values.items()}
+
+
+def lost(saved: Any) -> bool:
+    """Whether a saved setting had a secret, so that it has to be given again."""
+    return isinstance(saved, str) and (f"://{MASK}@" in saved or f"={MASK}" in saved)

@@ -1,0 +1,138 @@
+"""A run's folder into its MLflow run: at the start and the end of a training, and later with `--sync`.
+
+The folder holds all that MLflow gets, and however often it is sent nothing is doubled.
+"""
+
+import yaml
+
+from unet.config import TrainSettings
+from unet.data.shards import MANIFEST, Prepared
+from unet.errors import InputError, RunFailed
+from unet.metrics import flat as flat_metrics
+from unet.secrets import lost, without_secrets
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.tracking.courier import Courier
+from unet.tracking.store import check_server
+from unet.training.run import CONFIG, MODEL, SUMMARY, Run, where
+
+PATIENCE = 30.0
+"""Seconds after which a store that takes nothing any more is given up."""
+PICTURES = (".png", ".npz")
+
+
+def begin(run: Run, to: Courier, prepared: Prepared | None = None) -> None:
+    """Send what is known of a run from its start, and the epochs it has; `prepared` are its data, if they are open."""
+    config, summary = yaml.safe_load(run.folder.read_text(CONFIG)), run.summary
+    params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
+    tags = {"data_digest": summary.get("data_digest"), "run_folder": str(run.folder)}
+    to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
+    if (prepared := prepared or _prepared(summary)) is not None:
+        to.data(prepared)
+    to.epoch(*run.history())
+    to.file(run.folder, CONFIG)
+
+
+def _prepared(summary: dict) -> Prepared | None:
+    """The data of a run, if they are where they were."""
+    uri = summary.get("prepared")
+    if uri is None or lost(uri):
+        return None
+    try:
+        folder = Folder(uri)
+        prepared = Prepared(folder) if folder.exists(MANIFEST) else None
+    except (InputError, OSError):
+        return None
+    return prepared if prepared and prepared.manifest.data_digest == summary["data_digest"] else None
+
+
+def send(run: Run, to: Courier, patience: float = PATIENCE, at_most: float = float("inf")) -> bool:
+    """Send all of an ended run; whether MLflow has taken it. Its summary then knows its MLflow run."""
+    begin(run, to)
+    if not to.reach(patience, at_most):
+        return False
+    summary, finished = run.summary, run.summary["status"] == "finished"
+    has_model = finished and run.folder.committed(MODEL)
+    run.write_summary(mlflow_run_id=to.run_id, model_uri=f"runs:/{to.run_id}/model" if has_model else None)
+    to.single(run.mlflow_key())
+    if finished:
+        _results(run, to)
+    if has_model:
+        model = run.folder / MODEL
+        for name in model.files():
+            to.file(model, name, "model")
+    to.tags(restart_tags(summary))
+    told = {name: summary.get(name) for name in ("status", "reason", "best_checkpoint", "model_uri")}
+    to.tags({name: value[:500] for name, value in told.items() if value})
+    to.file(run.folder, SUMMARY)
+    to.status(summary["status"], summary.get("ended"))
+    delivered = to.deliver(patience, at_most)
+    run.write_summary(delivered=delivered)
+    return delivered
+
+
+def restart_tags(summary: dict) -> dict[str, str]:
+    """The restarts of a run's workers as tags: their number, and when and why each was."""
+    log = summary.get("restart_log") or []
+    told = [f"{r['time']} {r['reason']}; {r['workers']} worker(s) from step {r['step']}" for r in log]
+    return {"restarts": str(len(log))} | {f"restart_{i:03d}": text[:500] for i, text in enumerate(told, 1)}
+
+
+def _results(run: Run, to: Courier) -> None:
+    """Test scores, pictures and the best checkpoint."""
+    summary, last = run.summary, run.history()[-1]
+    to.metrics(flat_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
+    for name in run.folder.names():
+        if name.endswith(PICTURES):
+            to.file(run.folder, name)
+    best = run.folder / summary["best_checkpoint"]
+    for name in best.files():
+        to.file(best, name, "best_checkpoint")
+
+
+def kept_back(run: Run, to: Courier) -> str:
+    """What to do about an ended run that MLflow has not taken wholly."""
+    return (
+        f"MLflow at {without_secrets(to.uri)} has not taken all of the run ({to.reason or 'there was no time'}); its "
+        f"folder holds everything. Send it later: python jobs/train.py --sync {run.name}{where(run.settings.run)}"
+    )
+
+
+def send_later(run: Run, display: Display) -> None:
+    """Send what MLflow lacks of an ended run.
+
+    Raises:
+        RunFailed: the store has not taken everything.
+    """
+    part = run.settings.run
+    courier = Courier(Folder(part.storage_path), part.experiment, part.tracking_uri, display.say)
+    try:
+        display.waiting(f"sending {run.name} to MLflow")
+        courier.check(PATIENCE)
+        delivered = send(run, courier)
+    finally:
+        courier.close()
+        display.close()
+    if not delivered:
+        raise RunFailed(kept_back(run, courier))
+    display.say(
+        f"MLflow at {without_secrets(courier.uri)} has all of the run {run.name} ({run.summary['status']}, "
+        f"{len(run.history())} epochs): run {run.summary['mlflow_run_id']}."
+    )
+
+
+def sync(settings: TrainSettings, display: Display) -> None:
+    """`--sync`.
+
+    Raises:
+        InputError: the run has not ended, or the store does not answer.
+        RunFailed: the store has not taken everything.
+    """
+    run, part = Run.load(settings.run.sync, settings), settings.run
+    if run.summary.get("status") not in ("finished", "stopped", "failed"):
+        raise InputError(
+            f"The run {run.name} has not ended: what MLflow lacks is sent as it goes on. If it was killed, continue "
+            f"it: python jobs/train.py --resume {run.name}{where(part)}"
+        )
+    check_server(part.tracking_uri)
+    send_later(run, display)

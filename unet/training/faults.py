@@ -1,0 +1,92 @@
+"""What ended a group of workers, as a sentence, and whether starting them again can help."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from unet.errors import first_line
+
+FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
+OF_PEERS = ("UnavailableError", "AbortedError", "CancelledError", "InternalError", "DeadlineExceededError")
+"""What TensorFlow raises in a worker whose peer is gone."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a group ended.
+
+    Attributes:
+        reason: a sentence without its full stop.
+        kind: "lost" is a process, node or connection that is gone, or hangs; "raised" an error of a worker, which
+            may come again; "final" one that says itself that it will.
+    """
+
+    reason: str
+    kind: Literal["lost", "raised", "final"] = "lost"
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What a trainer of Ray Train failed with."""
+    failures = dict(getattr(error, "worker_failures", None) or {})
+    # A peer's broken connection only says that somebody else is gone.
+    faults = [_of_worker(rank, failure) for rank, failure in sorted(failures.items())]
+    for kind in ("final", "raised", "lost"):
+        if found := [fault for fault in faults if fault.kind == kind]:
+            return max(found, key=lambda fault: "connection" not in fault.reason)
+    text = str(error)
+    if own := _own_words(text):
+        return Fault(own, "final")
+    if "TrainController" in text:
+        return Fault("the controller of Ray Train was lost")
+    return Fault(_last_line(error), "raised")
+
+
+def _of_worker(rank: int, error: BaseException) -> Fault:
+    text = str(error)
+    if own := _own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
+        return Fault(own, "final")
+    if "OutOfMemory" in text or "memory usage threshold" in text:
+        return Fault(f"worker {rank} was ended because its node ran out of memory (a smaller --batch-size needs less)")
+    if "node" in text and ("node has died" in text or "node was terminated" in text or "node failure" in text):
+        return Fault(f"worker {rank} was lost with its node")
+    if "actor died" in text.lower() or "ActorDied" in text or "ActorUnavailable" in text:
+        pid = re.search(r"pid[:=]\s*(\d+)", text)
+        return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
+    if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
+        return Fault(f"the connection of worker {rank} to the others broke")
+    return Fault(f"worker {rank}: {_last_line(error)}", "raised")
+
+
+def _own_words(text: str) -> str | None:
+    """What an error of `unet.errors` says; Ray Data gives on what its tasks raised as text only."""
+    own = re.search(r"^unet\.errors\.(?!StepFailed|Damaged)\w+: (.+)$", text, re.MULTILINE)
+    return own and own[1]
+
+
+def _last_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1]}" if lines else first_line(cause)
+
+
+class Tries:
+    """How often in a row, without a new checkpoint between, workers are started again, and after what wait."""
+
+    def __init__(self, most: int):
+        self.most, self.failures = most, 0
+        self._last: tuple[Fault, str | None] | None = None
+        self._checkpoint: str | None = None
+
+    def failed(self, fault: Fault, checkpoint: str | None) -> float | None:
+        """Seconds to wait before the next start, none at first; None to give up.
+
+        `checkpoint` is the run's last one now.
+        """
+        if checkpoint != self._checkpoint:
+            self.failures = 0
+        again = (fault, checkpoint) == self._last
+        self._last, self._checkpoint = (fault, checkpoint), checkpoint
+        self.failures += 1
+        if fault.kind == "final" or self.failures > self.most or (fault.kind == "raised" and again):
+            return None
+        return 0.0 if self.failures == 1 else min(FIRST_WAIT ** (self.failures - 1), LONGEST_WAIT)

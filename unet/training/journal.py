@@ -1,0 +1,177 @@
+"""What a run says about itself while it goes on: in its folder, in MLflow and on the terminal. One thread writes it."""
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from unet.data.shards import Prepared
+from unet.errors import StorageFailed
+from unet.secrets import without_secrets
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.tracking.courier import Courier, Untracked
+from unet.tracking.send import PATIENCE, begin, kept_back, restart_tags, send
+from unet.training import results
+from unet.training.checkpoint import State
+from unet.training.run import Run, milliseconds, where
+
+STOP_SECONDS = 2
+"""How long a run that was stopped waits for MLflow."""
+PASSING = ("time", "images_per_second", "data_wait_fraction")
+"""What of an epoch's record is not the same when it is trained again."""
+
+
+@dataclass
+class Journal:
+    """The journal of one start of a run.
+
+    Attributes:
+        as_trial: a trial of a sweep, which has no test score and whose MLflow run the sweep writes.
+        started: when the job began, in seconds since 1970.
+        history: the epochs so far, as in `metrics.jsonl`.
+    """
+
+    run: Run
+    prepared: Prepared
+    parameters: int
+    display: Display
+    as_trial: bool
+    started: float
+    tracker: Courier | Untracked = field(default_factory=Untracked)
+    history: list[dict] = field(default_factory=list)
+
+    def open(self, state: State | None) -> None:
+        """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
+
+        Raises:
+            InputError: MLflow can never take a new run so. One that continues goes on without it.
+        """
+        run, manifest = self.run, self.prepared.manifest
+        if not self.as_trial:
+            self.tracker = self._courier()
+        self.history = run.history()
+        facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
+        run.start(parameters=self.parameters, **facts)
+        # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
+        self._take(state.history if state else [])
+        if not self.as_trial:
+            begin(run, self.tracker, self.prepared)
+            self.tracker.tags({"status": "running"})
+            self.tracker.status("running")
+
+    def _courier(self) -> Courier:
+        part = self.run.settings.run
+        say = lambda words: self.display.say(words, "yellow")  # noqa: E731
+        courier = Courier(Folder(part.storage_path), part.experiment, part.tracking_uri, say)
+        try:
+            if not self.run.summary:
+                courier.check(PATIENCE)
+        except BaseException:
+            courier.close()
+            raise
+        return courier
+
+    def close(self) -> None:
+        """Let go of MLflow; what it has not taken is in the run's folder."""
+        self.tracker.close()
+
+    def hear(self) -> None:
+        """What MLflow says, and the id of the run there when it is known."""
+        self.tracker.hear()
+        if self.tracker.run_id not in (None, self.run.summary["mlflow_run_id"]):
+            self.run.write_summary(mlflow_run_id=self.tracker.run_id)
+
+    def first_step(self, at: float) -> None:
+        if self.run.summary["seconds_to_first_step"] is None:
+            self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
+
+    def epoch(self, record: dict, validation: dict | None) -> None:
+        """An epoch that has ended, and the scores of the best one."""
+        self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
+        self.run.write_summary(
+            best_epoch=record["best_epoch"], val=validation, skipped_steps=record.get("skipped_steps", 0)
+        )
+        self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
+
+    def _take(self, history: list[dict]) -> None:
+        """Write down the epochs so far and send them on.
+
+        A line that was written once stays as it is, although its epoch may be trained again after a damaged
+        checkpoint: MLflow has it with its time.
+        """
+        written = {_lasting(record): record for record in self.history}
+        history = [written.get(_lasting(record), record) for record in history]
+        self.history = history
+        self.run.write_history(history)
+        self.tracker.epoch(*history)  # those that it was given before it leaves out
+
+    def restart(self, reason: str, step: int, workers: int) -> None:
+        """A group of workers that takes the place of another."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        log = [*(self.run.summary["restart_log"] or [])]
+        log.append({"time": at, "reason": without_secrets(reason), "step": step, "workers": workers})
+        self.run.write_summary(restarts=len(log), restart_log=log)
+        self.tracker.tags(restart_tags(self.run.summary))
+
+    def stopped(self) -> None:
+        """Mark the run first of all: a submitted job may have few seconds left."""
+        self.run.write_summary(status="stopped")
+        self.tracker.tags({"status": "stopped"})
+        self.tracker.status("stopped")
+
+    def mark(self, status: str, **facts) -> None:
+        """Say how the run ends, if its storage still takes that."""
+        with contextlib.suppress(StorageFailed):
+            self.run.write_summary(status=status, ended=milliseconds(), **facts)
+        self.tracker.status(status)
+        self.tracker.deliver(PATIENCE, at_most=STOP_SECONDS)
+
+    def broken_off(self, status: str, state: State | None, reason: str) -> None:
+        """The end of a run that was stopped or failed."""
+        self.mark(status, reason=without_secrets(reason), **self._facts(state))
+        with contextlib.suppress(StorageFailed):
+            self._send(at_most=STOP_SECONDS if status == "stopped" else math.inf)
+        if status == "stopped":
+            at = f"step {state.step}" if state else "the start"
+            go_on = f"python jobs/train.py --resume {self.run.name}{where(self.run.settings.run)}"
+            self.display.say(f"Stopped at {at}. Continue: {go_on}")
+
+    def finished(self, state: State, test: dict | None, tested: int | None, gallery: dict | None, package) -> None:
+        """The end of a run whose last epoch is behind, and whose test split was scored at the time `tested`."""
+        run, facts = self.run, self._facts(state)
+        if not self.as_trial:
+            self.display.waiting("drawing")
+            results.keep(run, state, self.history, test, gallery, package)
+            facts |= {"test": test, "test_time": tested}
+        run.write_summary(status="finished", ended=milliseconds(), **facts)
+        self._send()
+        if not self.as_trial:
+            results.show(run, self.tracker.uri, self.display)
+
+    def _send(self, at_most: float = math.inf) -> None:
+        """Have MLflow take all of the ended run, as long as it takes anything."""
+        if self.as_trial:
+            return
+        self.display.waiting("sending to MLflow")
+        delivered = send(self.run, self.tracker, at_most=at_most)
+        self.display.close()
+        if not delivered:
+            self.display.say(kept_back(self.run, self.tracker), "yellow")
+
+    def _facts(self, state: State | None) -> dict:
+        speeds = [r["images_per_second"] for r in self.history if "images_per_second" in r]
+        return {
+            "best_epoch": state and state.best_epoch,
+            "best_checkpoint": state and state.best_checkpoint and f"checkpoints/{state.best_checkpoint}",
+            "images_per_second": round(float(np.median(speeds)), 2) if speeds else None,
+            "val": state and state.validation,
+            "skipped_steps": state.skipped_steps if state else 0,
+        }
+
+
+def _lasting(record: dict) -> tuple:
+    """What an epoch came to, without when and how fast."""
+    return tuple(sorted((k, v) for k, v in record.items() if k not in PASSING))

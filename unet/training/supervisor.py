@@ -1,0 +1,341 @@
+"""A run from its first group of workers to its end: what they report, what ends them, and what follows.
+
+A group is replaced by a new one, at the last checkpoint, when it is lost or hangs, when one of its nodes is called
+back, or when an elastic run can grow.
+"""
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+
+import ray
+
+from unet.config import parse_interval
+from unet.data import ingest
+from unet.errors import Diverged, InputError, RunFailed, StorageFailed
+from unet.training import resources
+from unet.training.checkpoint import State
+from unet.training.faults import Fault, Tries, fault_of
+from unet.training.group import Group
+from unet.training.journal import Journal
+from unet.training.loop import Job, not_finite
+from unet.training.run import milliseconds
+from unet.training.signals import stop_wish
+
+POLL_SECONDS = 0.25
+LOOK_SECONDS = 3.0
+"""How often the cluster is asked for nodes that are called back and for room to grow."""
+ROOM_SECONDS = 600
+"""How long a run waits for places for its workers, once it has begun."""
+GROW_SECONDS = 60.0
+"""How long a group has trained before it may make room for more workers: their start costs as much."""
+ABORT_SECONDS = 30
+"""How long an aborted group has to end."""
+SETTLE_SECONDS = 5.0
+"""How long an elastic run waits for as many workers as before, until it goes on with fewer."""
+
+
+@dataclass
+class Supervisor:
+    """One start of a run by a driver.
+
+    Attributes:
+        journal: of the run.
+        counts: samples by split.
+        plan: of the group under way, or the next.
+        callbacks: for Ray Train.
+        together: how many such trainings share the cluster.
+        latest: name and state of the last checkpoint.
+        failure: what ends the run, where no new group can help.
+        leaving: why the group under way is to be replaced.
+    """
+
+    journal: Journal
+    counts: dict[str, int]
+    plan: resources.Plan
+    callbacks: tuple
+    together: int
+    latest: tuple[str, State] | None
+    failure: RunFailed | None = None
+    stopped: bool = False
+    leaving: str | None = None
+    left: bool = False
+    reading: ingest.Ingest | None = None
+    nodes: frozenset[str] = frozenset()
+    """Those that lived when `reading` was kept."""
+    test: dict | None = None
+    tested: int | None = None
+    """When, in milliseconds since 1970."""
+    gallery: dict | None = None
+    package: dict[str, bytes] | None = None
+
+    def __post_init__(self):
+        self.run, self.display, self.settings = self.journal.run, self.journal.display, self.journal.run.settings
+
+    def run_to_end(self, wish: threading.Event | None = None) -> dict:
+        """Train, test and keep; the run's summary. `wish` ends it with a checkpoint (default: set by Ctrl-C).
+
+        Raises:
+            RunFailed: the run failed.
+        """
+        journal, run = self.journal, self.run
+        lost = "the driver was lost" if run.summary.get("status") == "running" and self.latest else None
+        with contextlib.closing(journal), contextlib.nullcontext(wish) if wish else stop_wish() as wish:
+            try:
+                journal.open(self.latest and self.latest[1])
+                self._end(self._supervise(wish, lost))
+                return run.summary
+            except BaseException as error:
+                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running"; what
+                # ended the training itself is written down already.
+                if isinstance(error, StorageFailed) or not isinstance(error, RunFailed):
+                    journal.mark("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            finally:
+                self.display.close()
+
+    def _supervise(self, wish: threading.Event, lost: str | None) -> Fault | None:
+        """Groups of workers, one after another, until the run is done or stopped (None) or cannot go on."""
+        tries, reason = Tries(self.settings.compute.max_failures), lost
+        while True:
+            fault = self._one_group(wish, reason)
+            if self.stopped or self.failure or not (fault or self.left):
+                return fault
+            self._look_for_checkpoint()
+            reason, wait = self.leaving, 0.0
+            if fault:
+                reason, wait = fault.reason, tries.failed(fault, self.latest and self.latest[0])
+                if wait is None:
+                    return fault
+                step = self.latest[1].step if self.latest else 0
+                self.display.say(
+                    f"{reason[0].upper()}{reason[1:]}. Going on from step {step}"
+                    + (f" in {wait:.0f} s" if wait else "")
+                    + (f" (failure {tries.failures} of at most {tries.most} in a row)." if tries.failures > 1 else "."),
+                    "yellow",
+                )
+                if not self.journal.as_trial:  # a sweep's job has other groups too
+                    resources.free_abandoned_places()
+                wish.wait(wait)
+            self._find_room(wish)
+            if wish.is_set():
+                self._mark_stopped()
+                return None
+
+    def _look_for_checkpoint(self) -> None:
+        """The last one that verifies.
+
+        Raises:
+            RunFailed: there are some, and none does.
+        """
+        try:
+            self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
+        except InputError as error:
+            raise RunFailed(str(error)) from error
+        for sentence in passed_over:
+            self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
+
+    def _find_room(self, wish: threading.Event) -> None:
+        """Wait for places for a new group, and make its plan.
+
+        Raises:
+            RunFailed: there were none for too long.
+        """
+        run, began, before = self.run, time.monotonic(), self.plan.num_workers
+        while not wish.is_set():
+            waited = time.monotonic() - began
+            try:
+                plan = resources.plan_now(self.settings, resources.cluster_nodes(), self.plan.data_bytes, self.together)
+            except InputError as error:  # what is left of the cluster is too small
+                plan, why = None, str(error)
+            else:
+                why = f"{self.settings.compute.least_workers} workers need {self.plan.cpus_per_worker:g} free CPUs each"
+            if plan is not None and (plan.num_workers >= before or waited > SETTLE_SECONDS):
+                self.plan = plan
+                return
+            if waited > ROOM_SECONDS:
+                self.failure = RunFailed(
+                    f"There was no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, go on "
+                    f"with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
+                )
+                raise self.failure
+            if waited > SETTLE_SECONDS:
+                self.display.waiting(f"waiting for room: {why}")
+            wish.wait(POLL_SECONDS)
+
+    def _one_group(self, wish: threading.Event, reason: str | None) -> Fault | None:
+        """Workers from their start to their end; what ended them if it was not themselves.
+
+        `reason` is why an earlier group is replaced.
+        """
+        run, name = self.run, self.latest and self.latest[0]
+        self.left, self.leaving = False, None
+        group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
+        try:
+            group.start(self._job(group, name), self._read_from)
+            if reason:
+                self.journal.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
+            hung = self._follow(group, wish)
+        except KeyboardInterrupt:  # the second one
+            ray.shutdown()  # ends the workers at once
+            raise
+        except BaseException:
+            group.wish("stop")  # the workers end after their step
+            raise
+        finally:
+            if ray.is_initialized():
+                group.close()
+        return Fault(hung) if hung else group.error and fault_of(group.error)
+
+    def _job(self, group: Group, checkpoint: str | None) -> Job:
+        manifest = self.journal.prepared.manifest
+        return Job(
+            settings=self.settings,
+            shown=self.run.shown_settings(),
+            run=self.run.folder.uri,
+            threads=self.plan.threads,
+            data_digest=manifest.data_digest,
+            classes=manifest.class_infos,
+            checkpoint=checkpoint,
+            monitor=group.monitor,
+            score_test=not self.journal.as_trial,
+        )
+
+    def _read_from(self) -> ingest.Ingest:
+        """The data from the last checkpoint's place in their order on."""
+        settings, state = self.settings, self.latest and self.latest[1]
+        start = (state.epoch, state.epoch_step) if state else (1, 0)
+        nodes = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        # What was kept may have gone with a node.
+        kept = self.reading.kept if self.reading and nodes >= self.nodes else None
+        self.reading = ingest.Ingest(
+            folder=self.journal.prepared.folder.uri,
+            image_size=settings.data.image_size,
+            samples=self.counts,
+            batch_size=settings.training.batch_size,
+            seed=settings.training.seed,
+            epochs=settings.training.epochs,
+            start=start,
+            memory=self.plan.stream_bytes,
+            kept=kept,
+        )
+        if self.plan.kept and kept is None:
+            self.reading, self.nodes = ingest.keep(self.reading), nodes
+        return self.reading
+
+    def _follow(self, group: Group, wish: threading.Event) -> str | None:
+        """Take in the workers' news until they end; how long they hung if that was their end."""
+        limit = parse_interval(self.settings.compute.step_timeout)[1]
+        live, hung, roomy, since = None, None, False, None
+        moved = looked = time.monotonic()
+        self.display.waiting("starting workers")
+        while True:
+            ended = group.ended  # asked before the news, so that the last of them are taken in
+            at, events = group.news(self.run.folder.uri)
+            for kind, content in events:
+                getattr(self, f"_on_{kind}")(content)
+            self.journal.hear()
+            now = time.monotonic()
+            if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
+                return hung
+            if events or (at is not None and at != live):
+                live, moved, since = at or live, now, since or now
+            if live is not None and not self.stopped:
+                self.display.progress(live, self.settings.training.epochs)
+            if now - moved > limit and not hung:
+                where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
+                hung = f"nothing has moved for {limit / 60:g} minutes{where}: a worker hangs (--step-timeout)"
+            if wish.is_set() and not self.stopped:
+                self._mark_stopped()
+                self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
+                group.wish("stop")
+            # Before its first step and after its last one a group has nothing that is not saved.
+            if hung or (self.stopped and (live is None or live.phase == "test")):
+                group.abort()
+            ending = self.stopped or self.leaving or (live and live.phase == "test")
+            if now - looked > LOOK_SECONDS and not ending:
+                # A group that has not begun does not hold its own CPUs yet, which would look like room.
+                may_grow = live is not None and now - since > GROW_SECONDS and self.settings.compute.is_elastic
+                looked, roomy = now, self._look_around(group, may_grow, roomy)
+            group.wait(POLL_SECONDS)
+
+    def _look_around(self, group: Group, may_grow: bool, roomy: bool) -> bool:
+        """Have the workers leave a node that is called back, or make room for more of them.
+
+        Returns:
+            Whether there is room for more: twice in a row, and the group is to grow.
+        """
+        called_back, reason, room = group.nodes & resources.draining_nodes(), None, False
+        if called_back:
+            reason = f"{len(called_back)} of {len(group.nodes)} nodes called back"
+        elif may_grow:
+            with contextlib.suppress(InputError):
+                held, nodes = self.plan.num_workers, resources.cluster_nodes()
+                found = resources.plan_now(self.settings, nodes, self.plan.data_bytes, self.together, held)
+                room = found is not None and found.num_workers > held
+                if room and roomy:
+                    reason = f"there is room for {found.num_workers} workers"
+        if reason:
+            self.leaving = reason
+            self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then going on with new workers.", "yellow")
+            group.wish("leave")
+        return room
+
+    def _mark_stopped(self) -> None:
+        self.stopped = True
+        self.journal.stopped()
+
+    def _on_start(self, world_size: int) -> None:
+        self.display.waiting(f"{world_size} worker(s) loading TensorFlow")
+
+    def _on_changed(self, what: list[str]) -> None:
+        self.display.say(
+            f"Going on with another {', '.join(what)}: the numbers will not be bit-equal to before.", "yellow"
+        )
+
+    def _on_first_step(self, at: float) -> None:
+        self.journal.first_step(at)
+
+    def _on_epoch(self, content: dict) -> None:
+        self.journal.epoch(content["record"], content["validation"])
+
+    def _on_test(self, result: dict) -> None:
+        self.test, self.tested = result, milliseconds()
+
+    def _on_gallery(self, gallery: dict) -> None:
+        self.gallery = gallery
+
+    def _on_package(self, files: dict[str, bytes]) -> None:
+        self.package = files
+
+    def _on_stopped(self, step: int) -> None:
+        self.stopped = True
+
+    def _on_left(self, step: int) -> None:
+        self.left = True
+
+    def _on_not_finite(self, content: dict) -> None:
+        remedy = "start anew with a smaller --learning-rate or --clip-norm 1."
+        if self.settings.training.on_nan == "stop":
+            remedy = f"go on with --on-nan skip, or {remedy}"
+        self.failure = Diverged(f"{not_finite(content)} The last checkpoint is whole: {remedy}")
+
+    def _on_storage_failed(self, reason: str) -> None:
+        self.failure = StorageFailed(reason)
+
+    def _end(self, fault: Fault | None) -> None:
+        latest = self.run.checkpoints.latest()
+        state = latest and latest[1]
+        # A wish to stop that came when all was scored already changes nothing.
+        if fault is None and self.failure is None and (not self.stopped or self.package is not None):
+            self.journal.finished(state, self.test, self.tested, self.gallery, self.package)
+            return
+        lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
+        status = "stopped" if self.stopped and not lost else "failed"
+        reason = str(self.failure or (fault.reason if fault else "stopped by the user"))
+        self.journal.broken_off(status, state, reason)
+        if status == "failed":
+            again = state and fault and fault.kind != "final"
+            go_on = f" Go on from step {state.step}: --resume {self.run.name}." if again else ""
+            raise self.failure or RunFailed(f"The training failed: {reason}.{go_on}")
