@@ -61,7 +61,7 @@ def test_what_has_no_secret_stays(scheme, host, name, port):
 S3 = "s3://AKIAKEY:hunter2%2Fsesame@bucket/runs?region=x"
 BLOB = f"{S3}&secret_key=opensesame"
 HTTP = "http://me:swordfish@127.0.0.1:9"
-WORDS = ("AKIAKEY", "hunter2", "opensesame", "swordfish")
+WORDS = ("AKIAKEY", "hunter2", "opensesame", "swordfish", "ordfish")
 
 
 def test_a_run_saves_and_shows_none(tmp_path):
@@ -84,6 +84,7 @@ def test_a_run_saves_and_shows_none(tmp_path):
     [
         ("train", [f"--tracking-uri={HTTP}"]),
         ("train", [f"--tracking-uri={HTTP}", "--debug"]),
+        ("train", ["--tracking-uri=http://me:sw#ordfish@127.0.0.1:9"]),
         ("train", [f"--storage-path={BLOB}", "--tracking-uri=http://127.0.0.1:9"]),
         ("prepare", [f"--source={S3}"]),
         ("prepare", [f"--output={BLOB}"]),

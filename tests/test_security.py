@@ -291,6 +291,7 @@ ARCHIVES = {
         member("images/b", tarfile.SYMTYPE, "a/.."),
         member("images/b/../../canary", content=b"x"),
     ],
+    "a link that stays": [member("images/x.jpg", tarfile.SYMTYPE, "y.jpg")],
     "a link to a file": [member("images/x.jpg", tarfile.SYMTYPE, "{tmp}/secret")],
     "a hard link to a file": [member("images/x.jpg", tarfile.LNKTYPE, "{tmp}/secret")],
     "a device": [member("images/x.jpg", tarfile.CHRTYPE)],

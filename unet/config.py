@@ -10,11 +10,13 @@ import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unet.errors import InputError
+from unet.secrets import without_secrets
 from unet.storage import Folder
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
@@ -164,6 +166,14 @@ class StoreSettings(Part):
     def _absolute(cls, value):
         # Absolute, because a submitted job runs in a temporary copy of the working directory.
         return value if "://" in value else str(Path(value).expanduser().absolute())
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _password_is_encoded(cls, value):
+        # Else a part of it is taken for the host, and said so in many places.
+        if value and value.startswith("http") and without_secrets(value) != value and "@" not in urlsplit(value).netloc:
+            raise ValueError("write # ? / in a password as %23 %3F %2F")
+        return value
 
 
 class RunSettings(StoreSettings):

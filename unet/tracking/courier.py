@@ -12,7 +12,7 @@ from unet.data.shards import Prepared
 from unet.errors import InputError, first_line
 from unet.secrets import without_secrets
 from unet.storage import Folder
-from unet.tracking.store import Store, default_uri, refused
+from unet.tracking.store import Store, default_uri, load_mlflow, refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds from a failed attempt to the next, doubled each time."""
@@ -65,6 +65,7 @@ class Courier:
         def connect(_) -> None:
             self._store = Store(storage, experiment, uri)
 
+        load_mlflow()  # not in the thread: beside other imports of the main thread it might meet half-made modules
         self._put(connect, needed=True)
         threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 

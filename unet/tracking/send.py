@@ -55,7 +55,7 @@ def send(run: Run, to: Courier, patience: float = PATIENCE, at_most: float = flo
     has_model = finished and run.folder.committed(MODEL)
     run.write_summary(mlflow_run_id=to.run_id, model_uri=f"runs:/{to.run_id}/model" if has_model else None)
     to.single(run.mlflow_key())
-    if finished:
+    if finished and summary.get("test"):  # a sweep's trials have none
         _results(run, to)
     if has_model:
         model = run.folder / MODEL

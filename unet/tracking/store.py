@@ -41,13 +41,18 @@ def default_uri(storage: Folder) -> str:
     return f"sqlite:///{storage.path}/mlflow.db"
 
 
+def _scheme(uri: str) -> str:
+    """`postgresql` of `postgresql+psycopg2://…`."""
+    return uri.partition("://")[0].partition("+")[0]
+
+
 def check_server(uri: str | None) -> None:
     """Refuse a tracking server or database that does not answer.
 
     Raises:
         InputError: with what to do.
     """
-    scheme = urlsplit(uri or "").scheme.partition("+")[0]
+    scheme = _scheme(uri or "")
     try:
         if scheme in ("http", "https"):
             parts = urlsplit(uri)
@@ -69,6 +74,20 @@ def check_server(uri: str | None) -> None:
         ) from error
 
 
+def load_mlflow():
+    """MLflow's package, told to be patient for a bounded time and to keep quiet."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    import mlflow
+
+    # It prints every failed use of a database, with its stack.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    return mlflow
+
+
 def refused(error: BaseException) -> bool:
     """Whether the store has answered, and would give the same answer again."""
     return getattr(error, "error_code", None) in REFUSALS
@@ -82,15 +101,7 @@ class Store:
     """
 
     def __init__(self, storage: Folder, experiment: str, uri: str | None = None):
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        import mlflow
-
-        # It prints every failed use of a database, with its stack.
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
+        mlflow = load_mlflow()
         self.uri = uri or default_uri(storage)
         self.run_id: str | None = None
         try:
@@ -112,7 +123,7 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             # Absolute, since a database's default is a folder of the current directory. A server knows its own place.
-            at_database = urlsplit(self.uri).scheme.partition("+")[0] in ("sqlite", *PORTS)
+            at_database = _scheme(self.uri) in ("sqlite", *PORTS)
             location = f"{storage.path}/mlartifacts/{name}" if at_database and storage.is_local else None
             try:
                 # Without the kind, the UI opens an experiment on its page for language models.

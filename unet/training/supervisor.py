@@ -87,9 +87,8 @@ class Supervisor:
                 self._end(self._supervise(wish, lost))
                 return run.summary
             except BaseException as error:
-                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running"; what
-                # ended the training itself is written down already.
-                if isinstance(error, StorageFailed) or not isinstance(error, RunFailed):
+                # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
+                if run.summary.get("status") == "running":
                     journal.mark("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             finally:
@@ -333,7 +332,7 @@ class Supervisor:
             return
         lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
         status = "stopped" if self.stopped and not lost else "failed"
-        reason = str(self.failure or (fault.reason if fault else "stopped by the user"))
+        reason = "stopped by the user" if status == "stopped" else str(self.failure or (fault and fault.reason))
         self.journal.broken_off(status, state, reason)
         if status == "failed":
             again = state and fault and fault.kind != "final"
