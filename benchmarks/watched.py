@@ -157,9 +157,9 @@ class Watched:
                 raise RuntimeError(f"The training hangs; its output ends:\n{self.output[-3000:]}")
             time.sleep(POLL_SECONDS)
 
-    def wait_until(self, moment: float, or_step: int | None = None) -> None:
-        """Watch until that time (in seconds since 1970) or step; to the job's end at the latest."""
-        self.wait(lambda: time.time() >= moment or (or_step is not None and self.step >= or_step))
+    def wait_until(self, moment: float) -> None:
+        """Watch until that time (in seconds since 1970); to the job's end at the latest."""
+        self.wait(lambda: time.time() >= moment)
 
     def wait_until_end(self) -> None:
         self.wait(lambda: False)

@@ -8,6 +8,8 @@ import os
 import random
 import secrets
 import time
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from watched import Kill, Watched
 KINDS = ("worker", "controller", "driver")
 EVERY = 3
 """Steps between checkpoints."""
-START_SECONDS = 8
+START_SECONDS = 10
 """About how long workers take to start."""
 REAL_SIZE = {"image_size": 128, "base_filters": 16, "depth": 4, "batch_size": 16, "limit_train": 90, "epochs": 3}
 DRAWN = "synthetic:150"
@@ -47,30 +49,58 @@ def watched(storage, tmp_path):
         job.end()
 
 
-def play(job: Watched, plan: list[tuple[str, float, str, int]], last: int) -> None:
-    """Run a job to its end and kill by plan: (phase, seconds, kind, rank), with the same command after a driver.
+@dataclass(frozen=True)
+class Blow:
+    """A kill that is to come.
 
-    The seconds are since the start of the workers (phase "start"), of stepping in all starts together ("train", in
-    rising order), or since the `last` step ("end"). A kill that is due after the job's end is left out.
+    Attributes:
+        kind: of process.
+        rank: of a worker.
+        step: of the training, after which it comes; where it does not come while workers start or after the last step.
+        delay: 0-1 of the longest time that passed between two steps so far, of the time that workers take to start, or
+            of the time that an unbroken run took after its last step.
+    """
+
+    kind: str
+    rank: int
+    delay: float
+    step: int | None = None
+    phase: str = "train"
+
+
+def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
+    """Run a job to its end under these blows, with the same command again after a driver's.
+
+    `last`: the number of its steps. `rest`: how many seconds an unbroken run took after it. A blow that would come
+    after the job's end is left out.
     """
     job.start()
-    stepping, known, since = 0.0, set(), time.time()
-    for phase, seconds, kind, rank in plan:
-        first = job.wait_for_start(known)["time"] if phase == "train" else None
-        if phase == "end":
+    known, since = set(), time.time()
+    for blow in blows:
+        if blow.phase == "train":
+            job.wait_for_start(known)
+            job.wait_for_step(blow.step)
+            moment = time.time() + blow.delay * longest_gap(job)
+        elif blow.phase == "start":
+            moment = since + blow.delay * START_SECONDS
+        else:
             job.wait_for_step(last)
-            since = max(line["time"] for line in job.applied)
-        job.wait_until(
-            since + seconds if first is None else first + seconds - stepping, or_step=last if phase == "train" else None
-        )
-        if job.kill(kind, rank) is None:
+            moment = max(line["time"] for line in job.applied) + blow.delay * rest
+        job.wait_until(moment)
+        if job.kill(blow.kind, blow.rank) is None:
             break
-        since, known = time.time(), {line["start"] for line in job.applied}
-        stepping += since - first if first else 0.0
-        if kind == "driver":
+        known, since = {line["start"] for line in job.applied}, time.time()
+        if blow.kind == "driver":
             job.start()
     job.wait_until_end()
     assert job.driver.returncode == 0, job.output
+
+
+def longest_gap(job: Watched) -> float:
+    """Seconds between two steps of the same start: a validation and a checkpoint, where there was one."""
+    lines = sorted(job.applied, key=lambda line: (line["start"], line["time"]))
+    gaps = [b["time"] - a["time"] for a, b in pairwise(lines) if a["start"] == b["start"]]
+    return max(gaps, default=0.0)
 
 
 def phase_of(kill: Kill, steps: int, last: int) -> str:
@@ -91,11 +121,9 @@ def history_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def seconds_of(run) -> tuple[float, float]:
-    """How long an unbroken run trained, and how long the rest took it."""
-    times = [line["time"] / 1000 for line in history_of(run)]
-    training = (times[-1] - times[0]) * len(times) / (len(times) - 1)
-    return training, (run / "summary.json").stat().st_mtime - times[-1]
+def rest_of(run) -> float:
+    """How many seconds an unbroken run took after its last epoch."""
+    return (run / "summary.json").stat().st_mtime - history_of(run)[-1]["time"] / 1000
 
 
 def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None:
@@ -156,10 +184,10 @@ def show(job: Watched, lines: list[dict], repeated: list[int]) -> None:
     print(f"{job.name:>24}  steps done again by each new start: {repeated}")
 
 
-def plan_of(draws: random.Random, kinds: list[str], training: float, world: int) -> list:
-    """One kill of each kind, at times drawn uniformly over the training."""
-    moments = sorted(draws.uniform(0, training) for _ in kinds)
-    return [("train", moment, kind, draws.randrange(world)) for moment, kind in zip(moments, kinds, strict=True)]
+def one_of_each(draws: random.Random, last: int, world: int) -> list[Blow]:
+    """A kill of each kind, drawn uniformly over the training."""
+    kinds, steps = draws.sample(KINDS, 3), sorted(draws.randrange(last) for _ in KINDS)
+    return [Blow(kind, draws.randrange(world), draws.random(), step) for kind, step in zip(kinds, steps, strict=True)]
 
 
 def test_a_run_survives_its_workers_its_controller_and_its_driver(
@@ -174,8 +202,8 @@ def test_a_run_survives_its_workers_its_controller_and_its_driver(
         num_workers=2,
         memory_budget="10kB",
     )
-    plan = plan_of(draws, draws.sample(KINDS, 3), seconds_of(unbroken)[0], 2)
-    play(job, plan, history_of(unbroken)[-1]["step"])
+    last = history_of(unbroken)[-1]["step"]
+    play(job, one_of_each(draws, last, 2), last)
     assert len(job.kills) == 3
     assert_ended_alike(job, unbroken)
     assert_the_oracle_notices(job)
@@ -226,18 +254,19 @@ def unbroken(ray_cluster, storage, packed):
 def test_at_least_six_kills_of_a_run_on_a_ray_of_its_own(workers, way, unbroken, storage, packed, draws, watched):
     """With the driver dies its whole Ray. Also kills while workers start and after the last step."""
     before, kills = unbroken(workers), 0
-    training, rest = seconds_of(before)
+    last = history_of(before)[-1]["step"]
     for number in range(5):
         if kills >= 6:
             break
         settings = {"num_workers": workers} | ({"memory_budget": "10kB"} if way == "streamed" else {})
         job = watched(f"{way}-{workers}-{number}", packed, **settings)
-        *trained, extra = plan_of(draws, [*draws.sample(KINDS, 3), draws.choice(KINDS)], training, workers)
+        blows = one_of_each(draws, last, workers)
+        fourth = draws.choice(KINDS), draws.randrange(workers), draws.random()
         if number % 2:
-            trained.append(("end", draws.uniform(0, rest), *extra[2:]))
+            blows.append(Blow(*fourth, phase="end"))
         else:
-            trained.insert(draws.randrange(3), ("start", draws.uniform(0, START_SECONDS), *extra[2:]))
-        play(job, trained, history_of(before)[-1]["step"])
+            blows.insert(draws.randrange(3), Blow(*fourth, phase="start"))
+        play(job, blows, last, rest_of(before))
         assert_ended_alike(job, before)
         kills += len(job.kills)
     assert kills >= 6
@@ -248,8 +277,8 @@ def test_kills_at_real_size(ray_cluster, storage, draws, watched):
     train(storage, DRAWN, run_name="real-unbroken", **REAL_SIZE)
     before = storage / "real-unbroken"
     job = watched("real-killed", DRAWN, num_workers=2, **REAL_SIZE)
-    plan = plan_of(draws, draws.sample(KINDS, 3), seconds_of(before)[0], 2)
-    play(job, plan, history_of(before)[-1]["step"])
+    last = history_of(before)[-1]["step"]
+    play(job, one_of_each(draws, last, 2), last)
     assert len(job.kills) == 3
     assert_ended_alike(job, before, REAL_SIZE["limit_train"])
 
