@@ -130,6 +130,7 @@ def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None
     """Bit-equal weights, optimizer and scores; a whole history here and in MLflow; each sample once an epoch."""
     run, summary = job.run, read_json(job.run / "summary.json")
     lines, expected = history_of(run), history_of(unbroken)
+    show(job, expected)
     last = f"step_{expected[-1]['step']:08d}"
     same = {key for key in expected[0] if key not in ("time", "images_per_second", "data_wait_fraction")}
     assert [{k: line[k] for k in same} for line in lines] == [{k: line[k] for k in same} for line in expected]
@@ -155,7 +156,7 @@ def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None
     assert max(repeated, default=0) <= EVERY, f"steps done again: {repeated}"
     restarts = len(starts_of(job.lines)) - 1 - sum(kill.kind == "driver" for kill in job.kills)
     assert summary["restarts"] >= restarts
-    show(job, expected, repeated)
+    print(f"{job.name:>24}  steps done again by each new start: {repeated}")
     assert not job.processes("worker") and not job.processes("controller")
 
 
@@ -174,14 +175,13 @@ def assert_mlflow_agrees(storage, run_id: str, lines: list[dict]) -> None:
     assert set(lines[-1]) - set(run.data.metrics) <= {"epoch", "step", "time"}
 
 
-def show(job: Watched, lines: list[dict], repeated: list[int]) -> None:
+def show(job: Watched, lines: list[dict]) -> None:
     """A table of the kills, for `pytest -s`."""
     steps, last = lines[0]["step"], lines[-1]["step"]
     for kill in job.kills:
         rank = "" if kill.rank is None else f" of rank {kill.rank}"
         at = "" if kill.step is None else f"after step {kill.step} of {last}"
         print(f"{job.name:>24}  {kill.kind + rank:<18} in {phase_of(kill, steps, last):<11} {at}")
-    print(f"{job.name:>24}  steps done again by each new start: {repeated}")
 
 
 def one_of_each(draws: random.Random, last: int, world: int) -> list[Blow]:
