@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import psutil
+import pytest
 import ray
 from conftest import TINY, ray_processes, read_json, train, weights_of
 from test_run import wait_for
@@ -25,6 +26,7 @@ def hold(cpus: float):
     return Holder.options(num_cpus=cpus).remote()
 
 
+@pytest.mark.slow
 def test_an_elastic_run_grows_and_shrinks_to_the_same_weights(ray_cluster, storage, packed, monkeypatch):
     """One worker at first, two when somebody leaves, one again when a worker is lost and its place taken."""
     monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.2)

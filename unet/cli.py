@@ -69,8 +69,8 @@ def _with_dashes(argument: str) -> str:
 def _settings_of_run(name: str, storage_path: str | None) -> dict:
     storage = config.StoreSettings(**({"storage_path": storage_path} if storage_path else {})).storage_path
     folder = Folder(storage) / name
-    if not folder.exists("config.yaml"):
-        known = [n for n in Folder(storage).names() if (Folder(storage) / n).exists("config.yaml")]
+    if not folder.exists(config.CONFIG):
+        known = [n for n in Folder(storage).names() if (Folder(storage) / n).exists(config.CONFIG)]
         raise InputError(
             f"There is no run {name} under {storage}." + (f" There are: {', '.join(known[-8:])}." if known else "")
         )

@@ -19,6 +19,9 @@ from unet.errors import InputError
 from unet.secrets import without_secrets
 from unet.storage import Folder
 
+CONFIG = "config.yaml"
+"""What the folder of a run or sweep holds as long as it is there: its flat settings."""
+
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
 
@@ -502,9 +505,9 @@ def read_config(folder: Folder) -> dict[str, Any]:
     Raises:
         InputError: they are damaged.
     """
-    values = parse_yaml(folder.read_bytes("config.yaml"), f"{folder}/config.yaml")
+    values = parse_yaml(folder.read_bytes(CONFIG), f"{folder}/{CONFIG}")
     if not isinstance(values, dict):
-        raise InputError(f"{folder}/config.yaml does not hold `name: value` lines: bring back a copy of it.")
+        raise InputError(f"{folder}/{CONFIG} does not hold `name: value` lines: bring back a copy of it.")
     return values
 
 

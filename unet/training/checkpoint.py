@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from unet.classes import PETS, Classes, ClassInfo
-from unet.config import ModelSettings
+from unet.config import CONFIG, ModelSettings
 from unet.errors import Damaged, InputError, first_line
 from unet.storage import Folder
 from unet.training.arrays import (
@@ -28,8 +28,6 @@ from unet.training.arrays import (
     write_weights,
 )
 
-CONFIG = "config.yaml"
-"""What a run's folder holds as long as it is there."""
 WEIGHTS, OPTIMIZER, STATE = FILES = ("model.weights.h5", "optimizer.npz", "state.json")
 STATE_BYTES = 2**27
 """No state is larger (a line of history has about 1 kB), so no more is read."""

@@ -44,8 +44,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     latest, passed_over = run.checkpoints.resume(settings.model)
     for sentence in passed_over:
         display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
-    # A trial of a sweep may be finished without a test score, which is then made up for.
-    if run.summary.get("status") == "finished" and latest and (as_trial or run.summary.get("test")):
+    # A trial of a sweep may be finished without a test score, which is then made up for; so is that of another best.
+    best = latest and f"checkpoints/{latest[1].best_checkpoint}"
+    scored = as_trial or (run.summary.get("test") and run.summary.get("best_checkpoint") == best)
+    if run.summary.get("status") == "finished" and latest and scored:
         done, best = latest[1].epoch - 1, latest[1].best_epoch
         patience, stale = settings.training.patience, latest[1].stale_epochs
         if patience is not None and stale >= patience:

@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from unet.config import MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
+from unet.config import CONFIG, MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
 from unet.secrets import shown, without_secrets
 from unet.storage import Folder
 from unet.tracking.store import check_server
-from unet.training.checkpoint import CONFIG, Checkpoints
+from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
 
 SUMMARY, METRICS, MODEL, LOCK = "summary.json", "metrics.jsonl", "model", ".lock"
