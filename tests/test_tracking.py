@@ -287,7 +287,7 @@ def check_synced(folder: Path, server: Server) -> dict:
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", "metrics.jsonl", "summary.json", ".lock")
+        if p.is_file() and p.name not in ("COMMIT", "metrics.jsonl", "summary.json", ".lock", ".ticket")
     }
     assert {name: content for name, content in files.items() if name in own} == own and "model/MLmodel" in own
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}

@@ -19,6 +19,8 @@ from unet.errors import InputError
 from unet.secrets import without_secrets
 from unet.storage import Folder
 
+TICKET = ".ticket"
+"""What the workers under way may write into a run's folder by."""
 CONFIG = "config.yaml"
 """What the folder of a run or sweep holds as long as it is there: its flat settings."""
 

@@ -15,7 +15,7 @@ import ray
 
 from unet import metrics
 from unet.classes import Classes
-from unet.config import TrainSettings, parse_interval
+from unet.config import CONFIG, TICKET, TrainSettings, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
@@ -46,6 +46,8 @@ class Job:
         data_digest: of the prepared data.
         classes: of the prepared data.
         checkpoint: name of the one to go on from; None at a run's beginning.
+        ticket: of this group of workers: with another in the run's folder it may not write there any more. None where
+            no other group can be (a trial of a sweep).
         monitor: handle of the `Monitor`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
     """
@@ -57,6 +59,7 @@ class Job:
     data_digest: str
     classes: Classes
     checkpoint: str | None
+    ticket: str | None
     monitor: ray.actor.ActorHandle
     score_test: bool = True
 
@@ -274,12 +277,20 @@ class Loop:
         for pause in SAVE_PAUSES:
             time.sleep(pause)
             try:
+                self._show_ticket()
                 self.checkpoints.save(self.learner, self.state)
                 self.checkpoints.prune(self.settings.run.keep_checkpoints)
                 return None
             except StorageFailed as error:
                 failure = error
         return failure
+
+    def _show_ticket(self) -> None:
+        """Workers outlive a killed driver by a second or two: where others have taken over they write nothing."""
+        run = self.checkpoints.run
+        run.require(CONFIG)
+        if self.job.ticket and run.read_text(TICKET) != self.job.ticket:
+            raise RuntimeError("other workers have taken over the run")
 
     def evaluate(self, split: str, batches) -> dict:
         plan = self.reader.ingest.plan(split, self.world_size)

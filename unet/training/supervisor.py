@@ -7,11 +7,12 @@ back, or when an elastic run can grow.
 import contextlib
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 
 import ray
 
-from unet.config import parse_interval
+from unet.config import TICKET, parse_interval
 from unet.data import ingest
 from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.training import resources
@@ -193,7 +194,8 @@ class Supervisor:
         return None if aborted or group.error is None else fault_of(group.error)
 
     def _job(self, group: Group, checkpoint: str | None) -> Job:
-        manifest = self.journal.prepared.manifest
+        manifest, ticket = self.journal.prepared.manifest, uuid.uuid4().hex
+        self.run.write(TICKET, ticket.encode())
         return Job(
             settings=self.settings,
             shown=self.run.shown_settings(),
@@ -202,6 +204,7 @@ class Supervisor:
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
             checkpoint=checkpoint,
+            ticket=ticket,
             monitor=group.monitor,
             score_test=not self.journal.as_trial,
         )

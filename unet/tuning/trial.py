@@ -94,6 +94,7 @@ class WarmTrial(tune.Trainable):
             data_digest=shared.data_digest,
             classes=shared.classes,
             checkpoint=latest and latest[0],
+            ticket=None,
             monitor=shared.monitor,
             score_test=False,
         )
