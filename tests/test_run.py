@@ -307,7 +307,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster
     assert line["skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["skipped_steps"]
 
 
-def test_a_run_has_one_driver(tmp_path):
+def test_a_run_has_one_driver(packed, tmp_path):
     """Another process that has the run is named; a kill of it lets go."""
     hold = (
         "import sys; from unet.training.run import Folder, locked\n"
@@ -317,7 +317,7 @@ def test_a_run_has_one_driver(tmp_path):
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "mine")], **pipes) as other:
         assert other.stdout.readline() == b"1\n"
         with pytest.raises(InputError, match=rf"^mine is under way already \(process {other.pid} on .*\): wait"):
-            train(tmp_path, tmp_path, run_name="mine")
+            train(tmp_path, packed, run_name="mine")
         other.kill()
     with locked(Folder(tmp_path / "mine"), "mine"):
         pass
