@@ -117,6 +117,7 @@ def name_of(process: psutil.Process) -> str:
         return ""  # it has just ended
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_in_a_sentence_and_goes_on_bit_equal(trained, disk):
     data = prepared_of(trained)
     run = disk / "full"

@@ -71,6 +71,7 @@ def test_first_gradients_agree_without_grad_shards(tmp_path):
     assert [r["counted"].tolist() for r in two] == [[2**54 + 2, 1]] * 2  # counts are summed as integers
 
 
+@pytest.mark.slow
 def test_clipping_acts_on_the_summed_gradient(tmp_path):
     values = SMALL | {"clip_norm": 1e-3, "grad_shards": 2}
     (one,), two = train(tmp_path, 1, values, 5), train(tmp_path, 2, values, 5)
