@@ -262,7 +262,7 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_clu
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
     flags += ["--num-workers=2", "--threads=1", f"--data={packed}", f"--storage-path={storage}", "--run-name=stopped"]
     address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
-    process = start_job(*flags, "--checkpoint-every=1", **address)
+    process = start_job(*flags, "--checkpoint-every=5", **address)
     checkpoints = storage / "stopped" / "checkpoints"
     # Epochs that MLflow has already are sent again by the next start, which must not matter.
     lines = storage / "stopped" / "metrics.jsonl"
@@ -280,9 +280,7 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_clu
         "the run was to stop before its end"
     )
 
-    done = job("train", "--resume=stopped", f"--storage-path={storage}", env=address)
-    assert done.returncode == 0, done.stdout
-    finished = read_json(storage / "stopped" / "summary.json")
+    finished = train(storage, packed, run_name="stopped")
     assert finished["mlflow_run_id"] == stopped["mlflow_run_id"]
     assert finished["val"] == summary["val"] and finished["test"] == summary["test"]
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
@@ -298,12 +296,16 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster
         train(storage, packed, run_name="burst", learning_rate=1e30)
     assert "--on-nan skip" in str(error.value)
     assert read_json(storage / "burst" / "summary.json")["status"] == "failed"
-    # Its advice is taken. The first update has spoilt the weights, so that no later step is finite; the epoch of the
-    # first one ends, with the others counted, and the next, which has none, does not.
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_passed_over_and_counted(ray_cluster, storage, packed):
+    """The first update spoils the weights, so that no later step is finite: the epoch of the first one ends, with the
+    others counted, and the next, which has none, does not."""
     with pytest.raises(RunFailed, match=r"of epoch 2 .* start anew"):
-        train(storage, packed, run_name="burst", learning_rate=1e30, on_nan="skip")
-    (line,) = [json.loads(line) for line in (storage / "burst" / "metrics.jsonl").open()]
-    summary = read_json(storage / "burst" / "summary.json")
+        train(storage, packed, run_name="skipping", learning_rate=1e30, on_nan="skip")
+    (line,) = [json.loads(line) for line in (storage / "skipping" / "metrics.jsonl").open()]
+    summary = read_json(storage / "skipping" / "summary.json")
     assert line["skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["skipped_steps"]
 
 
@@ -347,8 +349,6 @@ def test_a_submitted_job_leaves_its_results_and_its_exit_code(ray_cluster, stora
     done = submit(ray_cluster, *train, *flags, "--run-name=submitted")
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_json(storage / "submitted" / "summary.json")["status"] == "finished"
-    refused = submit(ray_cluster, *train, "--dropout=2")
-    assert refused.returncode == 1 and "--dropout 2" in refused.stdout + refused.stderr
 
 
 def test_a_stopped_job_leaves_a_stopped_run(ray_cluster, storage, packed):

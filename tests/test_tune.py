@@ -169,6 +169,7 @@ def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
     }
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_says_so_and_is_extended(swept, ray_cluster, storage):
     """The same flags again answer at once; --extend adds a trial, registers the best, and touches no other."""
     folder, _, _ = swept
