@@ -5,9 +5,7 @@ The folder holds all that MLflow gets, and however often it is sent nothing is d
 
 import threading
 
-import yaml
-
-from unet.config import TrainSettings
+from unet.config import TrainSettings, read_config
 from unet.data.shards import MANIFEST, Prepared
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
@@ -25,7 +23,7 @@ PICTURES = (".png", ".npz")
 
 def begin(run: Run, to: Courier, prepared: Prepared | None = None) -> None:
     """Send what is known of a run from its start, and the epochs it has; `prepared` are its data, if they are open."""
-    config, summary = yaml.safe_load(run.folder.read_text(CONFIG)), run.summary
+    config, summary = read_config(run.folder), run.summary
     params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
     tags = {"data_digest": summary.get("data_digest"), "run_folder": str(run.folder)}
     to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
