@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from unet.config import InputError, TrainSettings, unflat
+from unet.config import TrainSettings, unflat
+from unet.errors import InputError
 from unet.model import DropoutKey, KeyedDropout, build_unet, dropout_key
 from unet.training.resources import count_parameters
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -55,7 +56,7 @@ def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseM
                 again = flag.replace("_", "-")
                 raise InputError(f"Give --{again} again: what is secret in {values[flag]} was not saved.")
     if given.config:
-        values |= config.load_yaml(config.Path(given.config))
+        values |= config.load_yaml(Path(given.config))
     defaults = config.unflat(settings, values, f"--config {given.config}" if given.config else "the settings")
     return tyro.cli(settings, args=argv, default=defaults, description=description, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -1,0 +1,46 @@
+"""The settings of every job, one class per part, one module per kind of job."""
+
+from unet.config.base import (
+    CONFIG,
+    Part,
+    flat,
+    load_yaml,
+    parse_bytes,
+    parse_interval,
+    parse_yaml,
+    read_config,
+    unflat,
+)
+from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
+from unet.config.places import StoreSettings
+from unet.config.training import MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
+from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
+from unet.config.use import EvaluateSettings
+
+__all__ = [
+    "CONFIG",
+    "MAY_CHANGE",
+    "SEARCHABLE",
+    "SOURCES",
+    "SWEEP_MAY_CHANGE",
+    "TICKET",
+    "DataSettings",
+    "EvaluateSettings",
+    "ModelSettings",
+    "Part",
+    "PrepareSettings",
+    "Resize",
+    "RunSettings",
+    "StoreSettings",
+    "SweepSettings",
+    "TrainSettings",
+    "TuneSettings",
+    "flat",
+    "is_source_name",
+    "load_yaml",
+    "parse_bytes",
+    "parse_interval",
+    "parse_yaml",
+    "read_config",
+    "unflat",
+]

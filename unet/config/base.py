@@ -1,0 +1,125 @@
+"""The form of all settings: typed, validated, flat on the command line and in files.
+
+A field's docstring is its help text. `flat` and `unflat` turn the parts into one dictionary of names with
+underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unet.errors import InputError
+from unet.storage import Folder
+
+CONFIG = "config.yaml"
+"""What the folder of a run or sweep holds as long as it is there: its flat settings."""
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class Part(BaseModel):
+    """A group of settings: unknown names are refused, and nothing changes after the door."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def __init__(self, **values):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(sentence(error)) from error
+
+
+def flat(settings: BaseModel) -> dict[str, Any]:
+    """All settings in one dictionary, ready for YAML."""
+    return {name: value for part in settings.model_dump(mode="json").values() for name, value in part.items()}
+
+
+def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the settings") -> Settings:
+    """Settings from a flat dictionary.
+
+    Raises:
+        InputError: an unknown name (with the nearest known) or a value that does not fit.
+    """
+    parts = {part: set(field.annotation.model_fields) for part, field in cls.model_fields.items()}
+    nested: dict[str, dict] = {part: {} for part in parts}
+    for name, value in values.items():
+        part = next((part for part, names in parts.items() if name in names), None)
+        if part is None:
+            near = difflib.get_close_matches(str(name), set().union(*parts.values()), n=1)
+            raise InputError(f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "."))
+        nested[part][name] = value
+    try:
+        return cls(**nested)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The flat settings of a file.
+
+    Raises:
+        InputError: the file is missing or not a mapping of names to values.
+    """
+    try:
+        values = parse_yaml(path.read_bytes(), f"--config {path}")
+    except OSError as error:
+        raise InputError(f"Cannot read --config {path}: {error.strerror}.") from error
+    if not isinstance(values or {}, dict):
+        raise InputError(f"--config {path} must hold `name: value` lines.")
+    return values or {}
+
+
+def parse_yaml(content: bytes | str, what: str) -> Any:
+    """YAML of plain values; a tag that would make an object of them is refused.
+
+    Raises:
+        InputError: it is not that.
+    """
+    try:
+        return yaml.safe_load(content)
+    except Exception as error:  # beside its own, PyYAML lets out whatever the values of odd tags lead to
+        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """The flat settings that the folder of a run or sweep keeps.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    values = parse_yaml(folder.read_bytes(CONFIG), f"{folder}/{CONFIG}")
+    if not isinstance(values, dict):
+        raise InputError(f"{folder}/{CONFIG} does not hold `name: value` lines: bring back a copy of it.")
+    return values
+
+
+def sentence(error: ValidationError) -> str:
+    """A validation error in one sentence that names the flag."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["loc"] and not message.startswith("--"):
+        flag = "--" + str(first["loc"][-1]).replace("_", "-")
+        value = first.get("input")
+        message = f"{flag} {value}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
+    return message + "."
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB', '500 MB', '2GiB' or plain bytes as a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write it like 8GB or 500MB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def parse_interval(text: str) -> tuple[Literal["steps", "seconds"], float]:
+    """'200' as ("steps", 200), '10m' as ("seconds", 600)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)m|(\d+)", text)
+    if not match or not float(match[1] or match[2]):
+        raise ValueError(f"{text!r} is not an interval: 200 means steps, 10m minutes")
+    return ("seconds", float(match[1]) * 60) if match[1] else ("steps", int(match[2]))

@@ -1,0 +1,42 @@
+"""What every job has: where things are, and the door itself."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from unet.config.base import Part
+from unet.secrets import without_secrets
+
+
+class StoreSettings(Part):
+    """Where runs and prepared data are."""
+
+    storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH", "~/unet-runs"))
+    """Folder of runs and prepared data (UNET_STORAGE_PATH, else ~/unet-runs); may be s3://…"""
+    tracking_uri: str | None = None
+    """MLflow server or store. Default: sqlite under the storage path."""
+
+    @field_validator("storage_path")
+    @classmethod
+    def _absolute(cls, value):
+        # Absolute, because a submitted job runs in a temporary copy of the working directory.
+        return value if "://" in value else str(Path(value).expanduser().absolute())
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _password_is_encoded(cls, value):
+        # Else a part of it is taken for the host, and said so in many places.
+        if value and value.startswith("http") and without_secrets(value) != value and "@" not in urlsplit(value).netloc:
+            raise ValueError("write # ? / in a password as %23 %3F %2F")
+        return value
+
+
+class DoorSettings(Part):
+    """This command."""
+
+    config: Path | None = None
+    """YAML file of settings, named as the flags with underscores. A flag beats the file."""
+    debug: bool = False
+    """Show tracebacks and the messages of Ray and TensorFlow."""

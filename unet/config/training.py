@@ -1,0 +1,193 @@
+"""What a run is."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from unet.config.base import Part, parse_interval
+from unet.config.data import DataSettings
+from unet.config.places import DoorSettings, StoreSettings
+
+TICKET = ".ticket"
+"""What the workers under way may write into a run's folder by."""
+
+Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
+
+
+class ModelSettings(Part):
+    """The U-Net."""
+
+    base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Filters of the first block; each level below doubles them."""
+    depth: Annotated[int, Field(ge=1, le=7)] = 4
+    """Number of poolings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of activations dropped after each pooling and concatenation."""
+
+
+class TrainingSettings(Part):
+    """How it learns."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training samples."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """The global batch, divided among the workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of Adam."""
+    precision: Precision = "float32"
+    """Of the training step; scores are always taken in float32."""
+    clip_norm: Annotated[float | None, Field(gt=0)] = None
+    """Clip the summed gradient to this global norm."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop the run, or pass over the step."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """Stop after so many epochs without a better val mean IoU. Default: never."""
+    grad_shards: Annotated[int, Field(ge=1)] = 1
+    """Sum the gradient of so many equal parts of the batch in a fixed order: with 2 and one thread a worker, one
+    worker and two give the same numbers."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of initial weights, order, flips and dropout."""
+
+
+class ComputeSettings(Part):
+    """What it runs on."""
+
+    num_workers: int | str = 1
+    """Training processes; each takes an equal share of every batch. 1:4 is elastic: begin with what is free, give up
+    workers that are lost, take more when there is room."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """TensorFlow threads a worker. Default: the cores it really has."""
+    max_failures: Annotated[int, Field(ge=0)] = 5
+    """Start lost workers again at most so often in a row without a new checkpoint."""
+    step_timeout: str = "10m"
+    """Start the workers again when no step or batch of scoring has ended for so long; 10m is minutes."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _is_range(cls, value):
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise ValueError(f"--num-workers {value} is no number of workers: give 2, or 1:2 for one to two")
+        return int(value) if least == most else str(value)
+
+    @field_validator("step_timeout")
+    @classmethod
+    def _is_minutes(cls, value):
+        if parse_interval(value)[0] != "seconds":
+            raise ValueError(f"--step-timeout {value} is no time: 10m means ten minutes")
+        return value
+
+    @property
+    def least_workers(self) -> int:
+        return int(str(self.num_workers).split(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        return int(str(self.num_workers).split(":")[-1])
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least_workers < self.most_workers
+
+
+class RunSettings(StoreSettings):
+    """Where it goes."""
+
+    run_name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = None
+    """Default: the time. The same name with the same settings continues the run."""
+    resume: str | None = None
+    """Continue this run, with the settings it was started with."""
+    sync: str | None = None
+    """Train nothing: send what MLflow lacks of this run, which has ended."""
+    checkpoint_every: str | None = "10m"
+    """Save inside an epoch too: 200 is steps, 10m minutes, None never. Each epoch's end is saved in any case."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """How many of the best checkpoints stay; the last one always does."""
+    experiment: str = "unet-pets"
+    """MLflow experiment."""
+
+    @field_validator("run_name")
+    @classmethod
+    def _is_free(cls, value):
+        if value in ("data", "mlartifacts", "mlflow.db"):
+            raise ValueError(f"--run-name {value} is a name that the storage path keeps for itself")
+        return value
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _is_interval(cls, value):
+        if value is not None:
+            parse_interval(value)
+        return value
+
+    @model_validator(mode="after")
+    def _syncs_only(self):
+        if self.sync and (self.resume or self.run_name):
+            raise ValueError("--sync names the run itself: leave out --resume and --run-name")
+        return self
+
+    @model_validator(mode="after")
+    def _remote_needs_server(self):
+        if "://" in self.storage_path and not self.tracking_uri:
+            raise ValueError("--storage-path in an object store needs --tracking-uri: sqlite cannot live there")
+        return self
+
+
+class TrainSettings(Part):
+    """Train a U-Net on several workers and track it in MLflow."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+    door: DoorSettings = DoorSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        check_image_size(self.data.image_size, self.model.depth)
+        compute, shards, batch = self.compute, self.training.grad_shards, self.training.batch_size
+        if compute.most_workers > batch:
+            raise ValueError(
+                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some would have no sample"
+            )
+        ends = (compute.least_workers, compute.most_workers)
+        if shards > 1 and (any(shards % workers for workers in ends) or batch % shards):
+            raise ValueError(
+                f"--grad-shards {shards} must be a multiple of --num-workers {compute.num_workers} and divide "
+                f"--batch-size {batch}"
+            )
+        return self
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers there may be, in growing order: with micro-shards only numbers that divide them."""
+        shards = self.training.grad_shards
+        allowed = range(self.compute.least_workers, self.compute.most_workers + 1)
+        return [workers for workers in allowed if shards == 1 or shards % workers == 0]
+
+
+MAY_CHANGE = frozenset(
+    (
+        *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
+        *("max_failures", "step_timeout"),
+        *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
+        *("config", "debug"),
+    )
+)
+"""Settings that may change when a run continues (its data are compared by their digest)."""
+
+
+def check_image_size(image_size: int, depth: int) -> None:
+    """Refuse a side that `depth` poolings do not divide.
+
+    Raises:
+        ValueError: with the nearest sizes that fit.
+    """
+    multiple = 2**depth
+    if image_size % multiple:
+        below = image_size // multiple * multiple
+        fits = " and ".join(str(s) for s in (below, below + multiple) if s)
+        raise ValueError(f"--image-size {image_size} is not a multiple of {multiple} (2**depth): nearest are {fits}")
