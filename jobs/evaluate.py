@@ -11,7 +11,7 @@ from unet.config import EvaluateSettings
 
 
 def run(settings: EvaluateSettings) -> None:
-    from unet.evaluation import evaluate
+    from unet.evaluation.score import evaluate
     from unet.report import score_table
     from unet.session import ray_session
     from unet.terminal import Display

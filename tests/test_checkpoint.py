@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from unet.classes import PETS, ClassInfo
 from unet.config import EvaluateSettings, TrainSettings, flat, unflat
 from unet.errors import Damaged, InputError, StorageFailed
-from unet.evaluation import evaluate
+from unet.evaluation.score import evaluate
 from unet.model import build_unet
 from unet.storage import Folder
 from unet.terminal import Display

@@ -16,9 +16,10 @@ from unet.data.prepare import prepare
 from unet.data.resize import ignore_padding, letterbox_box
 from unet.data.shards import Prepared
 from unet.data.synthetic import draw_pet
-from unet.evaluation import score_own_size
-from unet.packaging import package
+from unet.evaluation.score import score_own_size
+from unet.packaging.model import package
 from unet.storage import Folder
+from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
 
@@ -54,7 +55,7 @@ def test_a_letterboxed_photo_is_answered_as_the_network_does(tmp_path):
     run = tmp_path / "run"
     Folder(run).write_text("config.yaml", "")
     name = Checkpoints(Folder(run)).save(learner, State(0, "digest", flat(settings), {}, classes=CLASSES))
-    for file, content in package(str(run), name, settings).items():
+    for file, content in package(TrainedModel.of_checkpoint(Folder(run), name)).items():
         (tmp_path / "model" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / file).write_bytes(content)
     photo = draw_pet(0, 91)[0][27:64]

@@ -196,7 +196,7 @@ def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, 
 
 def test_data_with_other_classes_are_refused(trained, storage, tmp_path):
     from unet.config import EvaluateSettings, unflat
-    from unet.evaluation import evaluate
+    from unet.evaluation.score import evaluate
     from unet.terminal import Display
 
     folder, summary = trained

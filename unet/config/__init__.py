@@ -15,7 +15,7 @@ from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_
 from unet.config.places import StoreSettings
 from unet.config.training import MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
-from unet.config.use import EvaluateSettings
+from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 
 __all__ = [
     "CONFIG",
@@ -26,8 +26,10 @@ __all__ = [
     "TICKET",
     "DataSettings",
     "EvaluateSettings",
+    "ExportSettings",
     "ModelSettings",
     "Part",
+    "PredictSettings",
     "PrepareSettings",
     "Resize",
     "RunSettings",

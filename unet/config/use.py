@@ -1,8 +1,9 @@
 """What is done with a trained model."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from unet.config.base import Part
 from unet.config.places import DoorSettings, StoreSettings
@@ -12,18 +13,92 @@ class EvaluatePart(Part):
     """What is scored on what."""
 
     model: str = ""
-    """A run's name (its best checkpoint), or a checkpoint's folder."""
+    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI; several, separated by commas, are
+    compared in pairs."""
     data: str = "synthetic"
     """As for training."""
     split: Literal["train", "val", "test"] = "test"
     """Which samples."""
     output: str | None = None
-    """Also write metrics.json into this folder."""
+    """Folder of metrics.json, per_image.parquet and report.html. Default: evaluations/ in the run's folder."""
+    num_workers: Annotated[int | None, Field(ge=1)] = None
+    """Processes that score, of one thread each. Default: as many as the cluster has CPUs."""
+    band: Annotated[int, Field(ge=1, le=64)] = 3
+    """Width in pixels, at the network's size and to either side, of the band around borders that is scored apart."""
+    bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
+    """Resamples of the images for the 95 % intervals; 0: none."""
+    track: bool = True
+    """Log scores and report to the model's MLflow run."""
+
+    @field_validator("output")
+    @classmethod
+    def _absolute(cls, value):
+        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
 
 
 class EvaluateSettings(Part):
-    """Score a trained model."""
+    """Score trained models."""
 
     evaluate: EvaluatePart = EvaluatePart()
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    door: DoorSettings = DoorSettings()
+
+
+class PredictPart(Part):
+    """What is segmented by what."""
+
+    model: str = ""
+    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    input: str = ""
+    """A photo, a folder, a pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
+    output: str = ""
+    """Folder of masks/, overlays/ and predictions.csv; may be s3://… The same command goes on where it was."""
+    num_workers: Annotated[int | None, Field(ge=1)] = None
+    """Processes that predict. Default: as many as the cluster has CPUs."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Photos that the network takes at a time."""
+    tile: bool = False
+    """Cut photos much larger than the network into overlapping tiles, so that fine parts are not lost."""
+    tta: bool = False
+    """Average the prediction with that of the mirrored photo."""
+    probabilities: bool = False
+    """Also write probabilities/<stem>.npz: float16 (height, width, classes)."""
+    overlays: bool = True
+    """Also write overlays/<stem>.jpg."""
+
+    @field_validator("input", "output")
+    @classmethod
+    def _absolute(cls, value):
+        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
+
+
+class PredictSettings(Part):
+    """Segment photos."""
+
+    predict: PredictPart = PredictPart()
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    door: DoorSettings = DoorSettings()
+
+
+class ExportPart(Part):
+    """What is handed on, and in which form."""
+
+    model: str = ""
+    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    output: str | None = None
+    """Folder for the exported files."""
+    formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
+    """Which: float32 (1, S, S, 3) in [0, 1] in, probabilities (1, S, S, C) out; resizing is the caller's."""
+    images: Path | None = None
+    """Folder of photos to compare the formats on. Default: drawn pets."""
+    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
+    """Make the run's packaged model a version of this registered model; it becomes the champion if it is better on
+    val."""
+
+
+class ExportSettings(Part):
+    """Export and register a trained model."""
+
+    export: ExportPart = ExportPart()
     store: StoreSettings = Field(default_factory=StoreSettings)
     door: DoorSettings = DoorSettings()

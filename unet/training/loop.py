@@ -20,9 +20,10 @@ from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
 from unet.errors import StorageFailed
-from unet.evaluation import score
-from unet.packaging import package
+from unet.evaluation.score import score
+from unet.packaging.model import package
 from unet.storage import Folder
+from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State, name_of
 from unet.training.monitor import Line, Live
 
@@ -306,7 +307,7 @@ class Loop:
             self.line.event("test", result)
             self.line.event("gallery", self._gallery())
             # Here, where TensorFlow is loaded already: another process would take ten seconds more.
-            self.line.event("package", package(self.job.run, best, self.settings))
+            self.line.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, best)))
 
     def _gallery(self) -> dict:
         """Photos of validation with their truth and what the model says: names and uint8 arrays.

@@ -54,15 +54,8 @@ class Run:
     @classmethod
     def load(cls, name: str, settings: TrainSettings) -> "Run":
         """The run of that name under the settings' storage path, with what it says about itself if it exists."""
-        run = cls(name, settings, Folder(settings.run.storage_path) / name)
-        if run.folder.exists(SUMMARY):
-            try:
-                run.summary = dict(json.loads(run.folder.read_bytes(SUMMARY)))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise InputError(
-                    f"{run.folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
-                ) from error
-        return run
+        folder = Folder(settings.run.storage_path) / name
+        return cls(name, settings, folder, read_summary(folder))
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -130,6 +123,22 @@ class Run:
     def shown_settings(self) -> dict[str, Any]:
         """The settings as they may be saved and sent: this run's name, and no secret."""
         return shown(flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None})
+
+
+def read_summary(folder: Folder) -> dict[str, Any]:
+    """What a run's folder says about itself; empty for a new run.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not folder.exists(SUMMARY):
+        return {}
+    try:
+        return dict(json.loads(folder.read_bytes(SUMMARY)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
+        ) from error
 
 
 def milliseconds() -> int:

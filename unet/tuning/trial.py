@@ -17,12 +17,12 @@ from unet.classes import Classes
 from unet.config import TrainSettings, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged
+from unet.network import start_tensorflow
 from unet.storage import Folder
 from unet.training.checkpoint import FILES, Checkpoints
 from unet.training.loop import Job, Loop, not_finite
 from unet.training.monitor import Line
 from unet.training.run import Run, open_run
-from unet.training.worker import start_tensorflow
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
 
@@ -60,7 +60,7 @@ class WarmTrial(tune.Trainable):
 
     def setup(self, config: dict, shared: Shared) -> None:
         self._shared, self._learners, self._loop = shared, None, None
-        start_tensorflow(shared.threads, 1)
+        start_tensorflow(shared.threads)
 
     def reset_config(self, config: dict) -> bool:
         # The trial begins with its first task, which Tune tries again after a failure, unlike this one.

@@ -8,43 +8,38 @@ padding; then the likeliest class is taken. Float32 throughout.
 import tempfile
 from pathlib import Path
 
-from unet.config import TrainSettings
-from unet.storage import Folder
-from unet.training.checkpoint import Checkpoints
+from unet.network import Network
+from unet.trained import TrainedModel
 
 
-def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, bytes]:
-    """The files of the packaged model of a run's checkpoint, by relative path.
+def package(trained: TrainedModel) -> dict[str, bytes]:
+    """The files of the packaged model, by relative path.
 
     Builds the float32 graph in this process, so call it where TensorFlow may be imported.
     """
     from importlib.metadata import version
 
-    import keras
     import mlflow.tensorflow
     import numpy as np
     import tensorflow as tf
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from unet.model import build_unet
-    from unet.prediction import as_network_input, at_photo_size
+    from unet.prediction.resizing import as_network_input, at_photo_size
 
-    keras.config.set_dtype_policy("float32")
-    size, model, checkpoints = settings.data.image_size, settings.model, Checkpoints(Folder(run))
-    classes = [c.name for c in checkpoints.state(checkpoint).class_infos]
-    network = build_unet(size, model.base_filters, model.depth, model.dropout, len(classes))
-    checkpoints.load_weights(checkpoint, network)
+    size, resize = trained.image_size, trained.resize
+    network = Network(trained).keras_model
 
     class Segmenter(tf.Module):
         def __init__(self):
             super().__init__()
             self.network = network
+            self.weights = list(network.weights)  # so that `TrainedModel` finds them by their place
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):
-            logits = self.network(as_network_input(photos, size, settings.data.resize), training=False)
-            return at_photo_size(logits, tf.shape(photos)[1], tf.shape(photos)[2], settings.data.resize)
+            logits = self.network(as_network_input(photos, size, resize), training=False)
+            return at_photo_size(logits, tf.shape(photos)[1], tf.shape(photos)[2], resize)
 
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
@@ -53,6 +48,6 @@ def package(run: str, checkpoint: str, settings: TrainSettings) -> dict[str, byt
     requirements = [f"{name}=={version(name)}" for name in ("mlflow", "tensorflow", "numpy")]
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model"
-        about = {"signature": signature, "pip_requirements": requirements, "metadata": {"classes": classes}}
+        about = {"signature": signature, "pip_requirements": requirements, "metadata": trained.about}
         mlflow.tensorflow.save_model(Segmenter(), target, **about)
         return {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()}

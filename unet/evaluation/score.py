@@ -48,7 +48,7 @@ def score_own_size(learner, prepared: Prepared, split: str, tell: Callable[[int,
     """Scores of a split at each photo's own size, against the masks that were kept at it (`--original-masks`)."""
     import tensorflow as tf
 
-    from unet.prediction import at_photo_size
+    from unet.prediction.resizing import at_photo_size
 
     manifest = prepared.manifest
     size, names = manifest.image_size, manifest.classes

@@ -1,0 +1,54 @@
+"""A trained network in this process, in float32, and TensorFlow's start."""
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from unet.trained import TrainedModel
+
+
+def start_tensorflow(threads: int) -> None:
+    """Import TensorFlow with its threads set, before anything runs in it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
+class Network:
+    """The float32 network of a model. Start TensorFlow first.
+
+    On one thread of a CPU an image's numbers are the same bits in a batch of any size.
+    """
+
+    def __init__(self, trained: "TrainedModel"):
+        import keras
+        import tensorflow as tf
+
+        from unet.model import build_unet
+
+        keras.config.set_dtype_policy("float32")
+        size, network = trained.image_size, trained.network
+        self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
+        self.keras_model.set_weights(trained.weights)
+
+        @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
+        def logits(images):
+            return self.keras_model(tf.cast(images, tf.float32) / 255.0, training=False)
+
+        self._logits = logits
+
+    def logits(self, images: np.ndarray):
+        """A float32 tensor (N, S, S, C) of images uint8 (N, S, S, 3)."""
+        return self._logits(images)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """float32 (N, S, S, C) of images uint8 (N, S, S, 3)."""
+        import tensorflow as tf
+
+        return tf.nn.softmax(self._logits(images)).numpy()

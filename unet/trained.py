@@ -1,0 +1,217 @@
+"""What `--model` means: a trained network, with its weights as plain arrays, found by run, checkpoint or MLflow model.
+
+No TensorFlow in this process: a task of Ray reads the variables of an MLflow model, and does not run its graph.
+"""
+
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from unet.classes import Classes, ClassInfo
+from unet.config import MAY_CHANGE, DataSettings, ModelSettings, Resize, TrainSettings, parse_yaml, unflat
+from unet.errors import Damaged, InputError, first_line
+from unet.secrets import without_secrets
+from unet.storage import Folder
+from unet.training.arrays import weight_shapes
+from unet.training.checkpoint import STATE, Checkpoints
+from unet.training.run import read_summary
+
+MLMODEL = "MLmodel"
+VARIABLES = "data/model/variables/variables"
+"""Where TensorFlow keeps the variables of a packaged model."""
+
+
+@dataclass(frozen=True, repr=False)  # the weights would fill a log
+class TrainedModel:
+    """A network with the weights of one checkpoint.
+
+    Attributes:
+        name: as it was asked for: a run's name, a checkpoint's folder or an MLflow URI.
+        network: its shape.
+        image_size: side of its square input, in pixels.
+        resize: how photos become that square.
+        classes: what its outputs mean, in the order of their ids.
+        weights: float32 arrays in the network's order.
+        data_digest: of the data it was trained on.
+        val_mean_iou: of these weights on the validation split of then; None if they were not scored.
+        run_name, checkpoint: whose these weights are.
+        run: that run's folder; None for an MLflow model, which may be elsewhere.
+        mlflow_run_id: of the run in MLflow, if it has one.
+    """
+
+    name: str
+    network: ModelSettings
+    image_size: int
+    resize: Resize
+    classes: Classes
+    weights: list[np.ndarray]
+    data_digest: str
+    val_mean_iou: float | None
+    run_name: str
+    checkpoint: str
+    run: Folder | None = None
+    mlflow_run_id: str | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        return [c.name for c in self.classes]
+
+    @classmethod
+    def find(cls, model: str, storage: Folder, tracking_uri: str | None = None) -> "TrainedModel":
+        """The model that `--model` means; a run's name means its best checkpoint.
+
+        Ray must be connected for an MLflow URI (`runs:/…`, `models:/…`), which `tracking_uri` resolves (default: the
+        store under `storage`).
+
+        Raises:
+            InputError: there is no such model, or it is damaged.
+        """
+        if not model:
+            raise InputError("Say which model: --model RUN_NAME, a checkpoint's folder, or an MLflow URI.")
+        if re.match(r"(runs|models):/", model):
+            return cls._of_mlflow(model, storage, tracking_uri)
+        if Folder(model).exists(MLMODEL):
+            return cls._of_package(model, Folder(model))
+        run, checkpoint = find_checkpoint(model, storage)
+        try:
+            return cls.of_checkpoint(run, checkpoint, model)
+        except Damaged as error:
+            checkpoints = Checkpoints(run)
+            others = [name for name in checkpoints.whole() if name != checkpoint]
+            hint = f"give --model {checkpoints.folder}/{others[-1]}" if others else "bring back a copy of it"
+            raise InputError(f"The checkpoint {error} of {run} cannot be used: {hint}.") from error
+
+    @classmethod
+    def of_checkpoint(cls, run: Folder, checkpoint: str, name: str | None = None) -> "TrainedModel":
+        """The model of a checkpoint of the run in this folder. Raises Damaged."""
+        checkpoints = Checkpoints(run)
+        state = checkpoints.state(checkpoint)
+        settings = unflat(TrainSettings, {k: v for k, v in state.settings.items() if k not in MAY_CHANGE})
+        run_name = run.path.rstrip("/").rpartition("/")[2]
+        is_best = checkpoint == state.best_checkpoint
+        return cls(
+            name=name or run_name,
+            network=settings.model,
+            image_size=settings.data.image_size,
+            resize=settings.data.resize,
+            classes=state.class_infos,
+            weights=checkpoints.weights(checkpoint),
+            data_digest=state.data_digest,
+            val_mean_iou=state.best_score if is_best else state.score,
+            run_name=run_name,
+            checkpoint=checkpoint,
+            run=run,
+            mlflow_run_id=read_summary(run).get("mlflow_run_id"),
+        )
+
+    @property
+    def about(self) -> dict:
+        """What a packaged model says of itself, for JSON and YAML."""
+        return {
+            "classes": self.class_names,
+            "colours": [list(c.colour) for c in self.classes],
+            "base_filters": self.network.base_filters,
+            "depth": self.network.depth,
+            "image_size": self.image_size,
+            "resize": self.resize,
+            "data_digest": self.data_digest,
+            "val_mean_iou": self.val_mean_iou,
+            "run_name": self.run_name,
+            "checkpoint": self.checkpoint,
+        }
+
+    @classmethod
+    def _of_mlflow(cls, uri: str, storage: Folder, tracking_uri: str | None) -> "TrainedModel":
+        from unet.tracking.store import default_uri, load_mlflow
+
+        mlflow = load_mlflow()
+        tracking_uri = tracking_uri or default_uri(storage)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=tracking_uri)
+                run_id = _run_id(uri, mlflow.MlflowClient(tracking_uri))
+            except Exception as error:  # whatever the store's library raises
+                words = without_secrets(f"MLflow at {tracking_uri} has no model {uri}: {first_line(error)}")
+                raise InputError(words) from error
+            folder = next((path.parent for path in Path(scratch).rglob(MLMODEL)), Path(scratch))
+            return replace(cls._of_package(uri, Folder(folder)), mlflow_run_id=run_id)
+
+    @classmethod
+    def _of_package(cls, name: str, folder: Folder) -> "TrainedModel":
+        """The model in the folder of an MLflow model."""
+        try:
+            about = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")["metadata"]
+            network = ModelSettings(base_filters=about["base_filters"], depth=about["depth"])
+            classes = tuple(
+                ClassInfo(str(c), (int(r), int(g), int(b)))
+                for c, (r, g, b) in zip(about["classes"], about["colours"], strict=True)
+            )
+            data = DataSettings(image_size=about["image_size"], resize=about["resize"])
+            texts = [str(about[key]) for key in ("data_digest", "run_name", "checkpoint")]
+            score = about["val_mean_iou"] and float(about["val_mean_iou"])
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise InputError(
+                f"{name} is no model that this program packaged: give the name of its run, or package it again."
+            ) from error
+        shapes = list(weight_shapes(network.base_filters, network.depth, len(classes)).values())
+        weights = _read_variables(folder, shapes, name)
+        digest, run_name, checkpoint = texts
+        return cls(name, network, data.image_size, data.resize, classes, weights, digest, score, run_name, checkpoint)
+
+
+def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
+    """The run's folder and checkpoint that `--model` means: a run's best one, or the one whose folder is given.
+
+    Raises:
+        InputError: there is no such run or checkpoint.
+    """
+    if (Path(model) / STATE).is_file():
+        path = Path(model).resolve()
+        return Folder(path.parent.parent), path.name
+    run = storage / model
+    latest = Checkpoints(run).latest()
+    if latest is None:
+        raise InputError(
+            f"{model!r} is neither a run with a checkpoint under {storage}, nor a checkpoint's folder, nor an MLflow "
+            "URI such as models:/NAME@champion."
+        )
+    return run, latest[1].best_checkpoint or latest[0]
+
+
+def _run_id(uri: str, client) -> str | None:
+    """The id of the run that an MLflow model is of."""
+    if match := re.match(r"runs:/([0-9a-f]+)/", uri):
+        return match[1]
+    if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri):
+        return client.get_model_version_by_alias(*match.groups()).run_id
+    if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", uri):
+        return client.get_model_version(*match.groups()).run_id
+    return None
+
+
+def _read_variables(folder: Folder, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
+    """The arrays of a packaged model, in the network's order. A task of Ray reads them, since TensorFlow does it."""
+    import ray
+
+    kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(VARIABLES)}
+
+    @ray.remote(num_cpus=0)
+    def read(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
+        import tensorflow as tf
+
+        with tempfile.TemporaryDirectory() as scratch:
+            for file, content in kept.items():
+                (Path(scratch) / Path(file).name).write_bytes(content)
+            reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
+            return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]
+
+    try:
+        arrays = ray.get(read.remote(kept, len(shapes)))
+    except ray.exceptions.RayTaskError as error:
+        raise InputError(f"The variables of {name} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+    if [(a.shape, a.dtype) for a in arrays] != [(shape, np.dtype(np.float32)) for shape in shapes]:
+        raise InputError(f"The variables of {name} are not those of its network: package it again.")
+    return arrays
