@@ -6,6 +6,7 @@ underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
 
 import difflib
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,9 @@ from unet.storage import Folder
 
 CONFIG = "config.yaml"
 """What the folder of a run or sweep holds as long as it is there: its flat settings."""
+
+# Some jobs have a flag --register; that every Pydantic model has an unrelated method of this name does no harm.
+warnings.filterwarnings("ignore", message='Field name "register" in ')
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

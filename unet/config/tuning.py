@@ -1,6 +1,5 @@
 """What a sweep is: a training's settings and the search over some of them."""
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,9 +7,6 @@ from pydantic import Field, field_validator, model_validator
 
 from unet.config.base import Part
 from unet.config.training import MAY_CHANGE, ModelSettings, TrainingSettings, TrainSettings
-
-# The flag is --register; that every Pydantic model has an unrelated method of this name does no harm.
-warnings.filterwarnings("ignore", message='Field name "register" in "SweepSettings" shadows')
 
 
 class SweepSettings(Part):
