@@ -1,5 +1,6 @@
 """The doors: help, precedence, and one sentence with exit code 2 for what cannot work."""
 
+import socket
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from conftest import ROOT, job
 
 from unet.cli import parse
 from unet.config import TrainSettings, flat, parse_bytes, parse_interval, unflat
+from unet.errors import InputError
 
 
 @pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate"])
@@ -60,6 +62,26 @@ def test_what_cannot_work_is_one_sentence(flags, words, tmp_path):
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0] and "Traceback" not in done.stdout
     assert list((tmp_path / "empty").iterdir()) == [] and not (tmp_path / "storage").exists()
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
+    """Neither one that somebody names, which is said, nor one that left word of itself when it was killed."""
+    from unet.session import _address
+
+    with socket.socket() as nobody:  # bound, so that nobody else takes the port, but not listening
+        nobody.bind(("127.0.0.1", 0))
+        gone = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(gone)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert _address() == "local"
+        monkeypatch.setenv("RAY_ADDRESS", gone)
+        with pytest.raises(InputError, match=f"Ray cluster at {gone} does not answer: start it"):
+            _address()
+    with socket.create_server(("127.0.0.1", 0)) as alive:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{alive.getsockname()[1]}")
+        assert _address() is None
 
 
 def test_a_mistyped_flag_or_name_meets_its_nearest(tmp_path):

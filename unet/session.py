@@ -3,12 +3,16 @@
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 import warnings
 
 from unet.errors import InputError
 
 POLL_SECONDS = "0.5"
+ANSWER_SECONDS = 5
+"""How long a cluster may take to answer at all."""
 
 
 @contextlib.contextmanager
@@ -28,6 +32,29 @@ def silenced(debug: bool = False):
         os.close(nowhere)
 
 
+def _address() -> str | None:
+    """What `ray.init` is to connect to: as Ray decides (None), or "local" where it would wait for minutes.
+
+    A cluster that was killed leaves word of itself, by which Ray looks for it.
+
+    Raises:
+        InputError: the cluster of RAY_ADDRESS does not answer.
+    """
+    from ray._private.utils import read_ray_address
+
+    given = os.environ.get("RAY_ADDRESS")
+    place = re.fullmatch(r"([^:/]+):(\d+)", given or read_ray_address() or "")
+    if place is None:
+        return None
+    try:
+        socket.create_connection((place[1], int(place[2])), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        if given:
+            raise InputError(f"The Ray cluster at {given} does not answer: start it, or unset RAY_ADDRESS.") from error
+        return "local"
+    return None
+
+
 @contextlib.contextmanager
 def ray_session(debug: bool = False):
     """A connected Ray for the time of the block; what was started here is ended here."""
@@ -44,7 +71,7 @@ def ray_session(debug: bool = False):
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(logging_level="INFO" if debug else "ERROR", log_to_driver=debug)
+            ray.init(_address(), logging_level="INFO" if debug else "ERROR", log_to_driver=debug)
         except ConnectionError as error:
             raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
     import ray.data
