@@ -73,7 +73,7 @@ def test_a_run_saves_and_shows_none(tmp_path):
     assert not any(word in saved + where(settings.run) for word in WORDS)
     assert yaml.safe_load(saved)["storage_path"].endswith("@bucket/runs?region=x&secret_key=***")
     # What went to a worker is shown by Ray as text.
-    from unet.training.loop import Job
+    from unet.training.job import Job
 
     job = Job(settings, run.shown_settings(), run.folder.uri, 1, "digest", (), None, None, None)
     assert not any(word in str(job) + str(job.shown) for word in WORDS)

@@ -1,7 +1,7 @@
 """The training loop of one worker: restore, then epochs of steps, each followed by validation, then the test.
 
 All workers run this; what one of them decides (stopping, leaving, saving by the clock) is decided on rank 0 and
-travels with the step's sum, so nobody waits for another for ever.
+travels with the sum of a step or with a batch of validation, so nobody waits for another for ever.
 """
 
 import math
@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import ray
 
 from unet import metrics
-from unet.classes import Classes
-from unet.config import CONFIG, TICKET, TrainSettings, parse_interval
+from unet.config import CONFIG, TICKET, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
@@ -25,7 +23,8 @@ from unet.packaging.model import package
 from unet.storage import Folder
 from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State, name_of
-from unet.training.monitor import Line, Live
+from unet.training.job import Job
+from unet.training.monitor import Clock, Line, Live
 
 SAVE, STOP, LEAVE = 1, 2, 4
 ENDS = {STOP: "stopped", LEAVE: "left"}
@@ -35,56 +34,8 @@ GALLERY = 8
 """How many validation photos are shown with their masks."""
 
 
-@dataclass(frozen=True, repr=False)  # Ray shows it in its dashboard as text, and settings hold secrets
-class Job:
-    """What the driver hands to every worker.
-
-    Attributes:
-        settings: of the run.
-        shown: the same, flat, without passwords: what may be written down.
-        run: URI of the run's folder.
-        threads: TensorFlow threads of this worker.
-        data_digest: of the prepared data.
-        classes: of the prepared data.
-        checkpoint: name of the one to go on from; None at a run's beginning.
-        ticket: of this group of workers: with another in the run's folder it may not write there any more. None where
-            no other group can be (a trial of a sweep).
-        monitor: handle of the `Monitor`.
-        score_test: whether the run ends with the test split (a trial of a sweep does not).
-    """
-
-    settings: TrainSettings
-    shown: dict
-    run: str
-    threads: int
-    data_digest: str
-    classes: Classes
-    checkpoint: str | None
-    ticket: str | None
-    monitor: ray.actor.ActorHandle
-    score_test: bool = True
-
-
-@dataclass
-class Clock:
-    """Where the time of an epoch's training goes. Validation has no part in it."""
-
-    images: int = 0
-    waiting: float = 0.0
-    stepping: float = 0.0
-    steps: int = 0
-
-    def add(self, images: int, waiting: float, stepping: float) -> None:
-        self.steps, self.images = self.steps + 1, self.images + images
-        self.waiting, self.stepping = self.waiting + waiting, self.stepping + stepping
-
-    @property
-    def images_per_second(self) -> float | None:
-        return self.images / (self.waiting + self.stepping) if self.images else None
-
-    @property
-    def data_wait_fraction(self) -> float | None:
-        return self.waiting / (self.waiting + self.stepping) if self.images else None
+class _Ended(Exception):
+    """The run is to end in the middle of a validation."""
 
 
 @dataclass
@@ -171,8 +122,10 @@ class Loop:
         if not trained:
             return None
         began = time.perf_counter()
-        validation = self.evaluate("val", self.reader.validation(self.state.epoch))
+        validation = self._validate()
         self.seconds += time.perf_counter() - began
+        if validation is None:
+            return None
         self._finish_epoch(clock, validation)
         return self.state.history[-1]
 
@@ -195,9 +148,7 @@ class Loop:
                 self.line.event("first_step", time.time())
                 self.stepped = True
             self._tell(clock, "train", batch.step + 1, self.plan.steps)
-            if end := result.control & (STOP | LEAVE):
-                self._save()
-                self.line.event(ENDS[end], state.step)
+            if self._ends(result.control):
                 return False
             # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
             if self._is_due(result.control) and state.epoch_step < self.plan.steps:
@@ -205,8 +156,34 @@ class Loop:
             waited = time.perf_counter()
         return True
 
+    def _validate(self) -> dict | None:
+        """The scores on the validation split; None if the run is to end before all of it is scored.
+
+        What is saved on the way is the epoch's last step: whoever continues there begins with the validation.
+        """
+
+        def heed(batch: Batch) -> None:
+            control = int(self.learner.sum_over_workers(np.array([self._control()], np.int64))[0])
+            if self._ends(control):
+                raise _Ended
+            if control & SAVE:
+                self._save()
+
+        try:
+            return self.evaluate("val", self.reader.validation(self.state.epoch), heed)
+        except _Ended:
+            return None
+
+    def _ends(self, control: int) -> bool:
+        """Whether the workers are to end here; then a checkpoint is written, and that is said."""
+        end = control & (STOP | LEAVE)
+        if end:
+            self._save()
+            self.line.event(ENDS[end], self.state.step)
+        return bool(end)
+
     def _control(self) -> int:
-        """Rank 0's decisions, which reach all workers with the sum of the step."""
+        """Rank 0's decisions, which reach all workers with the sum of the step, or over a batch of validation."""
         if self.rank:
             return 0
         by_clock = self.interval and self.interval[0] == "seconds"
@@ -293,10 +270,15 @@ class Loop:
         if self.job.ticket and run.read_text(TICKET) != self.job.ticket:
             raise RuntimeError("other workers have taken over the run")
 
-    def evaluate(self, split: str, batches) -> dict:
+    def evaluate(self, split: str, batches, heed: Callable[[Batch], None] = lambda batch: None) -> dict:
+        """The scores on a split; `heed` is called after each of its batches."""
         plan = self.reader.ingest.plan(split, self.world_size)
-        tell = lambda batch: self._tell(Clock(), split, batch.step + 1, plan.steps)  # noqa: E731
-        return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], tell)
+
+        def done(batch: Batch) -> None:
+            self._tell(Clock(), split, batch.step + 1, plan.steps)
+            heed(batch)
+
+        return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], done)
 
     def test(self) -> None:
         """Score the test split once with the best weights, show what they do on validation photos, package them."""

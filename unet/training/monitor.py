@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import ray
 
+from unet.data.ingest import Ingest
+
 LIVE_SECONDS = 0.5
 
 
@@ -32,12 +34,35 @@ class Live:
     seconds_per_step: float | None = None
 
 
+@dataclass
+class Clock:
+    """Where the time of an epoch's training goes. Validation has no part in it."""
+
+    images: int = 0
+    waiting: float = 0.0
+    stepping: float = 0.0
+    steps: int = 0
+
+    def add(self, images: int, waiting: float, stepping: float) -> None:
+        self.steps, self.images = self.steps + 1, self.images + images
+        self.waiting, self.stepping = self.waiting + waiting, self.stepping + stepping
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.images / (self.waiting + self.stepping) if self.images else None
+
+    @property
+    def data_wait_fraction(self) -> float | None:
+        return self.waiting / (self.waiting + self.stepping) if self.images else None
+
+
 @ray.remote(num_cpus=0)
 class Monitor:
     """A mailbox owned by the driver; dies with it."""
 
     def __init__(self):
         self._live, self._events, self._wish, self._wished = {}, [], None, asyncio.Event()
+        self._reading, self._given = None, asyncio.Event()
 
     async def live(self, run: str, live: Live) -> None:
         """Rank 0 of a run says where it is."""
@@ -55,6 +80,16 @@ class Monitor:
         """That wish, as soon as there is one."""
         await self._wished.wait()
         return self._wish
+
+    async def give(self, reading: Ingest) -> None:
+        """Let the workers have the data that are kept in memory."""
+        self._reading = reading
+        self._given.set()
+
+    async def reading(self) -> Ingest:
+        """These, as soon as they are there."""
+        await self._given.wait()
+        return self._reading
 
     async def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
         """Where each run is, and the events after the first `seen`."""

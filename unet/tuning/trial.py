@@ -7,6 +7,7 @@ traced for, and the data are mapped from the object store. Trials of several wor
 import gc
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import psutil
@@ -14,17 +15,19 @@ import ray
 from ray import tune
 
 from unet.classes import Classes
-from unet.config import TrainSettings, unflat
+from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged
 from unet.network import start_tensorflow
 from unet.storage import Folder
 from unet.training.checkpoint import FILES, Checkpoints
-from unet.training.loop import Job, Loop, not_finite
-from unet.training.monitor import Line
+from unet.training.job import Job
+from unet.training.loop import Loop, not_finite
+from unet.training.monitor import Line, Live
 from unet.training.run import Run, open_run
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
+from unet.tuning.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class WarmTrial(tune.Trainable):
 
     def setup(self, config: dict, shared: Shared) -> None:
         self._shared, self._learners, self._loop = shared, None, None
+        self._watch = Watch(parse_interval(shared.base["step_timeout"])[1])
         start_tensorflow(shared.threads)
 
     def reset_config(self, config: dict) -> bool:
@@ -76,6 +80,7 @@ class WarmTrial(tune.Trainable):
         self._run = Run.load(name, settings)
         self._run.start(data_digest=shared.data_digest)
         self._line = _TrialLine(shared.monitor, self._run.folder.uri)
+        self._line.moved = self._watch.moved
         self._learners = self._learners or Learners()
         learner = self._learners.get(settings, len(shared.classes))
         latest, _ = self._run.checkpoints.resume(settings.model)
@@ -103,6 +108,10 @@ class WarmTrial(tune.Trainable):
 
     def step(self) -> dict:
         """An epoch; its record with `done`, and `training_seconds` and memory of this process."""
+        with self._watch.working():
+            return self._epoch()
+
+    def _epoch(self) -> dict:
         self._begin()
         loop, line = self._loop, self._line
         before = loop.seconds
@@ -146,6 +155,11 @@ class _TrialLine(Line):
     """The loop's line: where it is goes to the sweep's monitor, what happens stays here."""
 
     diverged: str | None = None
+    moved: Callable[[], None]
+
+    def live(self, live: Live) -> None:
+        self.moved()
+        super().live(live)
 
     def event(self, kind: str, content=None) -> None:
         if kind == "not_finite":

@@ -1,0 +1,91 @@
+"""The loop of one worker where a wish comes in the middle of a validation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import tiny_settings
+
+from unet.classes import PETS
+from unet.data.ingest import Ingest, Shard, keep
+from unet.data.prepare import resolve
+from unet.storage import Folder
+from unet.training.job import Job
+from unet.training.learner import Learner
+from unet.training.loop import Loop
+from unet.training.run import Run
+
+
+class Line:
+    """What the loop says, and a wish that comes with a batch of the first validation."""
+
+    def __init__(self, wish=None, batch=2):
+        self.events, self._wish, self._batch, self._live = [], wish, batch, None
+
+    @property
+    def wish(self):
+        there = self._live and self._live.phase == "val" and self._live.step >= self._batch
+        return self._wish if there else None
+
+    def live(self, live):
+        self._live = live
+
+    def event(self, kind, content=None):
+        self.events.append((kind, content))
+
+
+@pytest.fixture(scope="module")
+def reading(ray_cluster, storage, packed) -> Ingest:
+    prepared = resolve(str(packed), 32, "stretch", Folder(storage), lambda *_: None)
+    counts = dict(prepared.manifest.counts)
+    return keep(Ingest(prepared.folder.uri, 32, counts, 4, 0, 2, (1, 0), int(256e6)))
+
+
+def loop_of(storage, name, reading, line, checkpoint=None, **changes) -> Loop:
+    settings = tiny_settings(storage, "x", num_workers=1, batch_size=4, epochs=2, run_name=name, **changes)
+    run = Run.load(name, settings)
+    run.start()
+    job = Job(settings, run.shown_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
+    state = run.checkpoints.state(checkpoint) if checkpoint else None
+    here = replace(reading, start=(state.epoch, state.epoch_step) if state else (1, 0))
+    return Loop(job, Learner(settings, 3), Shard(here, 0, 1).reader(), line, 0, 1)
+
+
+def same(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k not in ("time", "images_per_second", "data_wait_fraction")}
+
+
+def test_a_wish_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
+    whole = loop_of(storage, "whole", reading, Line())
+    assert whole.train(lambda record: None)
+    line = Line("leave")
+    first = loop_of(storage, "left", reading, line)
+    steps = first.plan.steps
+    assert not first.train(lambda record: None) and line.events[-1] == ("left", steps)
+    (name,) = first.checkpoints.whole()
+    state = first.checkpoints.state(name)
+    assert (state.epoch, state.epoch_step, state.step, state.history) == (1, steps, steps, [])
+
+    second = loop_of(storage, "left", reading, Line(), name)
+    assert second.train(lambda record: None)
+    assert list(map(same, second.state.history)) == list(map(same, whole.state.history))
+    for one, other in zip(whole.learner.model.weights, second.learner.model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_the_clock_saves_in_a_validation_too(reading, storage):
+    """A validation that outlasts the interval does not put the epoch's steps at risk."""
+    loop = loop_of(storage, "clocked", reading, Line(), checkpoint_every="10m")
+    saved = []
+    loop.checkpoints.save = lambda learner, state: saved.append((state.epoch, state.epoch_step))
+    loop.checkpoints.prune = lambda keep: None
+    evaluate = loop.learner.evaluate
+
+    def slow(images, masks):
+        loop.last_save -= 600
+        return evaluate(images, masks)
+
+    loop.learner.evaluate = slow
+    loop.run_epoch()
+    batches = loop.reader.ingest.plan("val", 1).steps
+    assert saved == [(1, loop.plan.steps)] * batches + [(2, 0)]

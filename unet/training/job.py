@@ -1,0 +1,38 @@
+"""What the driver hands to every worker of a run."""
+
+from dataclasses import dataclass
+
+import ray
+
+from unet.classes import Classes
+from unet.config import TrainSettings
+
+
+@dataclass(frozen=True, repr=False)  # Ray shows it in its dashboard as text, and settings hold secrets
+class Job:
+    """What a worker is to do.
+
+    Attributes:
+        settings: of the run.
+        shown: the same, flat, without passwords: what may be written down.
+        run: URI of the run's folder.
+        threads: TensorFlow threads of this worker.
+        data_digest: of the prepared data.
+        classes: of the prepared data.
+        checkpoint: name of the one to go on from; None at a run's beginning.
+        ticket: of this group of workers: with another in the run's folder it may not write there any more. None where
+            no other group can be (a trial of a sweep).
+        monitor: handle of the `Monitor`.
+        score_test: whether the run ends with the test split (a trial of a sweep does not).
+    """
+
+    settings: TrainSettings
+    shown: dict
+    run: str
+    threads: int
+    data_digest: str
+    classes: Classes
+    checkpoint: str | None
+    ticket: str | None
+    monitor: ray.actor.ActorHandle
+    score_test: bool = True
