@@ -12,12 +12,13 @@ from ray.train import WorkerGroupError
 from test_run import wait_for
 
 from unet.errors import Diverged, StepFailed
-from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of
+from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
 
 DIED = RuntimeError(
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 4711"
 )
 MEMORY = RuntimeError("Task was killed due to the node running low on memory; memory usage threshold was exceeded")
+AWAY = RuntimeError("The actor 4e is unavailable: The actor is temporarily unavailable: RpcError: Socket closed")
 BROKEN = StepFailed("UnavailableError: Connection reset by peer")
 
 
@@ -27,6 +28,7 @@ BROKEN = StepFailed("UnavailableError: Connection reset by peer")
         ({0: BROKEN, 1: DIED}, "lost", "worker 1 (process 4711) was killed or has crashed"),
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
+        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 is out of reach"),
         ({0: ValueError("no such layer"), 1: BROKEN}, "raised", "worker 0: ValueError: no such layer"),
         ({0: Diverged("The numbers stopped.")}, "final", "The numbers stopped."),
         ({0: RuntimeError("a task failed\nunet.errors.InputError: train-0 is damaged")}, "final", "train-0 is damaged"),
@@ -35,6 +37,12 @@ BROKEN = StepFailed("UnavailableError: Connection reset by peer")
 def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
     fault = fault_of(WorkerGroupError("all of it", failures))
     assert fault.kind == kind and words in fault.reason
+
+
+def test_what_is_raised_where_a_node_is_lost_is_not_the_workers_error():
+    raised = Fault("worker 0: OwnerDiedError: x", "raised")
+    assert with_nodes(raised, 1, 2) == Fault("worker 0: OwnerDiedError: x; 1 of 2 nodes lost")
+    assert with_nodes(raised, 0, 2) == raised and with_nodes(Fault("disk", "final"), 1, 2) == Fault("disk", "final")
 
 
 @given(st.integers(0, 8), st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=30))

@@ -85,6 +85,12 @@ def test_free_cpus_count_where_they_lie():
     assert plan_now(settings(num_workers="1:4"), free(1.6, 0.4), 0).num_workers == 2
 
 
+def test_a_small_node_keeps_its_reserve():
+    """A node of one CPU holds one worker of 0.5 beside its readers, not two."""
+    assert plan_now(settings(num_workers=2), free(1, 0, each=1), 0) is None
+    assert plan_now(settings(num_workers=2), free(1, 1, each=1), 0).num_workers == 2
+
+
 def test_an_elastic_run_counts_on_the_nodes_there_are():
     """At most as many workers as the nodes could ever hold, and with micro-shards only what divides them."""
     assert plan_now(settings(num_workers="1:8"), free(2), 0).num_workers == 2

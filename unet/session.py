@@ -60,6 +60,8 @@ def ray_session(debug: bool = False):
     """A connected Ray for the time of the block; what was started here is ended here."""
     # How often the controller of Ray Train looks at its workers; its 2 s would delay every report and the end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    # The supervisor does it, and another process for each group of workers would only make their start longer.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -71,7 +73,9 @@ def ray_session(debug: bool = False):
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(_address(), logging_level="INFO" if debug else "ERROR", log_to_driver=debug)
+            # A cluster has its dashboard; ten more processes for a Ray of this job's own would slow its start.
+            logging_level = "INFO" if debug else "ERROR"
+            ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=False)
         except ConnectionError as error:
             raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
     import ray.data

@@ -43,6 +43,13 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(_last_line(error), "raised")
 
 
+def with_nodes(fault: Fault, lost: int, nodes: int) -> Fault:
+    """The fault of a group on so many nodes, `lost` of which are gone: whatever its workers raised, that was why."""
+    if not lost or fault.kind == "final":
+        return fault
+    return Fault(f"{fault.reason}; {lost} of {nodes} nodes lost")
+
+
 def _of_worker(rank: int, error: BaseException) -> Fault:
     text = str(error)
     if own := _own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
@@ -54,6 +61,8 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
     if "actor died" in text.lower() or "ActorDied" in text or "ActorUnavailable" in text:
         pid = re.search(r"pid[:=]\s*(\d+)", text)
         return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
+    if "HealthCheck" in type(error).__name__ or "temporarily unavailable" in text:
+        return Fault(f"worker {rank} is out of reach")
     if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
         return Fault(f"the connection of worker {rank} to the others broke")
     return Fault(f"worker {rank}: {_last_line(error)}", "raised")

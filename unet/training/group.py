@@ -17,13 +17,14 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet.data.ingest import Ingest, OrderedData
 from unet.training.backend import TensorflowBackendConfig
-from unet.training.loop import Job
+from unet.training.job import Job
 from unet.training.monitor import Live, Monitor
 from unet.training.resources import Plan
 from unet.training.worker import train_worker
@@ -39,12 +40,19 @@ class _Announce(ControllerCallback):
         ray.get(self.monitor.event.remote("controller", ray.get_runtime_context().current_actor))
 
 
+class _Trainer(DataParallelTrainer):
+    """Ray Train without its cleaner of places, a process more to start: `free_abandoned_places` does its work, where
+    no other group of the job lives."""
+
+    def _create_default_callbacks(self):
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
 class Group:
     """Workers under way.
 
     Attributes:
         nodes: ids of the nodes that they run on, as far as they have said so.
-        error: what they failed with, once `ended`.
         aborted_at: when they were ended, of `time.monotonic`; None before.
     """
 
@@ -52,53 +60,81 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.monitor = Monitor.options(scheduling_strategy=here).remote()
         self.nodes: set[str] = set()
-        self.error: BaseException | None = None
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
         self._seen, self._controller = 0, None
-        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._unread: BaseException | None = None
+        self._threads: dict[str, threading.Thread] = {}
 
-    def start(self, job: Job, read: Callable[[], Ingest]) -> None:
-        """Begin, in a thread, since there Ray leaves the handling of signals to us. `read` opens the data in it."""
-        self._thread = threading.Thread(target=self._fit, args=(job, read), name="fit", daemon=True)
-        self._thread.start()
+    def start(self, job: Job, reading: Ingest, keep: Callable[[], Ingest] | None) -> None:
+        """Begin, in threads, since there Ray leaves the handling of signals to us.
 
-    def _fit(self, job: Job, read: Callable[[], Ingest]) -> None:
+        The workers stream `reading`, or get what `keep` returns, which reads while they load TensorFlow.
+        """
+        if keep:
+            self._threads["data"] = threading.Thread(target=self._keep, args=(keep,), name="data", daemon=True)
+        stream = None if keep else reading
+        self._threads["fit"] = threading.Thread(target=self._fit, args=(job, stream), name="fit", daemon=True)
+        for thread in self._threads.values():
+            thread.start()
+
+    def _keep(self, keep: Callable[[], Ingest]) -> None:
+        try:
+            self.monitor.give.remote(keep())
+        except BaseException as error:
+            self._unread = error
+            self.abort()
+
+    def _fit(self, job: Job, stream: Ingest | None) -> None:
         # A name of its own for every start: Ray would silently continue from its snapshot of the same name.
         scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"unet-ray-{uuid.uuid4().hex[:8]}"
-        plan = self._plan
         try:
-            DataParallelTrainer(
-                train_worker,
-                train_loop_config={"job": job},
-                backend_config=TensorflowBackendConfig(),
-                scaling_config=ScalingConfig(
-                    num_workers=plan.num_workers,
-                    use_gpu=plan.use_gpu,
-                    resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
-                ),
-                run_config=RunConfig(
-                    name=self._name,
-                    storage_path=str(scratch),
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                    callbacks=[*self._callbacks, _Announce(self.monitor)],
-                    logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
-                ),
-                datasets={"train": ray.data.range(1)},  # its place only: `OrderedData` gives the shards
-                dataset_config=OrderedData(read()),
-            ).fit()
+            self._trainer(job, stream, scratch).fit()
         except BaseException as error:
-            self.error = error
+            self._failure = error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
+    def _trainer(self, job: Job, stream: Ingest | None, scratch: Path) -> DataParallelTrainer:
+        plan, data = self._plan, {}
+        if stream:  # the data set is its place only: `OrderedData` gives the shards
+            data = {"datasets": {"train": ray.data.range(1)}, "dataset_config": OrderedData(stream)}
+        trainer = _Trainer if job.score_test else DataParallelTrainer  # a sweep's job has other groups
+        return trainer(
+            train_worker,
+            train_loop_config={"job": job, "streamed": stream is not None},
+            backend_config=TensorflowBackendConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=plan.num_workers,
+                use_gpu=plan.use_gpu,
+                resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+                placement_strategy="SPREAD",  # as planned; packed, they take a small node's reserve
+            ),
+            run_config=RunConfig(
+                name=self._name,
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                callbacks=[*self._callbacks, _Announce(self.monitor)],
+                logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
+            ),
+            **data,
+        )
+
     @property
     def ended(self) -> bool:
-        return self._thread is not None and not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in self._threads.values())
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it failed with, once `ended`."""
+        return self._unread or self._failure  # data that cannot be read end the workers
 
     def wait(self, seconds: float) -> None:
         """Return when the group has ended, at the latest after so long."""
-        self._thread.join(seconds)
+        until = time.monotonic() + seconds
+        for thread in self._threads.values():
+            thread.join(max(0.0, until - time.monotonic()))
 
     def news(self, run: str) -> tuple[Live | None, list[tuple]]:
         """Where the run is, and what has happened since the last call."""
@@ -130,7 +166,8 @@ class Group:
     @property
     def begun(self) -> bool:
         """Whether its data are open and its controller is there."""
-        return self._controller is not None
+        reading = "data" in self._threads and self._threads["data"].is_alive()
+        return self._controller is not None and not reading
 
     def close(self) -> None:
         """Let go of the mailbox."""

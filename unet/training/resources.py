@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from unet.training.arrays import weight_shapes
 READERS = 2
 RESERVED_CPUS = 0.5
 """Left on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`)."""
+ANSWER_SECONDS = 1.0
+"""How long a node has to take a connection."""
 WORKER_BYTES = 0.8e9
 """A worker with TensorFlow loaded, before its first step (measured: 0.6 GB)."""
 
@@ -61,12 +64,28 @@ def cluster_nodes() -> list[Node]:
     leaving, found = draining_nodes(), []
     # What of each node is free Ray tells by no public call; only the sum of all.
     free = ray._private.state.available_resources_per_node()
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in leaving:
-            r, left = node["Resources"], free.get(node["NodeID"], {})
+    for name, node in live_nodes().items():
+        if name not in leaving:
+            r, left = node["Resources"], free.get(name, {})
             sizes = (r.get("CPU", 0), r.get("GPU", 0), r["memory"], r["object_store_memory"])
             found.append(Node(*sizes, left.get("CPU", 0), left.get("GPU", 0)))
     return found
+
+
+def live_nodes() -> dict[str, dict]:
+    """What Ray says of the nodes that live, by id; each is asked, since Ray misses a lost one only after 15 s or so."""
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _answers(node)}
+
+
+def _answers(node: dict) -> bool:
+    """Whether its part of Ray still listens, where every other node of the cluster must reach it too."""
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def draining_nodes() -> set[str]:
@@ -136,7 +155,8 @@ def take_room(settings: TrainSettings, data_bytes: int) -> Plan:
 
 
 def _places(node: Node, plan: Plan) -> int:
-    cpus = int((node.free_cpus + 1e-6) // plan.cpus_per_worker)
+    # What is free may hold the reserve, and may lack it where readers are at work.
+    cpus = min(int((node.free_cpus + 1e-6) // plan.cpus_per_worker), _fits(node.cpus, plan.cpus_per_worker))
     return min(cpus, int(node.free_gpus)) if plan.use_gpu else cpus
 
 

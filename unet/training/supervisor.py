@@ -17,10 +17,11 @@ from unet.data import ingest
 from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.training import resources
 from unet.training.checkpoint import State
-from unet.training.faults import Fault, Tries, fault_of
+from unet.training.faults import Fault, Tries, fault_of, with_nodes
 from unet.training.group import Group
+from unet.training.job import Job
 from unet.training.journal import Journal
-from unet.training.loop import Job, not_finite
+from unet.training.loop import not_finite
 from unet.training.run import milliseconds
 from unet.training.signals import stop_wish
 
@@ -172,7 +173,9 @@ class Supervisor:
         self.left, self.leaving = False, None
         group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
         try:
-            group.start(self._job(group, name), self._read_from)
+            reading = self._read_from()
+            keep = self._keep if self.plan.kept or reading.kept is not None else None
+            group.start(self._job(group, name), reading, keep)
             if reason:
                 self.journal.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
             hung = self._follow(group, wish)
@@ -190,8 +193,10 @@ class Supervisor:
                     resources.free_abandoned_places()
         if hung:
             return Fault(hung)
-        aborted = self.stopped and group.aborted_at is not None
-        return None if aborted or group.error is None else fault_of(group.error)
+        if group.error is None or (self.stopped and group.aborted_at is not None):
+            return None
+        lost = group.nodes - resources.live_nodes().keys()
+        return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
 
     def _job(self, group: Group, checkpoint: str | None) -> Job:
         manifest, ticket = self.journal.prepared.manifest, uuid.uuid4().hex
@@ -212,10 +217,8 @@ class Supervisor:
     def _read_from(self) -> ingest.Ingest:
         """The data from the last checkpoint's place in their order on."""
         settings, state = self.settings, self.latest and self.latest[1]
-        start = (state.epoch, state.epoch_step) if state else (1, 0)
-        nodes = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
         # What was kept may have gone with a node.
-        kept = self.reading.kept if self.reading and nodes >= self.nodes else None
+        kept = self.reading.kept if self.reading and resources.live_nodes().keys() >= self.nodes else None
         self.reading = ingest.Ingest(
             folder=self.journal.prepared.folder.uri,
             image_size=settings.data.image_size,
@@ -223,12 +226,17 @@ class Supervisor:
             batch_size=settings.training.batch_size,
             seed=settings.training.seed,
             epochs=settings.training.epochs,
-            start=start,
+            start=(state.epoch, state.epoch_step) if state else (1, 0),
             memory=self.plan.stream_bytes,
             kept=kept,
         )
-        if self.plan.kept and kept is None:
-            self.reading, self.nodes = ingest.keep(self.reading), nodes
+        return self.reading
+
+    def _keep(self) -> ingest.Ingest:
+        """The same with all that is trained and validated on in memory."""
+        if self.reading.kept is None:
+            self.nodes = frozenset(resources.live_nodes())
+            self.reading = ingest.keep(self.reading)
         return self.reading
 
     def _follow(self, group: Group, wish: threading.Event) -> str | None:

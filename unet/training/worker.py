@@ -2,6 +2,7 @@
 
 import ray
 
+from unet.data.ingest import Shard
 from unet.errors import StepFailed, StorageFailed, first_line
 from unet.network import start_tensorflow
 from unet.training.loop import Loop
@@ -9,7 +10,7 @@ from unet.training.monitor import Line
 
 
 def train_worker(config: dict) -> None:
-    """Run the `Job` of `config["job"]` on this worker of Ray Train."""
+    """Run the `Job` of `config["job"]` on this worker of Ray Train, on streamed data where `config["streamed"]`."""
     job = config["job"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -26,8 +27,11 @@ def train_worker(config: dict) -> None:
         # Before anything else runs in TensorFlow.
         strategy = tf.distribute.MultiWorkerMirroredStrategy() if world_size > 1 else None
         learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
-        reader = ray.train.get_dataset_shard("train").reader()
-        loop = Loop(job, learner, reader, line, rank, world_size)
+        if config["streamed"]:
+            shard = ray.train.get_dataset_shard("train")
+        else:
+            shard = Shard(ray.get(job.monitor.reading.remote()), rank, world_size)
+        loop = Loop(job, learner, shard.reader(), line, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
     except StorageFailed as error:
