@@ -1,15 +1,17 @@
 """What ended the workers in words, and whether they are started again."""
 
+import os
 import signal
+import subprocess
 import threading
 
 import numpy as np
 import pytest
-from conftest import ray_processes, train, weights_of
+from conftest import TINY, ray_processes, read_json, train, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.train import WorkerGroupError
-from test_run import wait_for
+from test_run import start_job, wait_for
 
 from unet.errors import Diverged, StepFailed
 from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
@@ -71,22 +73,49 @@ def test_an_error_that_comes_again_is_not_tried_a_third_time():
     assert Tries(5).failed(Fault("disk", "final"), None) is None
 
 
+def stop_processes(folder, kind: str) -> None:
+    """Stop all of a kind, as a frozen machine does, once the run has saved twice."""
+    wait_for(lambda: len(list(folder.glob("checkpoints/step_*/COMMIT"))) >= 2)
+    for process in ray_processes(kind):
+        process.send_signal(signal.SIGSTOP)
+
+
 @pytest.mark.slow
-def test_workers_that_hang_are_replaced(trained, storage, packed):
-    """Both are stopped, so that neither can notice; the run ends bit-equal to the unbroken one."""
+@pytest.mark.parametrize("kind", ["RayTrainWorker", "TrainController"])
+def test_processes_that_hang_are_replaced(kind, trained, storage, packed):
+    """All workers are stopped, so that none can notice, or their controller; the run ends bit-equal to the unbroken."""
     folder, summary = trained
-
-    def freeze():
-        wait_for(lambda: len(list((storage / "frozen").glob("checkpoints/step_*/COMMIT"))) >= 2)
-        for worker in ray_processes("RayTrainWorker"):
-            worker.send_signal(signal.SIGSTOP)
-
-    helper = threading.Thread(target=freeze)
+    name = f"frozen-{kind}"
+    helper = threading.Thread(target=stop_processes, args=(storage / name, kind))
     helper.start()
-    frozen = train(storage, packed, as_trial=True, run_name="frozen", checkpoint_every="3", step_timeout="0.4m")
+    frozen = train(storage, packed, run_name=name, checkpoint_every="3", step_timeout="0.4m")
     helper.join()
     assert "nothing has moved for 0.4 minutes" in frozen["restart_log"][0]["reason"]
     assert frozen["val"] == summary["val"] and frozen["best_checkpoint"] == summary["best_checkpoint"]
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
-    before, after = weights_of(folder, last), weights_of(storage / "frozen", last)
+    before, after = weights_of(folder, last), weights_of(storage / name, last)
     assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_run_in_any_case(ray_cluster, storage, packed):
+    """The workers are stopped, so that the checkpoint of the first one never comes."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"epochs": 1000, "checkpoint_every": 3}).items()]
+    flags += ["--num-workers=2", "--threads=1", f"--data={packed}", f"--storage-path={storage}"]
+    process = start_job(*flags, "--run-name=impatient", RAY_ADDRESS=ray_cluster.address_info["gcs_address"])
+    folder = storage / "impatient"
+    stop_processes(folder, "RayTrainWorker")
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(lambda: read_json(folder / "summary.json")["status"] == "stopped")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
+    wait_for(lambda: not ray_processes("RayTrainWorker") and not ray_processes("TrainController"))
+    done = train(storage, packed, run_name="impatient", epochs=read_last_epoch(folder) + 1)
+    assert done["status"] == "finished"
+
+
+def read_last_epoch(folder) -> int:
+    return (folder / "metrics.jsonl").read_text().count("\n")

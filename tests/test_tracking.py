@@ -164,7 +164,7 @@ def test_a_run_that_was_removed_is_made_anew(server, couriers):
     client.delete_run(first.run_id)
     first.epoch(lines[1])
     assert not first.deliver(60), "refused, not waited for"
-    assert "refuses a part of the run" in words[0] and len(words) == 1
+    assert "refuses a part of the run" in words[0] and len(words) == 1 and first.refuses
     again = make(server.uri, "removed")
     again.start("run", first.run_id, {}, {}, "key-6", 1)
     again.epoch(*lines)

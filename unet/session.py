@@ -64,6 +64,8 @@ def ray_session(debug: bool = False):
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # A Ray that starts here keeps word of so many calls, else of 100,000, for a dashboard that it does not have.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not debug:

@@ -139,6 +139,12 @@ class Courier:
         """
         return self._wait(lambda: not (self._calls or self._files), seconds, at_most, until) and not self._refusals
 
+    @property
+    def refuses(self) -> bool:
+        """Whether all is taken but what the store refuses, and would again."""
+        with self._changed:
+            return bool(self._refusals) and not (self._calls or self._files)
+
     def reach(self, seconds: float, at_most: float = float("inf"), until: threading.Event | None = None) -> bool:
         """Wait until `run_id` is known, as `deliver` does; whether it is."""
         return self._wait(lambda: self.run_id is not None, seconds, at_most, until)

@@ -101,9 +101,15 @@ def _results(run: Run, to: Courier) -> None:
 
 def kept_back(run: Run, to: Courier) -> str:
     """What to do about an ended run that MLflow has not taken wholly."""
+    place, again = without_secrets(to.uri), f"python jobs/train.py --sync {run.name}{where(run.settings.run)}"
+    if to.refuses:
+        return (
+            f"MLflow at {place} refuses a part of the run ({to.reason}) and has the rest; its folder holds everything. "
+            f"Waiting does not help: once that store, or another, takes it: {again}"
+        )
     return (
-        f"MLflow at {without_secrets(to.uri)} has not taken all of the run ({to.reason or 'there was no time'}); its "
-        f"folder holds everything. Send it later: python jobs/train.py --sync {run.name}{where(run.settings.run)}"
+        f"MLflow at {place} has not taken all of the run ({to.reason or 'there was no time'}); its folder holds "
+        f"everything. Send it later: {again}"
     )
 
 

@@ -56,7 +56,7 @@ class Clock:
         return self.waiting / (self.waiting + self.stepping) if self.images else None
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, enable_task_events=False)  # Ray would keep one of each poll
 class Monitor:
     """A mailbox owned by the driver; dies with it."""
 
