@@ -16,7 +16,8 @@ def run(settings: TuneSettings) -> int:
     from unet.tuning.sweep import open_sweep
 
     sweep = open_sweep(settings)
-    with ray_session(settings.door.debug):
+    # Without it Ray Train never frees the places of a trial of several workers that was stopped early.
+    with ray_session(settings.door.debug, dashboard=True):
         summary = run_sweep(sweep, Display())
     return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
 

@@ -56,8 +56,11 @@ def _address() -> str | None:
 
 
 @contextlib.contextmanager
-def ray_session(debug: bool = False):
-    """A connected Ray for the time of the block; what was started here is ended here."""
+def ray_session(debug: bool = False, dashboard: bool = False):
+    """A connected Ray for the time of the block; what was started here is ended here.
+
+    A Ray of this job's own comes without a dashboard, unless it is asked for: ten processes less to start.
+    """
     # How often the controller of Ray Train looks at its workers; its 2 s would delay every report and the end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     # The supervisor does it, and another process for each group of workers would only make their start longer.
@@ -75,9 +78,8 @@ def ray_session(debug: bool = False):
     started = not ray.is_initialized()
     if started:
         try:
-            # A cluster has its dashboard; ten more processes for a Ray of this job's own would slow its start.
             logging_level = "INFO" if debug else "ERROR"
-            ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=False)
+            ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
         except ConnectionError as error:
             raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
     import ray.data
