@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray
 
 from unet.config import TICKET, parse_interval
-from unet.data import ingest
+from unet.data.ingest import Ingest
 from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.training import resources
 from unet.training.checkpoint import State
@@ -22,6 +22,7 @@ from unet.training.group import Group
 from unet.training.job import Job
 from unet.training.journal import Journal
 from unet.training.loop import not_finite
+from unet.training.reading import Reading
 from unet.training.run import milliseconds
 from unet.training.signals import stop_wish
 
@@ -65,9 +66,6 @@ class Supervisor:
     left: bool = False
     promised: int | None = None
     """How many workers there was room for when the group was asked to leave."""
-    reading: ingest.Ingest | None = None
-    nodes: frozenset[str] = frozenset()
-    """Those that lived when `reading` was kept."""
     test: dict | None = None
     tested: int | None = None
     """When, in milliseconds since 1970."""
@@ -76,6 +74,19 @@ class Supervisor:
 
     def __post_init__(self):
         self.run, self.display, self.settings = self.journal.run, self.journal.display, self.journal.run.settings
+        training = self.settings.training
+        self.reading = Reading(
+            Ingest(
+                folder=self.journal.prepared.folder.uri,
+                image_size=self.settings.data.image_size,
+                samples=self.counts,
+                batch_size=training.batch_size,
+                seed=training.seed,
+                epochs=training.epochs,
+                start=(1, 0),
+                memory=self.plan.stream_bytes,
+            )
+        )
 
     def run_to_end(self, wish: threading.Event | None = None) -> dict:
         """Train, test and keep; the run's summary. `wish` ends it with a checkpoint (default: set by Ctrl-C).
@@ -173,8 +184,8 @@ class Supervisor:
         self.left, self.leaving = False, None
         group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
         try:
-            reading = self._read_from()
-            keep = self._keep if self.plan.kept or reading.kept is not None else None
+            reading = self.reading.begin(self.latest and self.latest[1], self.plan.stream_bytes)
+            keep = self.reading.keep if self.plan.kept or reading.kept is not None else None
             group.start(self._job(group, name), reading, keep)
             if reason:
                 self.journal.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
@@ -213,31 +224,6 @@ class Supervisor:
             monitor=group.monitor,
             score_test=not self.journal.as_trial,
         )
-
-    def _read_from(self) -> ingest.Ingest:
-        """The data from the last checkpoint's place in their order on."""
-        settings, state = self.settings, self.latest and self.latest[1]
-        # What was kept may have gone with a node.
-        kept = self.reading.kept if self.reading and resources.live_nodes().keys() >= self.nodes else None
-        self.reading = ingest.Ingest(
-            folder=self.journal.prepared.folder.uri,
-            image_size=settings.data.image_size,
-            samples=self.counts,
-            batch_size=settings.training.batch_size,
-            seed=settings.training.seed,
-            epochs=settings.training.epochs,
-            start=(state.epoch, state.epoch_step) if state else (1, 0),
-            memory=self.plan.stream_bytes,
-            kept=kept,
-        )
-        return self.reading
-
-    def _keep(self) -> ingest.Ingest:
-        """The same with all that is trained and validated on in memory."""
-        if self.reading.kept is None:
-            self.nodes = frozenset(resources.live_nodes())
-            self.reading = ingest.keep(self.reading)
-        return self.reading
 
     def _follow(self, group: Group, wish: threading.Event) -> str | None:
         """Take in the workers' news until they end; how long they hung if that was their end."""

@@ -1,0 +1,35 @@
+"""What a run's groups of workers read, one after another: the data are kept in memory once for all of them."""
+
+from dataclasses import dataclass, replace
+
+from unet.data import ingest
+from unet.training import resources
+from unet.training.checkpoint import State
+
+
+@dataclass
+class Reading:
+    """A run's data.
+
+    Attributes:
+        ingest: where the group under way reads from; at first the run's beginning.
+        nodes: ids of those that lived when the data were kept.
+    """
+
+    ingest: ingest.Ingest
+    nodes: frozenset[str] = frozenset()
+
+    def begin(self, state: State | None, memory: int) -> ingest.Ingest:
+        """The data from a checkpoint's place in their order on; streaming may use `memory` bytes."""
+        # What was kept may have gone with a node.
+        kept = self.ingest.kept if resources.live_nodes().keys() >= self.nodes else None
+        start = (state.epoch, state.epoch_step) if state else (1, 0)
+        self.ingest = replace(self.ingest, start=start, memory=memory, kept=kept)
+        return self.ingest
+
+    def keep(self) -> ingest.Ingest:
+        """The same with all that is trained and validated on in memory."""
+        if self.ingest.kept is None:
+            self.nodes = frozenset(resources.live_nodes())
+            self.ingest = ingest.keep(self.ingest)
+        return self.ingest
