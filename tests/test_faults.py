@@ -88,9 +88,9 @@ def test_processes_that_hang_are_replaced(kind, trained, storage, packed):
     name = f"frozen-{kind}"
     helper = threading.Thread(target=stop_processes, args=(storage / name, kind))
     helper.start()
-    frozen = train(storage, packed, run_name=name, checkpoint_every="3", step_timeout="0.4m")
+    frozen = train(storage, packed, run_name=name, checkpoint_every="3", step_timeout="1m")
     helper.join()
-    assert "nothing has moved for 0.4 minutes" in frozen["restart_log"][0]["reason"]
+    assert "nothing has moved for 1 minutes" in frozen["restart_log"][0]["reason"]
     assert frozen["val"] == summary["val"] and frozen["best_checkpoint"] == summary["best_checkpoint"]
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
     before, after = weights_of(folder, last), weights_of(storage / name, last)
