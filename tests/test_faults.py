@@ -4,17 +4,23 @@ import os
 import signal
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, ray_processes, read_json, train, weights_of
+from conftest import TINY, ray_processes, read_json, tiny_settings, train, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.train import WorkerGroupError
 from test_run import start_job, wait_for
 
 from unet.errors import Diverged, StepFailed
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.training import resources, supervisor
 from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
+from unet.training.resources import Node, Plan
+from unet.training.run import Run
 
 DIED = RuntimeError(
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 4711"
@@ -71,6 +77,28 @@ def test_an_error_that_comes_again_is_not_tried_a_third_time():
     tries = Tries(5)
     assert tries.failed(same, "step_00000010") == 0 and tries.failed(same, "step_00000020") == 0
     assert Tries(5).failed(Fault("disk", "final"), None) is None
+
+
+def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
+    """Others hold the CPUs for longer than a run waits; an elastic one is content with what is left after a moment."""
+    monkeypatch.setattr(supervisor, "ROOM_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(resources, "cluster_nodes", lambda: [Node(2, memory=16e9, object_store=6e9, free_cpus=0.8)])
+
+    def find_room(num_workers) -> supervisor.Supervisor:
+        run = Run("crowded", tiny_settings(tmp_path, tmp_path, num_workers=num_workers), Folder(tmp_path))
+        prepared = SimpleNamespace(folder=Folder(tmp_path))
+        journal = SimpleNamespace(run=run, display=Display(quiet=True), prepared=prepared)
+        plan = Plan(2, 0.75, 1, False, True, 0, 0)
+        found = supervisor.Supervisor(journal, {"train": 8, "val": 8}, plan, (), 1, None)
+        found._find_room(threading.Event())
+        return found
+
+    failure = str(find_room(2).failure)
+    assert "no room for the workers" in failure and "2 workers need 0.75 free CPUs each" in failure
+    assert "--resume crowded; --num-workers 1:2 goes on" in failure
+    elastic = find_room("1:2")
+    assert elastic.failure is None and elastic.plan.num_workers == 1
 
 
 def stop_processes(folder, kind: str) -> None:
