@@ -20,7 +20,7 @@ from unet.training.checkpoint import STATE, Checkpoints
 from unet.training.run import read_summary
 
 MLMODEL = "MLmodel"
-VARIABLES = "data/model/variables/variables"
+VARIABLES = "tf2model/variables/variables"
 """Where TensorFlow keeps the variables of a packaged model."""
 
 

@@ -3,10 +3,11 @@
 import json
 import re
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet.config import CONFIG, EvaluateSettings, read_config
-from unet.errors import InputError, StorageFailed, first_line
+from unet.errors import InputError, first_line
 from unet.evaluation.run import Evaluation
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
@@ -58,11 +59,9 @@ def write(done: Evaluation, folder: Folder) -> list[str]:
     Raises:
         StorageFailed: they cannot be written.
     """
-    try:
-        with folder.writing(RECORDS) as stream:
-            pq.write_table(done.records, stream, compression="zstd")
-    except OSError as error:
-        raise StorageFailed(f"Cannot write {folder}/{RECORDS}: {first_line(error)}; put that right.") from error
+    content = pa.BufferOutputStream()
+    pq.write_table(done.records, content, compression="zstd")
+    folder.write_bytes(RECORDS, content.getvalue().to_pybytes())
     folder.write_text(METRICS, json.dumps(done.metrics, indent=2, allow_nan=False))
     return [METRICS, RECORDS]
 

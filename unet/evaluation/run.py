@@ -56,8 +56,15 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         raise InputError(f"{prepared.folder} has no {part.split} samples: give another --split.")
     pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"))
     display.waiting(f"starting {pool.processes} processes")
-    batch = batch_size(models)
-    tables = score_split(models, prepared, part.split, pool, part.band, batch, display.scoring)
+    rates: list[float] = []
+
+    def tell(done: int, total: int, rate: float | None) -> None:
+        rates[:] = [rate] if rate else rates
+        display.scoring(done, total, rate)
+
+    tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
+    speed = f" at {rates[0]:.1f} images/s" if rates else ""
+    display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of one thread.")
     names, labels = prepared.manifest.classes, [label(model) for model in models]
     comparison = compare(labels, tables, names, part.bootstrap) if len(models) > 1 else None
     found = []

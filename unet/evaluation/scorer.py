@@ -134,10 +134,16 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
     dataset = ray.data.from_items([{"chunk": chunk} for chunk in range(chunks)], override_num_blocks=max(1, chunks))
     context = dataset.context
     context.enable_progress_bars = False
-    context.target_max_block_size = 1  # each batch that a reading task yields is a block, whatever its size
+    # A block is a batch: it is what a process takes at a time, and what progress counts.
+    context.target_max_block_size = batch * what.image_size**2 * 4
     context.wait_for_min_actors_s = START_SECONDS
     read = dataset.map_batches(
-        _read, fn_args=(what, batch), batch_size=1, batch_format="pyarrow", num_cpus=DATA_CPUS, concurrency=pool.readers
+        _read,
+        fn_args=(what, batch),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=DATA_CPUS,
+        compute=ray.data.TaskPoolStrategy(pool.readers),
     )
     return read.map_batches(
         Scorer,

@@ -10,7 +10,7 @@ from unet.report import ABSENT
 
 WORST = 8
 """Breeds that are shown: those with the lowest mean IoU."""
-WAYS = {"outline_as_pet": "counted as pet", "outline_ignored": "ignored"}
+WAYS = {"outline_as_pet": "as pet", "outline_ignored": "ignored"}
 
 
 def show(console: Console, title: str, metrics: Mapping) -> None:
@@ -59,9 +59,9 @@ def _by_class(title: str, metrics: Mapping) -> Table:
 
 def _otherwise(metrics: Mapping) -> Table:
     """The means of the other ways to look at the same masks."""
-    table = _table("Otherwise", "", "mean IoU", "95 %", "mean Dice", "accuracy")
+    table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy")
     band, own = metrics.get("band"), metrics.get("own_size")
-    rows = [("each image weighs the same", metrics["per_image"])]
+    rows = [("mean over images", metrics["per_image"])]
     rows += [(f"within {band['width']} px of a border", band)] if band else []
     rows += [("at the photos' own size", own)] if own else []
     for name, scores in rows:
@@ -74,14 +74,13 @@ def _otherwise(metrics: Mapping) -> Table:
 
 def _binary(metrics: Mapping) -> Table:
     """Pet against background."""
-    table = _table("Pet against background", "outline", "IoU pet", "95 %", "Dice pet", "mean IoU", "accuracy")
+    table = _table("Pet against background", "outline", "IoU pet", "95 %", "Dice pet", "mean IoU")
     own = (metrics.get("own_size") or {}).get("binary") or {}
     rows = [(WAYS[way], scores) for way, scores in metrics["binary"].items()]
     rows += [(f"{WAYS[way]}, own size", scores) for way, scores in own.items()]
     for name, scores in rows:
-        span, numbers = scores["intervals"]["iou"]["pet"], (scores["mean_iou"], scores["accuracy"])
-        dice = _number(scores["dice"]["pet"])
-        table.add_row(name, _number(scores["iou"]["pet"]), _span(span), dice, *map(_number, numbers))
+        iou, span = _number(scores["iou"]["pet"]), _span(scores["intervals"]["iou"]["pet"])
+        table.add_row(name, iou, span, _number(scores["dice"]["pet"]), _number(scores["mean_iou"]))
     return table
 
 
@@ -107,4 +106,4 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 def _span(span: list | None, sign: str = "") -> str:
-    return ABSENT if span is None else f"{span[0]:{sign}.4f} – {span[1]:{sign}.4f}"
+    return ABSENT if span is None else f"{span[0]:{sign}.4f} to {span[1]:{sign}.4f}"
