@@ -1,35 +1,31 @@
-"""Score a trained model on a split: IoU and Dice by class.
+"""Score trained models on a split, with the uncertainty of every score.
 
 python jobs/evaluate.py --model RUN_NAME --data synthetic --split test
+python jobs/evaluate.py --model ONE_RUN,ANOTHER --data FOLDER
 """
-
-import json
-from pathlib import Path
 
 from unet import cli
 from unet.config import EvaluateSettings
 
 
 def run(settings: EvaluateSettings) -> None:
-    from unet.evaluation.score import evaluate
-    from unet.report import score_table
+    from unet.evaluation import outcome, tables
+    from unet.evaluation.run import evaluate
     from unet.session import ray_session
     from unet.terminal import Display
 
-    part, display = settings.evaluate, Display()
+    display = Display()
     with ray_session(settings.door.debug):
         try:
-            result = evaluate(settings, display)
+            found = evaluate(settings, display)
         finally:
             display.close()
-    display.console.print(score_table(f"{part.model} on {part.split}", result))
-    if "own_size" in result:
-        display.console.print(score_table("At each photo's own size", result["own_size"]))
-    if part.output:
-        Path(part.output).mkdir(parents=True, exist_ok=True)
-        target = Path(part.output) / "metrics.json"
-        target.write_text(json.dumps(result, indent=2))
-        display.say(f"Written: {target}")
+    for done in found:
+        tables.show(display.console, f"{done.label} on {done.split}", done.metrics)
+    if len(found) > 1:
+        tables.show_comparison(display.console, found[0].metrics["comparison"])
+    for done in found:
+        outcome.keep(done, settings, display, alone=len(found) == 1)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unet.classes import PETS, ClassInfo
-from unet.config import EvaluateSettings, TrainSettings, flat, unflat
+from unet.config import TrainSettings, flat, unflat
 from unet.errors import Damaged, InputError, StorageFailed
-from unet.evaluation.score import evaluate
 from unet.model import build_unet
 from unet.storage import Folder
-from unet.terminal import Display
+from unet.trained import TrainedModel
 from unet.training.arrays import optimizer_shapes, weight_shapes
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
@@ -359,16 +358,15 @@ def test_a_best_one_that_is_damaged_gives_its_place_to_the_next(learner, tmp_pat
     assert weights_of(tmp_path, THIRD)["layers/conv2d/vars/1"][0] == 3
 
 
-def test_a_run_whose_best_is_damaged_is_not_scored(learner, tmp_path):
+def test_a_run_whose_best_is_damaged_is_not_used(learner, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     save(run, learner, 1, epoch=2, score=0.5, best_checkpoint=FIRST)
     save(run, learner, 2, epoch=2, epoch_step=1, best_checkpoint=FIRST)
     flip(run / "checkpoints" / FIRST / WEIGHTS, 1000)
-    part = unflat(EvaluateSettings, {"model": "run", "data": "synthetic", "storage_path": str(tmp_path)})
     words = rf"{FIRST} is damaged \(model.weights.h5: wrong digest\) of .* give --model .*/{SECOND}\.$"
     with pytest.raises(InputError, match=words):
-        evaluate(part, Display(quiet=True))
+        TrainedModel.find("run", Folder(tmp_path))
 
 
 def test_a_run_that_was_removed_is_not_made_again(run, learner):

@@ -1,22 +1,14 @@
-"""The packaged model and scores at the photos' own size, against resizing written down again."""
-
-import io
+"""The packaged model, against resizing written down again."""
 
 import mlflow
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from PIL import Image
 
 from unet.classes import ClassInfo
 from unet.config import TrainSettings, flat, unflat
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
 from unet.data.resize import ignore_padding, letterbox_box
-from unet.data.shards import Prepared
 from unet.data.synthetic import draw_pet
-from unet.evaluation.score import score_own_size
 from unet.packaging.model import package
 from unet.storage import Folder
 from unet.trained import TrainedModel
@@ -68,24 +60,3 @@ def test_a_letterboxed_photo_is_answered_as_the_network_does(tmp_path):
     found = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(photo[None])
     assert found.dtype == np.uint8 and found.shape == expected.shape
     assert len(np.unique(expected)) > 1 and (found == expected).mean() > 0.999
-
-
-@pytest.mark.parametrize("resize", ["letterbox", "stretch"])
-def test_scores_at_the_photos_own_size(ray_cluster, archives, tmp_path, resize):
-    """Against each mask of the shards, read and enlarged here again: the very same counts."""
-    prepare(str(archives), Folder(tmp_path / resize), Recipe(32, resize, original_masks=True))
-    learner = Learner(unflat(TrainSettings, SETTINGS), 3)
-    found = score_own_size(learner, Prepared(Folder(tmp_path / resize)), "test", lambda *step: None)
-    expected, images = np.zeros((3, 3), int), 0
-    for file in (tmp_path / resize).glob("test-*.parquet"):
-        for row in pq.read_table(file).to_pylist():
-            image = np.frombuffer(row["image"], np.uint8).reshape(1, 32, 32, 3)
-            truth = np.asarray(Image.open(io.BytesIO(row["mask_original"])))
-            assert truth.shape == (row["original_height"], row["original_width"])
-            inside = np.frombuffer(row["mask"], np.uint8).reshape(32, 32) != 255
-            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-            probabilities = tf.nn.softmax(learner.float32_model(image / np.float32(255))).numpy()
-            cut = probabilities[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            np.add.at(expected, (truth, tf.image.resize(cut, truth.shape).numpy()[0].argmax(-1)), 1)
-            images += 1
-    assert found["images"] == images == 21 and np.array_equal(found["confusion"], expected)

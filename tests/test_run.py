@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, TINY, job, read_json, train, weights_of
+from conftest import ROOT, TINY, read_json, train, weights_of
 from PIL import Image
 
 from unet.data.shards import Manifest
@@ -179,24 +179,9 @@ def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, sto
     assert "tensorflow==" in Path(requirements).read_text()
 
 
-def test_evaluate_says_what_the_run_said(trained, ray_cluster, storage, packed, tmp_path):
-    folder, summary = trained
-    address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
-    flags = [f"--data={packed}", f"--storage-path={storage}", f"--output={tmp_path}"]
-    done = job("evaluate", "--model=trained", *flags, env=address)
-    assert done.returncode == 0, done.stdout
-    assert read_json(tmp_path / "metrics.json")["confusion"] == summary["test"]["confusion"]
-    last = sorted((folder / "checkpoints").iterdir())[-1]
-    done = job("evaluate", f"--model={last}", "--split=val", *flags, env=address)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert read_json(tmp_path / "metrics.json")["mean_iou"] == lines[-1]["val_mean_iou"]
-    refused = job("evaluate", "--model=nobody", *flags, env=address)
-    assert refused.returncode == 2 and "'nobody' is neither" in refused.stdout
-
-
 def test_data_with_other_classes_are_refused(trained, storage, tmp_path):
     from unet.config import EvaluateSettings, unflat
-    from unet.evaluation.score import evaluate
+    from unet.evaluation.run import evaluate
     from unet.terminal import Display
 
     folder, summary = trained

@@ -48,8 +48,9 @@ class Display:
         """How far a long work is; `total` 0 where that is not known."""
         self._progress(f"{what}  {done:,}/{total:,}" if total else what, last=done == total)
 
-    def scoring(self, done: int, total: int) -> None:
-        self._progress(f"scoring  {done:,}/{total:,} batches", last=done == total)
+    def scoring(self, done: int, total: int, images_per_second: float | None) -> None:
+        speed = f" · {images_per_second:.1f} images/s" if images_per_second else ""
+        self._progress(f"scoring  {done:,}/{total:,} images{speed}", last=done == total)
 
     def problems(self, manifest) -> None:
         """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""

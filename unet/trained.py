@@ -20,7 +20,7 @@ from unet.training.checkpoint import STATE, Checkpoints
 from unet.training.run import read_summary
 
 MLMODEL = "MLmodel"
-VARIABLES = "data/model/variables/variables"
+VARIABLES = "tf2model/variables/variables"
 """Where TensorFlow keeps the variables of a packaged model."""
 
 
@@ -172,13 +172,19 @@ def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
         path = Path(model).resolve()
         return Folder(path.parent.parent), path.name
     run = storage / model
-    latest = Checkpoints(run).latest()
-    if latest is None:
+    checkpoint = best_checkpoint(run)
+    if checkpoint is None:
         raise InputError(
             f"{model!r} is neither a run with a checkpoint under {storage}, nor a checkpoint's folder, nor an MLflow "
             "URI such as models:/NAME@champion."
         )
-    return run, latest[1].best_checkpoint or latest[0]
+    return run, checkpoint
+
+
+def best_checkpoint(run: Folder) -> str | None:
+    """The checkpoint that a run's name means: its best, or its last while none is scored; None if it has none."""
+    latest = Checkpoints(run).latest()
+    return latest and (latest[1].best_checkpoint or latest[0])
 
 
 def _run_id(uri: str, client) -> str | None:

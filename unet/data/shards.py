@@ -209,20 +209,20 @@ class Prepared:
             reason = first_line(error)
             raise InputError(f"{self.folder}/{file} is damaged ({reason}): {REPREPARE.format(self.folder)}") from error
 
-    def read_checked(self, split: str, chunk: int) -> pa.Table:
-        """The pixels of a chunk, after comparing them with the digests of `samples.parquet`.
+    def read_checked(self, split: str, chunk: int, columns: tuple[str, ...] = ("image", "mask")) -> pa.Table:
+        """One chunk as `read_chunk` gives it, after comparing names and pixels with the digests of `samples.parquet`.
 
         Raises:
             InputError: a sample's pixels are not those that were prepared; it is named.
         """
-        table = self.read_chunk(split, chunk, ("name", "image", "mask"))
+        table = self.read_chunk(split, chunk, tuple(dict.fromkeys(("name", "image", "mask", *columns))))
         for (name, known), (name_here, digest) in zip(
             self.known(split, chunk), self.digests(split, table), strict=True
         ):
             if (name, known) != (name_here, digest):
                 file = f"{self.folder}/{self.chunks[split][chunk][0]}"
                 raise InputError(f"{name} in {file} is not what was prepared: {REPREPARE.format(self.folder)}")
-        return table.select(("image", "mask"))
+        return table.select(columns)
 
     def digests(self, split: str, table: pa.Table) -> list[tuple[str, bytes]]:
         """Name and digest of each row of a table with `name`, `image` and `mask`."""

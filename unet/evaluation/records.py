@@ -3,7 +3,15 @@
 Counts are exact integers, so sums over any images, in any order, are exact too.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import pyarrow as pa
+
+from unet.classes import IGNORE
+from unet.evaluation.intervals import score_vector
+
+VIEWS = ("confusion", "confusion_band", "confusion_own")
 
 
 def record_schema(classes: int) -> pa.Schema:
@@ -12,7 +20,7 @@ def record_schema(classes: int) -> pa.Schema:
     name, split, breed, species: of the sample; breed and species are "" where they are not known.
     height, width: of the photo before it was resized, in pixels.
     confusion: int64 C*C counts at the network's size, row-major, row = truth, column = predicted.
-    confusion_band: the same within a few pixels of the border between two classes of the truth.
+    confusion_band: the same within a few pixels of the border between two classes of the truth (`near_border`).
     confusion_own: the same at the photo's own size; null where the masks of that size were not kept.
     loss_sum: cross-entropy summed over the valid pixels.
     doubt: how surely the model disagrees with the mask: the mean over the valid pixels of the likeliest class'
@@ -36,3 +44,56 @@ def record_schema(classes: int) -> pa.Schema:
             ("predicted", pa.binary()),
         ]
     )
+
+
+def count(truth: np.ndarray, predicted: np.ndarray, counted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 (C*C,): how many pixels of an image are of each (true, predicted) class, where `counted` and not ignored.
+
+    truth, predicted: uint8 (H, W) class ids; counted: bool (H, W).
+    """
+    counted = counted & (truth != IGNORE)
+    return np.bincount(truth[counted].astype(np.int64) * classes + predicted[counted], minlength=classes**2)
+
+
+def near_border(masks: np.ndarray, width: int) -> np.ndarray:
+    """bool (N, H, W): which pixels of uint8 (N, H, W) class ids lie in the band around the borders between classes.
+
+    A pixel is in the band if the square of 2 * width + 1 pixels around it holds a pixel of another class. So the band
+    reaches `width` pixels to either side of a border. Ignored pixels are in no band and make no border: neither a
+    letterbox' padding nor the picture's edge is one. The square is that of Boundary IoU (Cheng et al., CVPR 2021), the
+    band that of the trimap plots of Kohli, Ladický and Torr (IJCV 2009).
+    """
+    ignored = masks == IGNORE
+    # The largest and the smallest id in the square differ where it holds two classes.
+    largest = _largest(np.where(ignored, 0, masks + np.uint8(1)), width)  # 0 loses against every class
+    smallest = IGNORE - _largest(np.where(ignored, 0, IGNORE - masks), width)
+    return ~ignored & (largest - 1 != smallest)
+
+
+def _largest(values: np.ndarray, width: int) -> np.ndarray:
+    """The largest value in the square around each, uint8 (N, H, W); one axis after the other."""
+    for axis in (1, 2):
+        lines, found = values.swapaxes(1, axis), values.copy().swapaxes(1, axis)
+        for shift in range(1, min(width, lines.shape[1] - 1) + 1):
+            np.maximum(found[:, shift:], lines[:, :-shift], out=found[:, shift:])
+            np.maximum(found[:, :-shift], lines[:, shift:], out=found[:, :-shift])
+        values = found.swapaxes(1, axis)
+    return values
+
+
+def counts_of(records: pa.Table, view: str, classes: int) -> np.ndarray | None:
+    """A view's counts, int64 (N, C, C); None where it was not measured."""
+    column = records[view].combine_chunks()
+    if column.null_count:
+        return None
+    return column.flatten().to_numpy().reshape(-1, classes, classes)
+
+
+def with_scores(records: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The records with columns of scores at the network's size: iou_<class>, dice_<class>, mean_iou, mean_dice,
+    accuracy; null where an image has nothing to measure."""
+    vectors = score_vector(counts_of(records, "confusion", len(names)))
+    titles = [f"{kind}_{name}" for kind in ("iou", "dice") for name in names] + ["mean_iou", "mean_dice", "accuracy"]
+    for title, values in zip(titles, vectors.T, strict=True):
+        records = records.append_column(title, pa.array(values, pa.float64(), from_pandas=True))
+    return records

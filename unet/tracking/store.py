@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection
@@ -100,7 +101,8 @@ class Store:
         InputError: at its making, where the store can never be used so.
     """
 
-    def __init__(self, storage: Folder, experiment: str, uri: str | None = None):
+    def __init__(self, storage: Folder, experiment: str | None, uri: str | None = None):
+        """Open the store, and make the experiment if there is none of that name; None leaves experiments alone."""
         mlflow = load_mlflow()
         self.uri = uri or default_uri(storage)
         self.run_id: str | None = None
@@ -108,11 +110,24 @@ class Store:
             if not uri:
                 Path(storage.path).mkdir(parents=True, exist_ok=True)
             self.client = mlflow.MlflowClient(self.uri)
-            self.experiment_id = self._experiment(storage, experiment)
+            self.experiment_id = self._experiment(storage, experiment) if experiment else None
         except (mlflow.exceptions.MlflowException, ImportError) as error:
             if isinstance(error, ImportError) or error.error_code in MISUSES:
                 raise self.unusable(error) from error
             raise
+
+    @classmethod
+    def of_existing(cls, storage: Folder, run_id: str, uri: str | None = None) -> "Store":
+        """The store that has a run already.
+
+        Raises:
+            InputError: it has not.
+        """
+        store = cls(storage, None, uri)
+        store.run_id = store._existing(run_id)
+        if store.run_id is None:
+            raise InputError(f"{without_secrets(store.uri)} has no run {run_id}")
+        return store
 
     def unusable(self, error: Exception) -> InputError:
         return InputError(f"MLflow cannot use {without_secrets(self.uri)}: {without_secrets(first_line(error))[:300]}")
@@ -265,6 +280,12 @@ class Store:
         from mlflow.entities import Metric
 
         self._metrics([Metric(name, float(value), time_ms, step) for name, value in values.items()])
+
+    def latest(self, values: dict[str, float]) -> None:
+        """Metrics without a history: those whose latest value is another, now, at step 0."""
+        known = self.client.get_run(self.run_id).data.metrics
+        changed = {name: value for name, value in values.items() if known.get(name) != value}
+        self.metrics(changed, 0, int(time.time() * 1000))
 
     def _metrics(self, metrics: list) -> None:
         for first in range(0, len(metrics), BATCH):

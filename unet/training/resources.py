@@ -177,7 +177,7 @@ def plan(
     if workers > max(1, cores):
         raise InputError(f"--num-workers {workers} is more than the cluster's {cores} CPUs: at most {cores} fit.")
     processes = workers * together
-    cpus = _cpus_per_worker([n.cpus for n in nodes], processes)
+    cpus = cpus_per_worker([n.cpus for n in nodes], processes)
     hosts = [n for n in nodes if _fits(n.cpus, cpus)]
     on_host = max(min(_fits(n.cpus, cpus), processes) for n in hosts)
     cores = int(min(n.cpus // min(_fits(n.cpus, cpus), processes) for n in hosts))
@@ -327,7 +327,7 @@ def _existing(storage: Folder) -> Path | None:
     return next(p for p in [Path(storage.path), *Path(storage.path).parents] if p.exists())
 
 
-def _cpus_per_worker(node_cpus: list[float], workers: int) -> float:
+def cpus_per_worker(node_cpus: list[float], workers: int) -> float:
     """The most that each of `workers` can have, with the reserve of every node left alone."""
     candidates = {
         math.floor((cpus - _reserve(cpus)) / k * 1e4) / 1e4  # Ray counts in ten-thousandths

@@ -90,6 +90,11 @@ def archives(folder: Path, val_fraction: float) -> Source:
     return source
 
 
+def species_of(breed: str) -> str:
+    """cat or dog: names of cats begin with a capital letter, those of dogs do not (the README of the annotations)."""
+    return ("cat" if breed[0].isupper() else "dog") if breed else ""
+
+
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / "images" / f"{name}.jpg", folder / "annotations" / "trimaps" / f"{name}.png"
 

@@ -1,0 +1,352 @@
+"""Scores of every image against sets of pixels counted here; intervals against the truth that they speak of."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import tensorflow as tf
+from conftest import door, read_json
+from PIL import Image
+from test_run import oracle_network
+
+from unet import metrics
+from unet.config import ModelSettings
+from unet.data.pieces import Recipe
+from unet.data.prepare import prepare
+from unet.data.shards import Prepared
+from unet.errors import InputError
+from unet.evaluation import intervals, scorer
+from unet.evaluation.records import near_border, record_schema
+from unet.evaluation.run import find_models
+from unet.evaluation.scorer import check_names, score_split
+from unet.evaluation.summary import compare, summary
+from unet.pool import Pool, plan_pool, reduced
+from unet.storage import Folder
+from unet.trained import TrainedModel
+from unet.training.resources import Node
+
+NAMES, BAND = ("pet", "background", "outline"), 2
+
+
+def counted(truth, predicted, where=True, classes=3) -> list[int]:
+    """Pixels by (true, predicted) class, one set after the other."""
+    where = where & (truth != 255)
+    return [int(np.sum((truth == t) & (predicted == p) & where)) for t in range(classes) for p in range(classes)]
+
+
+def in_band(mask, width):
+    """Whether another class stands in the square around each pixel, looked for one by one."""
+    found = np.zeros(mask.shape, bool)
+    for y, x in np.argwhere(mask != 255):
+        square = mask[max(0, y - width) : y + width + 1, max(0, x - width) : x + width + 1]
+        found[y, x] = np.any((square != mask[y, x]) & (square != 255))
+    return found
+
+
+def oracle(folder: Path, network) -> dict[str, dict]:
+    """By name: truth and prediction at both sizes, read from the shards and answered by the network of another test."""
+    found = {}
+    for file in sorted(folder.glob("test-*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            image = np.frombuffer(row["image"], np.uint8).reshape(32, 32, 3)
+            mask = np.frombuffer(row["mask"], np.uint8).reshape(32, 32)
+            own = np.asarray(Image.open(io.BytesIO(row["mask_original"])))
+            probabilities = network.predict(image[None] / np.float32(255), verbose=0)[0]
+            rows, columns = (np.flatnonzero((mask != 255).any(axis)) for axis in (1, 0))
+            inside = probabilities[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            enlarged = tf.image.resize(inside, own.shape).numpy().argmax(-1)
+            valid, labels = mask != 255, np.where(mask == 255, 0, mask)[..., None].astype(int)
+            true = np.take_along_axis(probabilities, labels, -1)[..., 0]
+            found[row["name"]] = {
+                "truth": mask,
+                "predicted": probabilities.argmax(-1),
+                "own": own,
+                "enlarged": enlarged,
+                "breed": row["breed"],
+                "loss_sum": -np.log(true[valid]).sum(),
+                "doubt": (probabilities.max(-1) - true)[valid].mean(),
+            }
+    return found
+
+
+def check_records(records: pa.Table, expected: dict[str, dict], letterbox: bool) -> None:
+    assert records.schema == record_schema(3) and len(records) == len(expected) == 21
+    assert records["name"].to_pylist() == sorted(expected)
+    for row in records.to_pylist():
+        image = expected[row["name"]]
+        truth, predicted, own = image["truth"], image["predicted"], image["own"]
+        assert row["confusion"] == counted(truth, predicted)
+        assert row["confusion_band"] == counted(truth, predicted, in_band(truth, BAND))
+        assert row["confusion_own"] == counted(own, image["enlarged"])
+        assert row["loss_sum"] == pytest.approx(image["loss_sum"], rel=1e-4)
+        assert row["doubt"] == pytest.approx(image["doubt"], abs=1e-5)
+        shown = np.asarray(Image.open(io.BytesIO(row["predicted"])))
+        assert np.array_equal(shown, np.where(truth == 255, 255, predicted) if letterbox else predicted)
+        assert (row["split"], row["height"], row["width"]) == ("test", *own.shape)
+        assert (row["breed"], row["species"]) in (("Abyssinian", "cat"), ("beagle", "dog"))
+        assert row["breed"] == image["breed"]
+
+
+def merged(found: list[dict], truth: str, predicted: str, ignored: bool) -> np.ndarray:
+    """Pet against background over all images, the outline being pet; where `ignored`, not the true one."""
+    total = np.zeros(4, int)
+    for image in found:
+        is_pet = [np.isin(image[key], (0, 2)) for key in (truth, predicted)]
+        where = (image[truth] != 2) if ignored else np.True_
+        total += counted((~is_pet[0]).astype(int), (~is_pet[1]).astype(int), where & (image[truth] != 255), 2)
+    return total.reshape(2, 2)
+
+
+@pytest.fixture(scope="module")
+def model(trained, storage):
+    return TrainedModel.find("trained", Folder(storage))
+
+
+@pytest.fixture(scope="module")
+def network(trained):
+    folder, found = trained
+    return oracle_network(folder, found["best_checkpoint"].split("/")[1])
+
+
+@pytest.fixture(scope="module")
+def stretched(ray_cluster, archives, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stretched") / "data"
+    prepare(str(archives), Folder(folder), Recipe(32, "stretch", original_masks=True))
+    return Prepared(Folder(folder))
+
+
+@pytest.fixture(scope="module")
+def records(stretched, model):
+    """Of one process and whole batches."""
+    (table,) = score_split([model], stretched, "test", Pool(1, 1.0, False, 2), BAND, 16, lambda *told: None)
+    return table
+
+
+def test_records_are_those_of_an_oracle_whatever_the_workers_and_the_batch(stretched, model, network, records):
+    expected, told = oracle(Path(stretched.folder.path), network), []
+    check_records(records, expected, letterbox=False)
+    pool = Pool(2, 0.75, False, 2)
+    (table,) = score_split([model], stretched, "test", pool, BAND, 5, lambda *step: told.append(step[:2]))
+    assert table.equals(records)  # not only the counts: the same bits
+    assert told[0] == (0, 21) and told[-1] == (21, 21)
+    found = summary(records, NAMES, BAND, 200)
+    for view, truth, predicted in ((found, "truth", "predicted"), (found["own_size"], "own", "enlarged")):
+        images = list(expected.values())
+        whole = np.sum([counted(image[truth], image[predicted]) for image in images], 0)
+        assert np.array_equal(view["confusion"], whole.reshape(3, 3)) and view["images"] == 21
+        for way, ignored in (("outline_as_pet", False), ("outline_ignored", True)):
+            assert np.array_equal(view["binary"][way]["confusion"], merged(images, truth, predicted, ignored))
+    band = np.sum([counted(i["truth"], i["predicted"], in_band(i["truth"], BAND)) for i in expected.values()], 0)
+    assert np.array_equal(found["band"]["confusion"], band.reshape(3, 3)) and found["band"]["width"] == BAND
+    assert {name: group["images"] for name, group in found["by_species"].items()} == {
+        name: sum(image["breed"] == breed for image in expected.values())
+        for name, breed in (("cat", "Abyssinian"), ("dog", "beagle"))
+    }
+
+
+def score_here(model, prepared, batch, split="test"):
+    """The records by a scorer in this process, a table a batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "start_tensorflow", lambda threads: None)
+        what = scorer.Split.of(prepared, split, BAND)
+        score = scorer.Scorer(what, [ray.put(replace(model, run=None))])
+        return [score(table) for table in scorer._read(pa.table({"chunk": [0]}), what, batch)]
+
+
+def test_a_letterbox_is_scored_without_its_padding(ray_cluster, archives, model, network, tmp_path):
+    prepare(str(archives), Folder(tmp_path / "data"), Recipe(32, "letterbox", original_masks=True))
+    prepared = Prepared(Folder(tmp_path / "data"))
+    table = pa.concat_tables(score_here(replace(model, resize="letterbox"), prepared, 7))
+    table = table.drop_columns(["model"]).sort_by("name")
+    check_records(table, oracle(tmp_path / "data", network), letterbox=True)
+
+
+def test_an_image_that_does_not_come_back_is_missed(stretched, model, monkeypatch):
+    tables = score_here(model, stretched, 8)
+    assert [len(table) for table in tables] == [8, 8, 5]
+    scoring = (stretched, "test", Pool(1, 1.0, False, 2), BAND, 8, lambda *told: None)
+    for given, words in (
+        (tables, None),
+        (tables[1:], "13 images were scored, there are 21: .* was not scored, and 7 more differ"),
+        ([*tables, tables[0].slice(0, 1)], "22 images were scored, there are 21: .* was scored too often.$"),
+    ):
+        dataset = SimpleNamespace(iter_batches=lambda given=given, **how: iter(given))
+        monkeypatch.setattr(scorer, "_dataset", lambda *how, dataset=dataset: dataset)
+        if words is None:
+            assert len(score_split([model], *scoring)[0]) == 21
+        else:
+            with pytest.raises(RuntimeError, match=words):
+                score_split([model], *scoring)
+    with pytest.raises(RuntimeError, match="2 images were scored, there are 2: b was not scored, and 1 more"):
+        check_names(["a", "c"], ["a", "b"])
+
+
+def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, model):
+    """Two models that are one, by two names: the same scores as in training, and no difference."""
+    import mlflow
+
+    folder, found = trained
+    uri = found["model_uri"]
+    flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 100]
+    assert door("evaluate", "--model", f"trained,{uri}", *flags) == 0
+    results = folder / "evaluations" / "test"
+    told = read_json(results / "metrics.json")
+    assert told["confusion"] == found["test"]["confusion"] and told["images"] == found["test"]["images"] == 21
+    assert told["loss"] == pytest.approx(found["test"]["loss"], rel=1e-5)
+    assert told["mean_iou"] == found["test"]["mean_iou"] and "own_size" not in told
+    (pair,) = told["comparison"]["pairs"]
+    assert (
+        pair["network_size"]["mean_iou"] == {"value": 0.0, "interval": [0.0, 0.0]}
+        and "not told apart" in pair["verdict"]
+    )
+    rows = pq.read_table(results / "per_image.parquet").to_pylist()
+    for row in rows:
+        scores = metrics.scores(np.reshape(row["confusion"], (3, 3)), NAMES)
+        assert (
+            row["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-12) and row["iou_pet"] == scores["iou"]["pet"]
+        )
+    assert np.array_equal(np.sum([row["confusion"] for row in rows], 0), np.ravel(told["confusion"]))
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(found["mlflow_run_id"])
+    assert run.data.metrics["eval_test_mean_iou"] == told["mean_iou"]
+    assert [run.data.metrics[f"eval_test_mean_iou{end}"] for end in ("_low", "_high")] == told["intervals"]["mean_iou"]
+    assert len(client.get_metric_history(run.info.run_id, "eval_test_mean_iou")) == 1
+    logged = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation/test")}
+    assert {f"evaluation/test/{name}" for name in ("metrics.json", "per_image.parquet")} <= logged
+    assert run.info.status == "FINISHED"
+
+
+def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
+    others = {
+        "trained": model,
+        "other": replace(model, name="other", classes=model.classes[:2]),
+        "large": replace(model, name="large", image_size=64),
+    }
+    monkeypatch.setattr(TrainedModel, "find", lambda name, *where: others[name])
+    for names, words in (
+        ("trained,trained", "names trained twice"),
+        ("trained,other", "pet, background, outline, other knows pet, background: their scores do not compare"),
+        ("trained,large", r"at 32 px \(stretch\), large at 64 px"),
+    ):
+        with pytest.raises(InputError, match=words):
+            find_models(names, Folder(storage), None)
+
+
+def test_the_band_reaches_its_width_to_either_side_of_a_border():
+    masks = np.random.default_rng(0).choice([0, 1, 254, 255], (3, 5, 6)).astype(np.uint8)
+    masks = masks.repeat(4, 1).repeat(3, 2)
+    for width in (1, 3, 64):
+        assert np.array_equal(near_border(masks, width), [in_band(mask, width) for mask in masks])
+    halves = np.zeros((1, 8, 10), np.uint8)
+    halves[:, :, 5:] = 1
+    assert near_border(halves, 2)[0, 0].nonzero()[0].tolist() == [3, 4, 5, 6]
+
+
+def population(images: int) -> np.ndarray:
+    """Confusion matrices of images that differ much: some are easy, and of some the pet is not found at all."""
+    rng = np.random.default_rng(0)
+    share, error = rng.dirichlet((3, 6, 1.2), images), rng.beta(1.2, 6, (images, 3)) + 0.005
+    error[rng.random(images) < 0.03, 0] = 1
+    found = np.zeros((images, 3, 3))
+    for true in range(3):
+        found[:, true] = (share[:, true] * error[:, true] / 2)[:, None]
+        found[:, true, true] = share[:, true] * (1 - error[:, true])
+    return np.round(found * 16384).astype(np.int64)
+
+
+def test_intervals_hold_the_truth_in_95_of_100_samples(monkeypatch):
+    everything = population(20_000)
+    truth, rng = intervals.score_vector(everything.sum(0)), np.random.default_rng(1)
+    held = np.zeros(len(truth))
+    for seed in range(1000):
+        monkeypatch.setattr(intervals, "SEED", seed)  # else all samples would share the luck of one set of resamples
+        drawn = everything[rng.integers(0, len(everything), 150)]
+        low, high = np.transpose(intervals.intervals({"": drawn}, 1000)[""])
+        held += (low <= truth) & (truth <= high)
+    shares = intervals.named(held / 1000, NAMES)
+    assert 0.93 <= shares["mean_iou"] <= 0.97, shares
+    assert min(shares["iou"].values()) >= 0.92 and max(shares["iou"].values()) <= 0.98, shares
+
+
+def test_intervals_of_few_images_are_wide_enough(monkeypatch):
+    """Where plain percentiles hold the truth in about 90 of 100: ten images."""
+    everything = population(20_000)
+    truth, rng, held = intervals.score_vector(everything.sum(0)), np.random.default_rng(2), 0
+    for seed in range(500):
+        monkeypatch.setattr(intervals, "SEED", seed)
+        drawn = everything[rng.integers(0, len(everything), 10)]
+        low, high = intervals.named(intervals.intervals({"": drawn}, 500)[""], NAMES)["mean_iou"]
+        held += low <= intervals.named(truth, NAMES)["mean_iou"] <= high
+    assert 0.92 <= held / 500 <= 0.98
+    assert intervals.intervals({"": everything[:9]}, 500)[""] == [None] * 9
+    assert intervals.intervals({"": everything[:50]}, 0)[""] == [None] * 9
+
+
+def test_a_pair_is_told_apart_where_two_intervals_overlap():
+    """Of two models that find the same images hard the difference is known far better than either score."""
+    before = population(150)
+    after = before.copy()
+    after[:, 0, 0] += before[:, 0, 1] // 10  # a tenth of what was missed of every pet is found
+    after[:, 0, 1] -= before[:, 0, 1] // 10
+    tables = [
+        pa.table(
+            {c: pa.FixedSizeListArray.from_arrays(pa.array(m.reshape(-1)), 9) for c in ("confusion", "confusion_band")}
+        )
+        for m in (before, after)
+    ]
+    tables = [t.append_column("confusion_own", pa.nulls(150, pa.list_(pa.int64(), 9))) for t in tables]
+    (pair,) = compare(["a", "b"], tables, NAMES, 500)["pairs"]
+    told = pair["network_size"]["mean_iou"]
+    spans = [intervals.named(intervals.intervals({"": m}, 500)[""], NAMES)["mean_iou"] for m in (before, after)]
+    assert spans[0][1] > spans[1][0] and told["interval"][0] > 0 and pair["verdict"].startswith("b is better than a:")
+    assert told["interval"][1] - told["interval"][0] < 0.25 * (spans[0][1] - spans[0][0])
+    assert told["value"] == pytest.approx(
+        metrics.scores(after.sum(0), NAMES)["mean_iou"] - metrics.scores(before.sum(0), NAMES)["mean_iou"]
+    )
+    (same,) = compare(["a", "b"], tables[:1] * 2, NAMES, 500)["pairs"]
+    assert same["network_size"]["iou"]["outline"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    (worse,) = compare(["a", "b"], tables[::-1], NAMES, 500)["pairs"]
+    assert worse["verdict"].startswith("b is worse than a:") and "own_size" not in worse
+
+
+def test_what_cannot_be_measured_has_no_score_and_no_interval():
+    confusions = population(40) * np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    found = intervals.named(intervals.intervals({"": confusions}, 100)[""], NAMES)
+    vector = intervals.named(intervals.score_vector(confusions.sum(0)), NAMES)
+    expected = metrics.scores(confusions.sum(0), NAMES)
+    assert found["iou"]["outline"] is None and np.isnan(vector["iou"]["outline"])
+    assert vector["mean_iou"] == expected["mean_iou"] and vector["accuracy"] == expected["accuracy"]
+    assert vector["dice"]["pet"] == expected["dice"]["pet"] and found["mean_iou"][0] < expected["mean_iou"]
+
+
+def test_a_pool_fits_the_cluster_or_is_refused():
+    two = [Node(2, memory=8e9, free_cpus=2)]
+    assert plan_pool(two, None, 1e9) == Pool(2, 0.75, False, 2)
+    assert plan_pool([Node(1, free_cpus=1)], None, 1e9) == Pool(1, 0.5, False, 2)
+    assert plan_pool([Node(4), Node(4)], 3, 1e9).processes == 3
+    assert plan_pool([Node(8, memory=3.5e9)], None, 1e9).processes == 3
+    assert plan_pool([Node(8, gpus=2)], None, 1e9) == Pool(2, 3.75, True, 2)
+    for nodes, wanted, words in (
+        (two, 3, "at most 2 fit"),
+        ([Node(4, memory=2.5e9)], 3, "give --num-workers 2"),
+        ([Node(4, memory=0.5e9)], None, "machines with more memory"),
+        ([Node(0)], None, "no CPUs yet"),
+    ):
+        with pytest.raises(InputError, match=words):
+            plan_pool(nodes, wanted, 1e9)
+    pool = plan_pool(two, None, 1e9)
+    assert reduced(pool, two) == pool
+    assert reduced(pool, [replace(two[0], free_cpus=1.5)]).processes == 1  # two would leave none to read
+    assert reduced(pool, [replace(two[0], free_cpus=0.8)]) is None
+
+
+def test_large_images_come_in_smaller_batches(model):
+    assert scorer.batch_size([model]) == 16
+    huge = replace(model, image_size=1024, network=ModelSettings(base_filters=64))
+    assert scorer.batch_size([model, huge]) == 1

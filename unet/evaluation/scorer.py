@@ -1,0 +1,272 @@
+"""Models over a split on the cluster's CPUs, through Ray Data: a record of each image comes back, no pixels.
+
+Reading tasks bring chunks of the shards, checked; processes of one TensorFlow thread each score them. One thread,
+because then an image's numbers do not depend on the batch it came in, nor on how many processes there are.
+"""
+
+import io
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import ray
+from PIL import Image
+
+from unet.classes import IGNORE
+from unet.config import Resize
+from unet.data.ingest import DATA_CPUS
+from unet.data.resize import ignore_padding
+from unet.data.shards import Prepared, pixels
+from unet.data.sources.archives import species_of
+from unet.data.sources.drawn import is_drawn
+from unet.data.sources.find import TFDS
+from unet.errors import InputError, RunFailed, first_line
+from unet.evaluation.records import count, near_border, record_schema
+from unet.network import Network, start_tensorflow
+from unet.pool import Pool
+from unet.storage import Folder
+from unet.trained import TrainedModel
+from unet.training.resources import WORKER_BYTES
+
+BATCH = 16
+"""Images that a network takes at a time; of large ones fewer."""
+BATCH_BYTES = 0.5e9
+"""What the feature maps of a batch may take."""
+START_SECONDS = 300
+"""How long processes may take to start: TensorFlow's import takes 5 s on an idle core."""
+MODEL = "model"
+EVERYWHERE = np.True_
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is scored: enough to read it in any process."""
+
+    folder: str
+    name: str
+    source: str
+    image_size: int
+    resize: Resize
+    classes: int
+    band: int
+
+    @classmethod
+    def of(cls, prepared: Prepared, split: str, band: int) -> "Split":
+        m = prepared.manifest
+        return cls(prepared.folder.uri, split, m.source, m.image_size, m.resize, len(m.classes), band)
+
+
+def batch_size(models: Sequence[TrainedModel]) -> int:
+    """How many images the networks take at a time."""
+    image = max(6 * m.network.base_filters * m.image_size**2 * 4 for m in models)
+    return max(1, min(BATCH, int(BATCH_BYTES / image)))
+
+
+def scorer_bytes(models: Sequence[TrainedModel]) -> float:
+    """An estimate of the memory of a process that scores: TensorFlow, the weights (twice at its start), a batch."""
+    return WORKER_BYTES + 2 * sum(w.nbytes for m in models for w in m.weights) + 1.5 * BATCH_BYTES
+
+
+def score_split(
+    models: Sequence[TrainedModel],
+    prepared: Prepared,
+    split: str,
+    pool: Pool,
+    band: int,
+    batch: int,
+    tell: Callable[[int, int, float | None], None],
+) -> list[pa.Table]:
+    """The records of every image for each model (`unet.evaluation.records`), sorted by name.
+
+    All models take the same prepared images. `tell` hears (images done, of how many, images/s since the first).
+
+    Raises:
+        InputError: the shards are damaged.
+        RunFailed: scoring failed.
+        RuntimeError: not every image came back just once for each model.
+    """
+    what, chunks = Split.of(prepared, split, band), len(prepared.chunks[split])
+    kept = [ray.put(replace(model, run=None)) for model in models]
+    tables, total, first = [], prepared.count(split), None
+    dataset = _dataset(what, chunks, kept, pool, batch)
+    tell(0, total, None)
+    done = 0
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            tables.append(table)
+            done += len(table) / len(models)
+            first = first or (time.monotonic(), done)
+            seconds = time.monotonic() - first[0]
+            tell(int(done), total, (done - first[1]) / seconds if seconds > 1 else None)
+    except ray.exceptions.RayError as error:
+        raise _explained(error) from error
+    schema = record_schema(what.classes).append(pa.field(MODEL, pa.int32()))
+    records = pa.concat_tables(tables).cast(schema) if tables else schema.empty_table()
+    found = [
+        records.filter(pa.compute.equal(records[MODEL], i)).drop_columns([MODEL]).sort_by("name").combine_chunks()
+        for i in range(len(models))
+    ]
+    expected = [row for row in prepared.samples().select(["name", "split"]).to_pylist() if row["split"] == split]
+    for table in found:
+        check_names(table["name"].to_pylist(), [row["name"] for row in expected])
+    return found
+
+
+def check_names(found: list[str], expected: list[str]) -> None:
+    """Raises RuntimeError where not each expected name was found once, and no other."""
+    missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    if missing or extra:
+        name, what = (next(iter(missing)), "was not scored") if missing else (next(iter(extra)), "was scored too often")
+        raise RuntimeError(
+            f"{len(found)} images were scored, there are {len(expected)}: {name} {what}"
+            + (
+                f", and {missing.total() + extra.total() - 1} more differ."
+                if missing.total() + extra.total() > 1
+                else "."
+            )
+        )
+
+
+def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, batch: int) -> ray.data.Dataset:
+    dataset = ray.data.from_items([{"chunk": chunk} for chunk in range(chunks)], override_num_blocks=max(1, chunks))
+    context = dataset.context
+    context.enable_progress_bars = False
+    # A block is a batch: it is what a process takes at a time, and what progress counts.
+    context.target_max_block_size = batch * what.image_size**2 * 4
+    context.wait_for_min_actors_s = START_SECONDS
+    read = dataset.map_batches(
+        _read,
+        fn_args=(what, batch),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=DATA_CPUS,
+        compute=ray.data.TaskPoolStrategy(pool.readers),
+    )
+    return read.map_batches(
+        Scorer,
+        fn_constructor_args=(what, kept),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=pool.processes),
+        num_cpus=pool.cpus,
+        num_gpus=1 if pool.use_gpu else 0,
+    )
+
+
+def _read(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
+    """A chunk of the split, compared with the digests of its preparation, in batches."""
+    prepared = Prepared(Folder(what.folder))
+    columns = ["name", "breed", "original_height", "original_width", "image", "mask"]
+    columns += ["mask_original"] if prepared.manifest.original_masks else []
+    for chunk in rows["chunk"].to_pylist():
+        table = prepared.read_checked(what.name, chunk, tuple(columns))
+        for first in range(0, len(table), batch):
+            yield table.slice(first, batch).combine_chunks()
+
+
+class Scorer:
+    """A process that scores batches: the networks, and what follows from what they say."""
+
+    def __init__(self, what: Split, models: Sequence[ray.ObjectRef]):
+        start_tensorflow(threads=1)
+        self.what, self.networks = what, [Network(ray.get(model)) for model in models]
+        self._judge, self._enlarge = _graphs(what.image_size, what.classes, what.resize)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The records of a batch for each model, with its number."""
+        what = self.what
+        size = what.image_size
+        images, masks = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
+        bands = near_border(masks, what.band)
+        facts = table.select(["name", "breed", "original_height", "original_width"]).to_pylist()
+        originals = [None] * len(table)
+        if "mask_original" in table.column_names:
+            originals = [np.asarray(Image.open(io.BytesIO(png))) for png in table["mask_original"].to_pylist()]
+        rows = []
+        for number, network in enumerate(self.networks):
+            logits = network.logits(images)
+            judged = [part.numpy() for part in self._judge(logits, masks)]
+            rows += [
+                self._record(*of_image) | {MODEL: number}
+                for of_image in zip(facts, masks, bands, originals, logits, *judged, strict=True)
+            ]
+        schema = record_schema(what.classes).append(pa.field(MODEL, pa.int32()))
+        return pa.Table.from_pylist(rows, schema)
+
+    def _record(self, facts, mask, band, original, logits, predicted, loss_sum, doubt) -> dict:
+        what, height, width = self.what, facts["original_height"], facts["original_width"]
+        own = None
+        if original is not None:
+            enlarged = self._enlarge(logits, *original.shape).numpy()
+            own = count(original, enlarged, EVERYWHERE, what.classes)
+        shown = ignore_padding(predicted, height, width) if what.resize == "letterbox" else predicted
+        png = io.BytesIO()
+        Image.fromarray(shown).save(png, "PNG")
+        return {
+            "name": facts["name"],
+            "split": what.name,
+            "breed": facts["breed"],
+            "species": _species(facts["breed"], what.source),
+            "height": height,
+            "width": width,
+            "confusion": count(mask, predicted, EVERYWHERE, what.classes),
+            "confusion_band": count(mask, predicted, band, what.classes),
+            "confusion_own": own,
+            "loss_sum": loss_sum,
+            "doubt": doubt,
+            "predicted": png.getvalue(),
+        }
+
+
+def _species(breed: str, source: str) -> str:
+    """cat or dog where the source tells; a drawn pet's breed is its species."""
+    if source in ("archives", TFDS):
+        return species_of(breed)
+    return breed if is_drawn(source) else ""
+
+
+def _graphs(size: int, classes: int, resize: Resize):
+    """What a batch's logits say of each image, and the class ids of one at its photo's own size."""
+    import tensorflow as tf
+
+    from unet.prediction.resizing import at_photo_size
+
+    logits = tf.TensorSpec((None, size, size, classes))
+    number = tf.TensorSpec((), tf.int32)
+
+    @tf.function(input_signature=[logits, tf.TensorSpec((None, size, size), tf.uint8)], autograph=False)
+    def judge(logits, masks):
+        """Class ids uint8 (N, S, S), loss sums and doubts float64 (N,)."""
+        valid = masks != IGNORE
+        labels, weights = tf.where(valid, tf.cast(masks, tf.int32), 0), tf.cast(valid, tf.float64)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        probabilities = tf.nn.softmax(logits)
+        doubts = tf.reduce_max(probabilities, -1) - tf.gather(probabilities, labels, batch_dims=3)
+        sums = [tf.reduce_sum(tf.cast(values, tf.float64) * weights, (1, 2)) for values in (losses, doubts)]
+        predicted = tf.cast(tf.argmax(logits, -1), tf.uint8)
+        return predicted, sums[0], tf.math.divide_no_nan(sums[1], tf.reduce_sum(weights, (1, 2)))
+
+    @tf.function(input_signature=[tf.TensorSpec((size, size, classes)), number, number], autograph=False)
+    def enlarge(logits, height, width):
+        return at_photo_size(logits[None], height, width, resize)[0]
+
+    return judge, enlarge
+
+
+def _explained(error: ray.exceptions.RayError) -> Exception:
+    """What a process of the cluster raised, as a sentence."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    if cause is not None:
+        return InputError(str(cause))
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return RunFailed(
+            f"The processes that score did not start within {START_SECONDS} s: another job may have taken the "
+            "cluster's CPUs (`ray status` shows them); wait for it, or give fewer --num-workers."
+        )
+    return RunFailed(f"Scoring failed: {first_line(getattr(error, 'cause', None) or error)}.")

@@ -1,0 +1,120 @@
+"""From the records of every image to the scores of a model, and to what tells two models apart."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+
+from unet import metrics
+from unet.classes import PETS
+from unet.evaluation import intervals
+from unet.evaluation.records import counts_of
+
+BINARY = ("pet", "background")
+VIEWS = {"": "confusion", "band": "confusion_band", "own_size": "confusion_own"}
+"""What is scored beside the network's size (""), by the name of its part of `metrics.json`."""
+
+
+def binary_views(confusions: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Counts int64 (N, 3, 3) of pet, background and outline as those of pet and background, both ways in use.
+
+    outline_as_pet: the outline is a part of the pet, in truth and prediction.
+    outline_ignored: pixels of the true outline are left out; a predicted outline on the others counts as pet.
+    Other classes have no such views.
+    """
+    if [c.name for c in PETS.classes] != list(names):
+        return {}
+    predicted = np.stack([confusions[..., 0] + confusions[..., 2], confusions[..., 1]], -1)
+    merged = np.stack([predicted[:, 0] + predicted[:, 2], predicted[:, 1]], 1)
+    return {"outline_as_pet": merged, "outline_ignored": predicted[:, :2]}
+
+
+def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) -> dict:
+    """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`).
+
+    At the network's size: what `unet.metrics.scores` gives, `loss`, `images`, `intervals`, `binary`, `per_image` (means
+    over images). `band` and `own_size` hold the same of their pixels; `by_breed` and `by_species` of their images.
+    """
+    counts = {part: counts_of(records, column, len(names)) for part, column in VIEWS.items()}
+    counts = {part: found for part, found in counts.items() if found is not None and len(found)}
+    binary = {part: binary_views(found, names) for part, found in counts.items() if part != "band"}
+    views = {part: found for part, found in counts.items()}
+    views |= {f"{part}/{way}": found for part, ways in binary.items() for way, found in ways.items()}
+    spans = intervals.intervals(views, resamples) if views else {}
+    found = {
+        part: _scored(view, names, spans[part]) | {"per_image": _per_image(view, names)}
+        for part, view in counts.items()
+    }
+    for part, ways in binary.items():
+        scored = {way: _scored(view, BINARY, spans[f"{part}/{way}"]) for way, view in ways.items()}
+        found[part]["binary"] = scored or None
+    result = found.pop("", None) or metrics.scores(np.zeros((len(names),) * 2, np.int64), names)
+    pixels = int(np.sum(result["confusion"]))
+    result |= {
+        "loss": float(np.sum(records["loss_sum"].to_numpy())) / pixels if pixels else None,
+        "images": len(records),
+    }
+    how = {"level": intervals.LEVEL, "method": intervals.METHOD, "resamples": resamples, "seed": intervals.SEED}
+    result["bootstrap"] = how if resamples else None
+    if "band" in found:
+        found["band"]["width"] = band
+    result |= found
+    for group in ("breed", "species"):
+        result[f"by_{group}"] = _by_group(records, group, names, resamples)
+    return result
+
+
+def _scored(confusions: np.ndarray, names: Sequence[str], spans: list) -> dict:
+    result = metrics.scores(confusions.sum(0), names) | {"images": len(confusions)}
+    return result | {"intervals": intervals.named(spans, names)}
+
+
+def _per_image(confusions: np.ndarray, names: Sequence[str]) -> dict:
+    """Means over images: an image weighs as much as any other, whatever its size; what it lacks does not count."""
+    values = np.ma.masked_invalid(intervals.score_vector(confusions)).mean(0)
+    return intervals.named(values.astype(object).filled(None).tolist(), names)
+
+
+def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: int) -> dict:
+    """The scores by breed or species, at the network's size; empty where none is known."""
+    labels = np.array(records[group].to_pylist(), dtype=object)
+    found = {}
+    for label in sorted({label for label in labels if label}):
+        confusions = counts_of(records.filter(pa.array(labels == label)), "confusion", len(names))
+        spans = intervals.intervals({"": confusions}, resamples)[""]
+        found[label] = _scored(confusions, names, spans)
+    return found
+
+
+def compare(labels: Sequence[str], tables: Sequence[pa.Table], names: Sequence[str], resamples: int) -> dict:
+    """Each pair of models on the same images: how much the later one scores more, with paired intervals.
+
+    Both stand in the same resamples, so what is hard for both drops out of the difference.
+    """
+    counts = [
+        {part: found for part, column in VIEWS.items() if (found := counts_of(table, column, len(names))) is not None}
+        for table in tables
+    ]
+    pairs = []
+    for (a, before), (b, after) in combinations(zip(labels, counts, strict=True), 2):
+        spans = intervals.paired_intervals(before, after, resamples)
+        differences = {}
+        for part in before:
+            vectors = [intervals.score_vector(view[part].sum(0)) for view in (before, after)]
+            values = [float(v) if np.isfinite(v) else None for v in vectors[1] - vectors[0]]
+            both = [{"value": value, "interval": span} for value, span in zip(values, spans[part], strict=True)]
+            differences[part or "network_size"] = intervals.named(both, names)
+        pairs.append({"a": a, "b": b, "verdict": _verdict(a, b, differences["network_size"]["mean_iou"])} | differences)
+    return {"models": list(labels), "pairs": pairs}
+
+
+def _verdict(a: str, b: str, difference: dict) -> str:
+    """Better, worse or not told apart, by the interval of the difference in mean IoU."""
+    value, span = difference["value"], difference["interval"]
+    if value is None or span is None:
+        return f"{b} and {a} are not compared: there is nothing to measure, or too few images."
+    amount = f"mean IoU {value:+.4f} (95 %: {span[0]:+.4f} to {span[1]:+.4f})"
+    if span[0] > 0 or span[1] < 0:
+        return f"{b} is {'better' if value > 0 else 'worse'} than {a}: {amount}."
+    return f"{b} and {a} are not told apart: {amount}."

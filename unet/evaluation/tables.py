@@ -1,0 +1,109 @@
+"""An evaluation in the terminal: tables that fit into 80 columns."""
+
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from unet.report import ABSENT
+
+WORST = 8
+"""Breeds that are shown: those with the lowest mean IoU."""
+WAYS = {"outline_as_pet": "as pet", "outline_ignored": "ignored"}
+
+
+def show(console: Console, title: str, metrics: Mapping) -> None:
+    """The tables of one model."""
+    console.print(_by_class(title, metrics))
+    console.print(_otherwise(metrics))
+    if metrics["binary"]:
+        console.print(_binary(metrics))
+    for group in ("species", "breed"):
+        if len(metrics[f"by_{group}"]) > 1:
+            console.print(_groups(group, metrics[f"by_{group}"]))
+
+
+def show_comparison(console: Console, comparison: Mapping) -> None:
+    """The differences of each pair, and what they mean."""
+    for pair in comparison["pairs"]:
+        table = _table(f"{pair['b']} minus {pair['a']}", "IoU of", "difference", "95 %")
+        parts = [("network_size", ""), ("band", ", near borders"), ("own_size", ", own size")]
+        for part, words in parts:
+            if part not in pair:
+                continue
+            rows = [("mean" + words, pair[part]["mean_iou"], "bold")]
+            if part == "network_size":
+                rows += [(name, found, "") for name, found in pair[part]["iou"].items()]
+            for name, found, style in rows:
+                table.add_row(name, _number(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
+        console.print(table)
+        console.print(pair["verdict"], style="bold")
+
+
+def _by_class(title: str, metrics: Mapping) -> Table:
+    spans = metrics["intervals"]
+    table = _table(title, "class", "IoU", "95 %", "Dice", "95 %")
+    table.caption = (
+        f"accuracy {_number(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {_number(metrics['loss'])}\n"
+        f"{metrics['images']:,} images; 95 % intervals over images"
+    )
+    for name, iou in metrics["iou"].items():
+        dice, span = metrics["dice"][name], spans["dice"][name]
+        table.add_row(name, _number(iou), _span(spans["iou"][name]), _number(dice), _span(span))
+    table.add_section()
+    means = ((metrics[key], spans[key]) for key in ("mean_iou", "mean_dice"))
+    table.add_row("mean", *(text for value, span in means for text in (_number(value), _span(span))), style="bold")
+    return table
+
+
+def _otherwise(metrics: Mapping) -> Table:
+    """The means of the other ways to look at the same masks."""
+    table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy")
+    band, own = metrics.get("band"), metrics.get("own_size")
+    rows = [("mean over images", metrics["per_image"])]
+    rows += [(f"within {band['width']} px of a border", band)] if band else []
+    rows += [("at the photos' own size", own)] if own else []
+    for name, scores in rows:
+        span = scores.get("intervals", {}).get("mean_iou")
+        numbers = (_number(scores[key]) for key in ("mean_iou", "mean_dice", "accuracy"))
+        iou, *others = numbers
+        table.add_row(name, iou, _span(span), *others)
+    return table
+
+
+def _binary(metrics: Mapping) -> Table:
+    """Pet against background."""
+    table = _table("Pet against background", "outline", "IoU pet", "95 %", "Dice pet", "mean IoU")
+    own = (metrics.get("own_size") or {}).get("binary") or {}
+    rows = [(WAYS[way], scores) for way, scores in metrics["binary"].items()]
+    rows += [(f"{WAYS[way]}, own size", scores) for way, scores in own.items()]
+    for name, scores in rows:
+        iou, span = _number(scores["iou"]["pet"]), _span(scores["intervals"]["iou"]["pet"])
+        table.add_row(name, iou, span, _number(scores["dice"]["pet"]), _number(scores["mean_iou"]))
+    return table
+
+
+def _groups(group: str, found: Mapping) -> Table:
+    """The groups with the lowest scores, worst first."""
+    ranked = sorted(found.items(), key=lambda item: item[1]["mean_iou"] or 0)
+    title = f"The worst {WORST} of {len(found)} breeds" if len(found) > WORST else f"By {group}"
+    table = _table(title, group, "images", "mean IoU", "95 %", "accuracy")
+    for name, scores in ranked[:WORST]:
+        numbers = _number(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), _number(scores["accuracy"])
+        table.add_row(name, f"{scores['images']:,}", *numbers)
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    right = (Column(name, justify="right", no_wrap=True) for name in columns)
+    head = Column(first, overflow="ellipsis", no_wrap=True)
+    return Table(head, *right, title=title, box=SIMPLE_HEAD, title_style="bold", title_justify="left", min_width=36)
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return ABSENT if value is None else f"{value:{sign}.4f}"
+
+
+def _span(span: list | None, sign: str = "") -> str:
+    return ABSENT if span is None else f"{span[0]:{sign}.4f} to {span[1]:{sign}.4f}"
