@@ -4,24 +4,21 @@ The page shows what a person checks before training: what the data are, how clas
 a contact sheet, the samples most likely to be wrong, and what was left out, repaired or doubted on the way.
 """
 
-import base64
-import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from unet.classes import IGNORE, Classes
-from unet.data.order import CHUNK
+from unet.classes import Classes
 from unet.data.resize import Resize, box_of
-from unet.data.shards import SPLITS, Prepared, pixels
+from unet.data.shards import SPLITS, Prepared
+from unet.pages.pictures import data_uri, outlines, relative
+from unet.pages.render import percent, render, signed
 
 SHEET = {"train": 12, "val": 6, "test": 6}
 """Pictures of the contact sheet by split."""
@@ -40,16 +37,8 @@ def data_report(prepared: Prepared) -> str:
     sheet = {split: samples.rows(split)[:count] for split, count in SHEET.items()}
     groups = offenders(samples, classes)
     shown = {row for rows in sheet.values() for row in rows} | {row for group in groups for row, _ in group.rows}
-    environment = Environment(
-        loader=PackageLoader("unet.data", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "signed": signed, "rgb": _rgb, "breakable": _breakable}
-    environment.filters["thousands"] = "{:,}".format
-    page = environment.get_template("look.html.jinja").render(
+    return render(
+        "data/look.html.jinja",
         manifest=manifest,
         classes=classes,
         splits=[split for split in SPLITS if manifest.counts[split]],
@@ -67,8 +56,6 @@ def data_report(prepared: Prepared) -> str:
         warnings=sorted(manifest.warnings, key=lambda item: item["name"] != ""),
         longest=LONGEST,
     )
-    # A file name that is no UTF-8 reaches Python as lone surrogates, which no file can be written with.
-    return page.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,7 @@ def class_rows(samples: Samples, classes: Classes) -> list[dict]:
             by_split[split] = {"share": float(share), "present": int((counts[:, index] > 0).sum())}
         present = samples.shares[samples.pixels[:, index] > 0, index]
         heights = np.histogram(present, bins=25, range=(0, 1))[0]
-        rows.append({"item": item, "by_split": by_split, "spread": _relative(heights)})
+        rows.append({"item": item, "by_split": by_split, "spread": relative(heights)})
     return rows
 
 
@@ -239,7 +226,7 @@ def edge_histogram(scores: np.ndarray) -> dict | None:
     low, high = min(scores.min(), 0), max(scores.max(), 1)
     bars = np.histogram(scores, bins=60, range=(low, high))[0]
     return {
-        "bars": _relative(bars),
+        "bars": relative(bars),
         "low": float(low),
         "high": float(high),
         "zero": float(-low / (high - low)),
@@ -248,65 +235,14 @@ def edge_histogram(scores: np.ndarray) -> dict | None:
     }
 
 
-def percent(share: float) -> str:
-    """Return a share such as 0.123 as "12.3 %"; rounding never makes some into none or nearly all into all."""
-    if share in (0, 1):
-        number = f"{100 * share:.0f}"
-    else:
-        number = f"{100 * share:.1f}"
-        number = {"0.0": "<0.1", "100.0": ">99.9"}.get(number, number)
-    return f"{number}\N{NO-BREAK SPACE}%"
-
-
-def outlines(mask: np.ndarray, classes: Classes, shape: tuple[int, int]) -> Image.Image:
-    """Draw the borders in a mask, uint8 (H, W), as a palette picture of `shape`, transparent inside the regions.
-
-    Each class has its colour on its own side of a border; ignored pixels are striped.
-    """
-    ids, places = _enlarged(mask, shape)
-    picture = Image.fromarray(places)
-    highest, lowest = (np.asarray(picture.filter(kind(7))) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-    clear, striped = len(ids), len(ids) + 1
-    drawn = np.where(highest != lowest, places, clear)
-    if IGNORE in ids:
-        stripes = np.add.outer(*map(np.arange, shape)) // 8 % 2
-        drawn = np.where(places == ids.index(IGNORE), striped + stripes, drawn)
-    tones = [(0, 0, 0) if index == IGNORE else classes[index].colour for index in ids]
-    drawn = Image.fromarray(drawn.astype(np.uint8))
-    drawn.putpalette(np.array([*tones, (0, 0, 0), (141, 141, 141), (201, 201, 201)], np.uint8).tobytes())
-    drawn.info["transparency"] = bytes([255] * len(ids) + [0, 150, 150])
-    return drawn
-
-
-def _enlarged(mask: np.ndarray, shape: tuple[int, int]) -> tuple[list[int], np.ndarray]:
-    """The ids in a mask (the most frequent) and, at each pixel of a picture of `shape`, the place of its id, uint8."""
-    values, counts = np.unique(mask, return_counts=True)
-    # A palette holds 256 colours, three of which are not of classes.
-    ids = sorted(values[np.argsort(-counts, kind="stable")[:253]].tolist())
-    best, places = np.full(shape, -1, np.int16), np.zeros(shape, np.uint8)
-    for place, index in enumerate(ids):
-        # Bilinear weights of each class, compared, give borders without the steps of the mask's pixels.
-        region = Image.fromarray(np.uint8(mask == index) * 255)
-        weight = np.asarray(region.resize(shape[::-1], Image.Resampling.BILINEAR), np.int16)
-        places[weight > best] = place
-        best = np.maximum(best, weight)
-    return ids, places
-
-
-def _pictures(prepared: Prepared, samples: Samples, shown: Iterable[int]) -> dict[int, dict]:
+def _pictures(prepared: Prepared, samples: Samples, shown: set[int]) -> dict[int, dict]:
     """By row of `samples`: the photo and the outlines over it as data URIs, and where it lies in the square."""
-    size = prepared.manifest.image_size
-    first = {split: samples.rows(split)[:1] for split in SPLITS}
-    chunks = defaultdict(list)
-    for row in sorted(shown):
-        chunk, place = divmod(row - first[samples.splits[row]][0], CHUNK)
-        chunks[samples.splits[row], chunk].append((row, place))
     found = {}
-    for (split, chunk), wanted in chunks.items():
-        table = prepared.read_chunk(split, chunk)
-        images, masks = pixels(table.column("image"), (size, size, 3)), pixels(table.column("mask"), (size, size))
-        for row, place in wanted:
-            found[row] = _picture(images[place], masks[place], samples.boxes[row], prepared.manifest.class_infos)
+    for split in SPLITS:
+        rows = samples.rows(split)
+        for place, image, mask in prepared.pick(split, [row - rows[0] for row in rows if row in shown]):
+            row = rows[place]
+            found[row] = _picture(image, mask, samples.boxes[row], prepared.manifest.class_infos)
     return found
 
 
@@ -317,16 +253,10 @@ def _picture(image: np.ndarray, mask: np.ndarray, box: np.ndarray, classes: Clas
     photo.thumbnail((PHOTO, PHOTO), Image.Resampling.LANCZOS)
     lines = outlines(mask[inside], classes, tuple(max(1, round(LINES * side / size)) for side in (height, width)))
     return {
-        "photo": _uri(photo, "jpeg", quality=85),
-        "lines": _uri(lines, "png", optimize=True),
+        "photo": data_uri(photo, "jpeg", quality=85),
+        "lines": data_uri(lines, "png", optimize=True),
         "box": [f"{100 * side / size:.2f}%" for side in (top, left, height, width)],
     }
-
-
-def _uri(picture: Image.Image, kind: str, **options) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _repairs(repaired: Sequence[dict]) -> list[tuple[str, list[str]]]:
@@ -335,22 +265,3 @@ def _repairs(repaired: Sequence[dict]) -> list[tuple[str, list[str]]]:
     for item in repaired:
         found[item["repair"]].append(item["name"])
     return sorted(found.items(), key=lambda pair: -len(pair[1]))
-
-
-def _relative(counts: np.ndarray) -> list[float]:
-    """Heights of bars in 0..1; a bar that is not empty stays visible."""
-    heights = counts / max(counts.max(), 1)
-    return np.where(counts > 0, np.maximum(heights, 0.04), 0).tolist()
-
-
-def _rgb(colour: tuple[int, int, int]) -> str:
-    return "rgb({:d} {:d} {:d})".format(*colour)
-
-
-def signed(number: float) -> str:
-    return f"{number:.2f}".replace("-", "−")
-
-
-def _breakable(name: str) -> Markup:
-    """A name as HTML that may break after its underscores."""
-    return Markup(str(escape(name)).replace("_", "_<wbr>"))

@@ -6,9 +6,10 @@ files, so the order of training does not depend on how the data were sharded.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,18 @@ class Prepared:
         except (OSError, pa.ArrowInvalid) as error:
             reason = first_line(error)
             raise InputError(f"{self.folder}/{file} is damaged ({reason}): {REPREPARE.format(self.folder)}") from error
+
+    def pick(self, split: str, places: Iterable[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Place in the canonical order, image uint8 (S, S, 3) and mask uint8 (S, S) of some samples of a split.
+
+        Reads the chunks they stand in, one at a time.
+        """
+        size = self.manifest.image_size
+        for chunk, wanted in groupby(sorted(places), key=lambda place: place // CHUNK):
+            table = self.read_chunk(split, chunk)
+            images, masks = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
+            for place in wanted:
+                yield place, images[place % CHUNK], masks[place % CHUNK]
 
     def read_checked(self, split: str, chunk: int, columns: tuple[str, ...] = ("image", "mask")) -> pa.Table:
         """One chunk as `read_chunk` gives it, after comparing names and pixels with the digests of `samples.parquet`.
