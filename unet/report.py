@@ -41,16 +41,16 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
     loss, iou, dice = panels = figure.subplots(1, 3)
     # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
     style = {"linewidth": 1.8} | ({"marker": "o", "markersize": 3.5} if len(history) <= 25 else {})
-    loss.plot(*_series(history, "train_loss"), color="#9aa0a9", label="training", **style)
-    loss.plot(*_series(history, "val_loss"), color=INK, label="validation", **style)
+    loss.plot(*series(history, "train_loss"), color="#9aa0a9", label="training", **style)
+    loss.plot(*series(history, "val_loss"), color=INK, label="validation", **style)
     loss.set_ylim(0, 1.05 * loss.dataLim.ymax if loss.dataLim.ymax > 0 else 1)
     loss.legend(**LEGEND)
     for axes, metric in ((iou, "iou"), (dice, "dice")):
         axes.set_ylim(0, 1)
         for item in classes:
-            values = _series(history, f"val_{metric}_{item.name}")
+            values = series(history, f"val_{metric}_{item.name}")
             axes.plot(*values, color=unit(item.colour, on_white=True), label=item.name, **style)
-    iou.plot(*_series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
+    iou.plot(*series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
     figure.legend(handles=iou.get_lines(), loc="outside lower center", ncols=8, **LEGEND)
 
     epochs = [record["epoch"] for record in history]
@@ -83,7 +83,7 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
 
 def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
     """Return (epoch, mean IoU) of the highest `val_mean_iou`, the earliest on a tie; None if none was measured."""
-    return max(zip(*_series(history, "val_mean_iou"), strict=True), key=lambda pair: pair[1], default=None)
+    return max(zip(*series(history, "val_mean_iou"), strict=True), key=lambda pair: pair[1], default=None)
 
 
 def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:
@@ -250,7 +250,7 @@ def score_table(title: str, scores: Mapping) -> Table:
     return table
 
 
-def _series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
+def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
     """Return the epochs that measured `key` and their values."""
     records = [record for record in history if record.get(key) is not None and math.isfinite(record[key])]
     return [record["epoch"] for record in records], [record[key] for record in records]

@@ -1,0 +1,85 @@
+"""Axes and lines of a page's drawings, as numbers that a template turns into SVG."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from unet.report import best_epoch, series
+
+STEPS = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+
+
+class Axis(NamedTuple):
+    """From `low` to `high`, with a tick at every `step`, at both ends too."""
+
+    low: float
+    high: float
+    step: float
+
+    @classmethod
+    def over(cls, values: Iterable[float | None], steps: int = 5, least: float = 0.0) -> "Axis":
+        """An axis over values, of which None counts for nothing, in about so many steps of at least `least`."""
+        found = [value for value in values if value is not None] or [0.0, 1.0]
+        span = max(max(found) - min(found), 1e-3)
+        step = max(float(STEPS[min(np.searchsorted(STEPS, span / steps), len(STEPS) - 1)]), least)
+        low, high = (
+            float(edge(value / step)) * step for edge, value in ((np.floor, min(found)), (np.ceil, max(found)))
+        )
+        return cls(low, high if high > low else low + step, step)
+
+    @property
+    def ticks(self) -> list[tuple[str, float]]:
+        """The words and the place, 0..1, of each tick."""
+        count = round((self.high - self.low) / self.step)
+        decimals = max(0, -int(np.floor(np.log10(self.step))))
+        words = [f"{self.low + index * self.step:.{decimals}f}" for index in range(count + 1)]
+        return [(word.replace("-", "−"), index / count) for index, word in enumerate(words)]
+
+    def at(self, value: float) -> float:
+        """Where a value lies, 0..1."""
+        return (value - self.low) / (self.high - self.low)
+
+
+class Line(NamedTuple):
+    """A line of a chart; `colour` is CSS, `points` are (x, y) in 0..1 from the lower left, `last` its last value."""
+
+    name: str
+    colour: str
+    points: list[tuple[float, float]]
+    last: float
+
+
+class Chart(NamedTuple):
+    """Lines over epochs; `best` is the place of the best epoch's point and its words, if there is one."""
+
+    title: str
+    across: Axis
+    down: Axis
+    lines: list[Line]
+    best: tuple[tuple[float, float], str] | None
+
+
+def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart]:
+    """The loss, and the IoU on the validation split, of records an epoch (see `unet.report.training_curves`)."""
+    if not history:
+        return []
+    loss = [("training", "var(--val)", "train_loss"), ("validation", "var(--ink)", "val_loss")]
+    iou = [(item.name, "rgb({} {} {})".format(*item.colour), f"val_iou_{item.name}") for item in classes]
+    iou += [("mean", "var(--ink)", "val_mean_iou")]
+    epochs = [record["epoch"] for record in history]
+    across = Axis.over([min(epochs), max(epochs)], 8, least=1)
+    found = []
+    for title, lines in (("Loss", loss), ("IoU on val", iou)):
+        measured = [(name, colour, *series(history, key)) for name, colour, key in lines]
+        measured = [line for line in measured if line[2]]
+        # A loss has no upper bound; scores of different runs compare better on one axis.
+        down = Axis.over([0.0, 1.0] if lines is iou else [0.0, *(v for line in measured for v in line[3])])
+        best = best_epoch(history) if lines is iou else None
+        drawn = [
+            Line(name, colour, [(across.at(x), down.at(y)) for x, y in zip(xs, ys, strict=True)], ys[-1])
+            for name, colour, xs, ys in measured
+        ]
+        mark = best and ((across.at(best[0]), down.at(best[1])), f"best mean {best[1]:.3f}, epoch {best[0]}")
+        found.append(Chart(title, across, down, drawn, mark))
+    return [chart for chart in found if chart.lines]
