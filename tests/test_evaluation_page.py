@@ -192,12 +192,12 @@ def test_interval_bars_lie_where_their_axis_says(html, metrics):
     ticks = [float(word) for word in re.findall(r"<span>([\d.]+)</span>", section)]
     low, high = ticks[0], ticks[-1]
     bars = re.findall(r'class="span"[^>]*d="M([\d.]+) 8H([\d.]+)"', section)
-    dots = re.findall(r'class="dot"[^>]*d="M([\d.]+) 8h0"', section)
+    lines = re.findall(r'class="value"[^>]*d="M([\d.]+) 1V15"', section)
     expected = [*metrics["intervals"]["iou"].values(), metrics["intervals"]["mean_iou"]]
     found = [[low + float(end) / 100 * (high - low) for end in bar] for bar in bars]
     assert np.allclose(found, expected, atol=1e-4)
     values = [*metrics["iou"].values(), metrics["mean_iou"]]
-    assert np.allclose([low + float(dot) / 100 * (high - low) for dot in dots], values, atol=1e-4)
+    assert np.allclose([low + float(line) / 100 * (high - low) for line in lines], values, atol=1e-4)
     assert np.allclose(np.diff(ticks, 2), 0)
 
 
