@@ -8,13 +8,15 @@ import pyarrow.parquet as pq
 
 from unet.config import CONFIG, EvaluateSettings, read_config
 from unet.errors import InputError, first_line
+from unet.evaluation.page import evaluation_page
 from unet.evaluation.run import Evaluation
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.trained import best_checkpoint
+from unet.training.run import read_history
 
-METRICS, RECORDS = "metrics.json", "per_image.parquet"
+METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
 PLACE = "evaluations"
 
 
@@ -25,8 +27,10 @@ def keep(done: Evaluation, settings: EvaluateSettings, display: Display, alone: 
         StorageFailed: they cannot be written.
     """
     folder = place_of(done, settings, alone)
+    display.waiting("drawing report.html")
     files = write(done, folder)
-    display.say(f"Written: {folder}/{', '.join(files)}")
+    display.close()
+    display.say(f"Written: {folder}/: {', '.join(files)}")
     if settings.evaluate.track:
         track(done, folder, files, settings, display)
 
@@ -62,8 +66,10 @@ def write(done: Evaluation, folder: Folder) -> list[str]:
     content = pa.BufferOutputStream()
     pq.write_table(done.records, content, compression="zstd")
     folder.write_bytes(RECORDS, content.getvalue().to_pybytes())
+    history = read_history(done.model.run) if done.model.run else []
+    folder.write_text(PAGE, evaluation_page(done.metrics, done.records, done.prepared, done.split, history))
     folder.write_text(METRICS, json.dumps(done.metrics, indent=2, allow_nan=False))
-    return [METRICS, RECORDS]
+    return [METRICS, RECORDS, PAGE]
 
 
 def track(done: Evaluation, folder: Folder, files: list[str], settings: EvaluateSettings, display: Display) -> None:

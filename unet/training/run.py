@@ -111,8 +111,7 @@ class Run:
 
     def history(self) -> list[dict]:
         """The lines of `metrics.jsonl`."""
-        lines = self.folder.read_text(METRICS).splitlines() if self.folder.exists(METRICS) else []
-        return [json.loads(line) for line in lines]
+        return read_history(self.folder)
 
     def mlflow_key(self) -> str:
         """What its MLflow run is found by where nobody has heard its id."""
@@ -139,6 +138,12 @@ def read_summary(folder: Folder) -> dict[str, Any]:
         raise InputError(
             f"{folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
         ) from error
+
+
+def read_history(folder: Folder) -> list[dict]:
+    """The lines of the `metrics.jsonl` of a run's folder; none where it has none."""
+    lines = folder.read_text(METRICS).splitlines() if folder.exists(METRICS) else []
+    return [json.loads(line) for line in lines]
 
 
 def milliseconds() -> int:
