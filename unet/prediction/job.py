@@ -51,9 +51,8 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
         InputError: there is no such model, or the output holds something else.
         RunFailed: a task failed; what is done is kept.
     """
-    part = settings.predict
-    output = Folder(part.output)
-    trained = TrainedModel.find(part.model, Folder(settings.store.storage_path), settings.store.tracking_uri)
+    output, store = Folder(settings.predict.output), settings.store
+    trained = TrainedModel.find(settings.predict.model, Folder(store.storage_path), store.tracking_uri)
     with locked(output):
         results = Results.open(output, job_of(settings, trained), trained.class_names)
         todo, before = _todo(photos, results)
@@ -138,7 +137,7 @@ def _run(
     first = done = 0
     first_at = last_at = begun
     try:
-        for rows in predicted(todo, work, trained, fitted, part):
+        for rows in predicted(todo, work, trained, fitted, part, settings.door.debug):
             results.add(rows)
             bad = _tell(display, rows, bad)
             done, last_at = done + len(rows), time.monotonic()

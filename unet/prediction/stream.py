@@ -1,6 +1,7 @@
 """Photos through the cluster: one execution of Ray Data whose blocks are groups of photos."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import ray
 from unet.config.use import PredictPart
 from unet.errors import InputError
 from unet.prediction.stages import Predictor, Work, read, write
+from unet.session import silenced
 from unet.trained import TrainedModel
 from unet.training.resources import Node, check_free, free_cpus
 
@@ -63,7 +65,7 @@ def groups(sizes: np.ndarray, most: int) -> list[int]:
 
 
 def predicted(
-    photos: pa.Table, work: Work, trained: TrainedModel, fitted: Plan, part: PredictPart
+    photos: pa.Table, work: Work, trained: TrainedModel, fitted: Plan, part: PredictPart, debug: bool = False
 ) -> Iterator[pa.Table]:
     """The rows of each group of photos once its predictions are written, in any order."""
     # A few groups for each core, so that none waits long for the last.
@@ -80,12 +82,22 @@ def predicted(
         def __init__(self):
             super().__init__(ray.get(model), fitted.threads, part.batch_size, part.tta)
 
-    tasks = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": TASK_CPUS, "max_retries": RETRIES}
-    actors = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": fitted.cpus, "max_task_retries": RETRIES}
-    dataset = ray.data.range(len(starts), override_num_blocks=len(starts)).map_batches(read_group, **tasks)
+    how = {"batch_size": None, "batch_format": "pyarrow"}
+    tasks = how | {"num_cpus": TASK_CPUS, "max_retries": RETRIES}
     pool = ray.data.ActorPoolStrategy(size=fitted.workers)
-    dataset = dataset.map_batches(Predicting, compute=pool, num_gpus=fitted.gpus, max_restarts=RETRIES, **actors)
-    dataset = dataset.map_batches(lambda rows: write(rows, work), **tasks)
+    with warnings.catch_warnings():
+        # Without max_retries Ray Data starts a task that dies again for ever, and no named parameter says so.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dataset = (
+            ray.data.range(len(starts), override_num_blocks=len(starts))
+            .map_batches(read_group, **tasks)
+            .map_batches(Predicting, compute=pool, num_cpus=fitted.cpus, num_gpus=fitted.gpus, **how)
+            .map_batches(lambda rows: write(rows, work), **tasks)
+        )
     dataset.context.target_max_block_size = None  # a group stays a block, whatever its size
     dataset.context.enable_progress_bars = False
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    stream = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with silenced(debug):  # Ray's core warns about how Ray Data makes its actors
+        first = next(stream)
+    yield first
+    yield from stream
