@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from unet.classes import IGNORE, UNKNOWN, Labels
 from unet.config import Resize
@@ -93,6 +93,8 @@ def _read(read: Callable, path: str, *more):
         raise
     except PermissionError as error:
         raise Unusable("no_permission", f"{name} may not be read: {error.strerror}") from error
+    except UnidentifiedImageError as error:  # its own words are of a buffer in memory
+        raise Unusable("damaged", f"{name} cannot be decoded: it is no picture of a known kind") from error
     except Image.DecompressionBombError as error:
         raise Unusable("too_large", f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their damaged input leads them to
