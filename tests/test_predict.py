@@ -199,7 +199,7 @@ def test_the_same_command_does_only_what_is_missing(photos, predicted, tmp_path)
     shutil.copytree(photos[0], folder)
     shutil.copytree(predicted[1], output)
     job = output / ".predictions" / "job.json"
-    job.write_text(job.read_text().replace(str(photos[0]), folder.as_uri()))
+    job.write_text(job.read_text().replace(str(photos[0]), str(folder)))
     before = {
         p: (p.stat().st_mtime_ns, p.read_bytes())
         for kind in ("masks", "overlays")
@@ -264,7 +264,7 @@ def through(model, tmp_path, monkeypatch):
     def run(pictures: dict[str, Image.Image], tta=False, probabilities=None, **changes) -> dict[str, np.ndarray]:
         for name, picture in pictures.items():
             picture.save(tmp_path / name)
-        work = Work(str(tmp_path), str(tmp_path / "out"), 32, "stretch", model.classes, False, False, False, 1)
+        work = Work(tmp_path.as_uri(), str(tmp_path / "out"), 32, "stretch", model.classes, False, False, False, 1)
         predictor = Predictor(replace(model, **{k: v for k, v in changes.items() if k == "resize"}), 1, 4, tta)
         if probabilities is not None:
             monkeypatch.setattr(predictor, "_probabilities", probabilities)
@@ -343,15 +343,16 @@ def test_patterns_and_what_is_left_out(tmp_path):
     for name in ("a.jpg", "b.txt", "in/b.JPG", "in/deep/c.jpg", "in/.no/d.jpg", "out/overlays/a.jpg", "[x].jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "in" / "loop").symlink_to(tmp_path)
 
     def found(text):
         return find_photos(str(text), Folder(tmp_path / "out")).table["file"].to_pylist()
 
     for base in (str(tmp_path), tmp_path.as_uri()):
-        assert {*found(f"{base}/**/*.jpg")} - {"in/loop"} == {"a.jpg", "in/deep/c.jpg", "[x].jpg"}
+        assert {*found(f"{base}/**/*.jpg")} == {"a.jpg", "in/deep/c.jpg", "[x].jpg"}
         assert found(f"{base}/in/*/*.jpg") == ["deep/c.jpg"] and found(f"{base}/[ab].???") == ["a.jpg"]
         assert found(f"{base}/b.txt") == ["b.txt"] and found(f"{base}/[x].jpg") == ["[x].jpg"]
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert found(tmp_path / "in") == ["b.JPG", "deep/c.jpg"]
     with pytest.raises(InputError, match="There are no photos"):
         found(tmp_path / "*.webp")
 

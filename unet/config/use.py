@@ -70,6 +70,7 @@ class PredictPart(Part):
     @field_validator("input", "output")
     @classmethod
     def _absolute(cls, value):
+        value = value.removeprefix("file://")
         return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
 
 

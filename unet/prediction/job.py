@@ -147,11 +147,17 @@ def _run(
             pace = f" · {speed:.1f} images/s · {duration((len(todo) - done) / speed)} left" if speed else ""
             display.waiting(f"{done:,}/{len(todo):,} photos{pace}")
     except ray.exceptions.RayError as error:
-        cause = first_line(getattr(error, "cause", None) or error)
-        raise RunFailed(f"Predicting failed: {cause}. What is done is kept: the same command goes on.") from error
+        raise RunFailed(f"Predicting failed: {_cause(error)}. The same command goes on from here.") from error
     if done != len(todo):
         raise RunFailed(f"{done:,} photos came back of {len(todo):,}: the same command does the rest.")
     return bad, speed, first_at - begun
+
+
+def _cause(error: BaseException) -> str:
+    """What was raised first, in a process of the cluster."""
+    while cause := getattr(error, "cause", None) or error.__cause__:
+        error = cause
+    return first_line(error).rstrip(".")
 
 
 def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:

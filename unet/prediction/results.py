@@ -185,7 +185,7 @@ def locked(folder: Folder) -> Iterator[None]:
         return
     path = Path(folder.at(LOCK))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -1,5 +1,6 @@
 """Photos through the cluster: one execution of Ray Data whose blocks are groups of photos."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -96,6 +97,8 @@ def predicted(
         )
     dataset.context.target_max_block_size = None  # a group stays a block, whatever its size
     dataset.context.enable_progress_bars = False
+    if not debug:
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a failed task is one line of ours
     stream = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     with silenced(debug):  # Ray's core warns about how Ray Data makes its actors
         first = next(stream)
