@@ -12,7 +12,7 @@ from unet.config import TrainSettings, flat, parse_bytes, parse_interval, unflat
 from unet.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict"])
 def test_help_is_there_without_ray_or_tensorflow(name):
     done = job(name, "--help")
     assert done.returncode == 0 and "--debug" in done.stdout and "default" in done.stdout

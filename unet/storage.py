@@ -81,8 +81,11 @@ class Folder:
         return self.read_bytes(name).decode()
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[pa.NativeFile]:
-        """A stream to write a file through; on a local disk the file is there once all of it is."""
+    def writing(self, name: str, durable: bool = True) -> Iterator[pa.NativeFile]:
+        """A stream to write a file through; on a local disk the file is there once all of it is.
+
+        Without `durable` it does not wait for the disk: if the power fails, the file may be gone or empty.
+        """
         if not self.is_local:
             with self.fs.open_output_stream(self.at(name)) as stream:
                 yield stream
@@ -93,16 +96,18 @@ class Folder:
         try:
             with pa.OSFile(str(temporary), "wb") as stream:
                 yield stream
-            _sync(temporary)
+            if durable:
+                _sync(temporary)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(target.parent)
+        if durable:
+            _sync(target.parent)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | memoryview, durable: bool = True) -> None:
         """Raises StorageFailed."""
-        with _reported(f"{self}/{name}"), self.writing(name) as stream:
+        with _reported(f"{self}/{name}"), self.writing(name, durable) as stream:
             stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:

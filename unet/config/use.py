@@ -50,7 +50,7 @@ class PredictPart(Part):
     model: str = ""
     """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     input: str = ""
-    """A photo, a folder, a pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
+    """A photo, a folder, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
     output: str = ""
     """Folder of masks/, overlays/ and predictions.csv; may be s3://… The same command goes on where it was."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
@@ -58,7 +58,8 @@ class PredictPart(Part):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Photos that the network takes at a time."""
     tile: bool = False
-    """Cut photos much larger than the network into overlapping tiles, so that fine parts are not lost."""
+    """Also look at overlapping tiles, at twice the scale: for scenes of small objects, half a photo long or less. Takes
+    ten times as long; photos smaller than twice the network are not cut."""
     tta: bool = False
     """Average the prediction with that of the mirrored photo."""
     probabilities: bool = False
@@ -69,6 +70,7 @@ class PredictPart(Part):
     @field_validator("input", "output")
     @classmethod
     def _absolute(cls, value):
+        value = value.removeprefix("file://")
         return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
 
 

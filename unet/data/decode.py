@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from unet.classes import IGNORE, UNKNOWN, Labels
 from unet.config import Resize
@@ -75,6 +75,15 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)
 
 
+def photo(name: str, read: Callable[[str], bytes]) -> Image.Image:
+    """A photo as it is displayed, in RGB, decoded as those of training are; `read` gives the bytes of `name`.
+
+    Raises:
+        Unusable: with the reason.
+    """
+    return _read(_photo, name, None, read)[0]
+
+
 def _read(read: Callable, path: str, *more):
     """What `read` makes of a file, or why it cannot be used."""
     name = Path(path).name
@@ -84,6 +93,8 @@ def _read(read: Callable, path: str, *more):
         raise
     except PermissionError as error:
         raise Unusable("no_permission", f"{name} may not be read: {error.strerror}") from error
+    except UnidentifiedImageError as error:  # its own words are of a buffer in memory
+        raise Unusable("damaged", f"{name} cannot be decoded: it is no picture of a known kind") from error
     except Image.DecompressionBombError as error:
         raise Unusable("too_large", f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their damaged input leads them to
@@ -91,9 +102,15 @@ def _read(read: Callable, path: str, *more):
         raise Unusable("damaged", f"{name} cannot be decoded: {what}") from error
 
 
-def _photo(path: str, mask_size: tuple[int, int]) -> tuple[Image.Image, list[str]]:
+def _content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _photo(
+    path: str, mask_size: tuple[int, int] | None, read: Callable[[str], bytes] = _content
+) -> tuple[Image.Image, list[str]]:
     """An RGB photo, and what was done to make it one."""
-    photo = _open(path)
+    photo = _open(path, read)
     repairs = []
     suffix = path.rpartition(".")[2].lower()
     if Image.registered_extensions().get(f".{suffix}") not in (photo.format, None):
@@ -185,8 +202,8 @@ def _check_labels(mask: Image.Image, labels: Labels) -> None:
         raise Unusable("nothing_labelled", "every pixel of the mask is ignored")
 
 
-def _open(path: str) -> Image.Image:
-    content = Path(path).read_bytes()
+def _open(path: str, read: Callable[[str], bytes] = _content) -> Image.Image:
+    content = read(path)
     if not content:
         raise Unusable("empty_file", f"{Path(path).name} is empty")
     image = Image.open(io.BytesIO(content))

@@ -1,0 +1,197 @@
+"""A model over photos: what is to be done, and what became of it."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from unet.config import PredictSettings
+from unet.data.sources import shown
+from unet.errors import InputError, RunFailed, first_line
+from unet.prediction.photos import Photos, find_photos, output_names
+from unet.prediction.results import KINDS, Results, locked, row_schema
+from unet.prediction.stages import Work
+from unet.prediction.stream import plan, predicted
+from unet.secrets import without_secrets
+from unet.storage import Folder
+from unet.terminal import Display, duration
+from unet.trained import TrainedModel
+from unet.training.resources import check_writable, cluster_nodes
+
+SHOWN_PROBLEMS = 20
+"""More lines about bad photos would push everything else off the screen; `predictions.csv` has them all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the photos.
+
+    Attributes:
+        done: predicted now.
+        before: predicted by an earlier start.
+        bad: could not be used.
+        speed: photos/s from the first group that was through to the last; None if there was but one.
+        startup: seconds until that first group was through.
+    """
+
+    done: int
+    before: int
+    bad: int
+    speed: float | None = None
+    startup: float = 0.0
+
+
+def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summary:
+    """Predict what is not predicted yet. Ray must be connected.
+
+    Raises:
+        InputError: there is no such model, or the output holds something else.
+        RunFailed: a task failed; what is done is kept.
+    """
+    output, store = Folder(settings.predict.output), settings.store
+    trained = TrainedModel.find(settings.predict.model, Folder(store.storage_path), store.tracking_uri)
+    with locked(output):
+        results = Results.open(output, job_of(settings, trained), trained.class_names)
+        todo, before = _todo(photos, results)
+        _say(display, settings, trained, photos, before)
+        try:
+            bad, speed, startup = _run(settings, trained, photos, results, todo, display)
+        finally:
+            results.save()
+        results.merge()
+    return Summary(len(todo) + len(photos.unnamed) - bad, before, bad, speed, startup)
+
+
+def photos_of(settings: PredictSettings) -> Photos:
+    """The photos that are asked for, once the settings are seen to make sense.
+
+    Raises:
+        InputError: there are none, or nothing can be written to the output.
+    """
+    part = settings.predict
+    if not part.output:
+        raise InputError("Say where predictions go: --output FOLDER, or s3://bucket/prefix.")
+    output = Folder(part.output)
+    check_writable(output)
+    photos = find_photos(part.input, output)
+    if photos.folder.uri.rstrip("/") == output.uri.rstrip("/"):
+        raise InputError(f"{output} holds the photos: give another --output, such as a folder in it.")
+    return photos
+
+
+def job_of(settings: PredictSettings, trained: TrainedModel) -> dict:
+    """What predictions are of: those of another model, input or form do not go into the same folder."""
+    weights = hashlib.sha256()
+    for array in trained.weights:
+        weights.update(np.ascontiguousarray(array))
+    about = {key: value for key, value in trained.about.items() if key != "val_mean_iou"}
+    part = settings.predict
+    options = {key: getattr(part, key) for key in ("tile", "tta", "probabilities", "overlays")}
+    source = without_secrets(part.input).partition("?")[0] if "://" in part.input else part.input
+    return {"input": source, "weights": weights.hexdigest()[:16]} | about | options
+
+
+def _todo(photos: Photos, results: Results) -> tuple[pa.Table, int]:
+    """The photos that are to be done, with the `name` of what will be written; and how many are done already.
+
+    One that was bad is tried again: what was wrong may be mended.
+    """
+    table, whole = photos.table, results.whole()
+    known = zip(results.rows["file"].to_pylist(), results.rows["name"].to_pylist(), strict=True)
+    files, *stamps = (table[name].to_pylist() for name in ("file", "size", "mtime_ns"))
+    names = output_names(files, {file: name for file, name in known if name})
+    new = [whole.get(file) != stamp for file, stamp in zip(files, zip(*stamps, strict=True), strict=True)]
+    table = table.append_column("name", pa.array([names[file] for file in files], pa.string()))
+    return table.filter(pa.array(new, pa.bool_())), len(new) - sum(new)
+
+
+def _run(
+    settings: PredictSettings,
+    trained: TrainedModel,
+    photos: Photos,
+    results: Results,
+    todo: pa.Table,
+    display: Display,
+) -> tuple[int, float | None, float]:
+    """Do what is to be done: (bad photos, photos/s, seconds until the first were through)."""
+    bad = _tell(display, _unnamed(photos, len(trained.classes), results), 0)
+    if not len(todo):
+        return bad, None, 0.0
+    part, begun = settings.predict, time.monotonic()
+    work = Work(
+        photos=photos.folder.uri,
+        output=results.folder.uri,
+        image_size=trained.image_size,
+        resize=trained.resize,
+        classes=trained.classes,
+        tile=part.tile,
+        overlays=part.overlays,
+        probabilities=part.probabilities,
+        first_part=results.next_part,
+    )
+    fitted = plan(cluster_nodes(), part.num_workers)
+    display.waiting(f"starting {fitted.workers} × TensorFlow")
+    first = done = 0
+    first_at = last_at = begun
+    try:
+        for rows in predicted(todo, work, trained, fitted, part, settings.door.debug):
+            results.add(rows)
+            bad = _tell(display, rows, bad)
+            done, last_at = done + len(rows), time.monotonic()
+            if not first:
+                first, first_at = done, last_at
+            speed = (done - first) / (last_at - first_at) if done > first else None
+            pace = f" · {speed:.1f} images/s · {duration((len(todo) - done) / speed)} left" if speed else ""
+            display.waiting(f"{done:,}/{len(todo):,} photos{pace}")
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"Predicting failed: {_cause(error)}. The same command goes on from here.") from error
+    if done != len(todo):
+        raise RunFailed(f"{done:,} photos came back of {len(todo):,}: the same command does the rest.")
+    return bad, speed, first_at - begun
+
+
+def _cause(error: BaseException) -> str:
+    """What was raised first, in a process of the cluster."""
+    while cause := getattr(error, "cause", None) or error.__cause__:
+        error = cause
+    return first_line(error).rstrip(".")
+
+
+def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:
+    """The rows of photos whose names cannot be used, which `results` gets too."""
+    words = {"problem": "unsafe_name", "detail": "its name cannot be written: rename it"}
+    nothing = {"pixels": [0] * classes, "written": [0] * len(KINDS)}
+    rows = [{"file": name} | words | nothing for name in photos.unnamed]
+    table = pa.Table.from_pylist(rows, row_schema(classes))
+    results.add(table)
+    return table
+
+
+def _tell(display: Display, rows: pa.Table, bad: int) -> int:
+    """Say what is wrong with the bad photos of a group, when `bad` were so before; how many are now."""
+    columns = (rows[name].to_pylist() for name in ("file", "problem", "detail"))
+    for file, problem, detail in zip(*columns, strict=True):
+        if problem:
+            bad += 1
+            if bad <= SHOWN_PROBLEMS:
+                display.say(f"  skipped {shown(file)}: {shown(detail)}", "red")
+            elif bad == SHOWN_PROBLEMS + 1:
+                display.say("  and more, which predictions.csv lists", "red")
+    return bad
+
+
+def _say(display: Display, settings: PredictSettings, trained: TrainedModel, photos: Photos, before: int) -> None:
+    part = settings.predict
+    held = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in photos.others.most_common(4))
+    known = f", {before:,} of them done before" if before else ""
+    ways = [words for words, given in (("tiles", part.tile), ("mirrored too", part.tta)) if given]
+    rows = [
+        ("model", f"{trained.run_name}, {trained.checkpoint}: {', '.join(trained.class_names)}"),
+        ("photos", f"{len(photos):,} in {photos.folder}{known}"),
+        *([("left alone", f"no pictures by their names: {held}")] if held else []),
+        ("input", " + ".join([f"{trained.image_size} px, {trained.resize}", *ways])),
+    ]
+    display.table("Predicting", rows)
