@@ -222,6 +222,15 @@ def test_the_training_is_drawn(html, page):
         ("pet, last 0.400", 1),
         ("mean, last 0.470", 2),
     ]
+    # The mean lies where the axis says, and the mark on its second point.
+    chart = html[html.index('aria-label="IoU on val') : html.index('id="confusion"')]
+    ticks = [(float(y), float(word)) for y, word in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', chart)]
+    points = [tuple(map(float, point.split())) for point in re.split("[ML]", lines[-1][0])[1:]]
+    places, values = zip(*ticks, strict=True)
+    # A word stands four below its line.
+    found = [np.interp(-y - 4, np.negative(places), values) for _, y in points]
+    assert np.allclose(found, [0.31, 0.52, 0.47], atol=1e-3)
+    assert f'cx="{points[1][0]}" cy="{points[1][1]}"' in chart
 
 
 def test_the_gallery_goes_by_mean_iou(page, test_rows):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from unet import metrics as scoring
@@ -281,9 +282,8 @@ def _pictures(
 ) -> dict[int, dict]:
     """By row of the records: photo, outlines and masks as data URIs, and where they lie in a square frame."""
     taken = records.take(pa.array(shown, pa.int64())).to_pylist()
-    of_split = [
-        row["name"] for row in prepared.samples().select(["name", "split"]).to_pylist() if row["split"] == split
-    ]
+    samples = prepared.samples()
+    of_split = samples.filter(pc.equal(samples["split"], split))["name"].to_pylist()
     places = {name: place for place, name in enumerate(of_split)}
     facts = {places[record["name"]]: (row, record) for row, record in zip(shown, taken, strict=True)}
     found = {}
