@@ -1,9 +1,10 @@
 """What `--model` means: a trained network, with its weights as plain arrays, found by run, checkpoint or MLflow model.
 
-No TensorFlow in this process: a task of Ray reads the variables of an MLflow model, and does not run its graph.
+No TensorFlow in a job's driver: a task of Ray reads the variables of an MLflow model, and does not run its graph.
 """
 
 import re
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,8 +64,8 @@ class TrainedModel:
     def find(cls, model: str, storage: Folder, tracking_uri: str | None = None) -> "TrainedModel":
         """The model that `--model` means; a run's name means its best checkpoint.
 
-        Ray must be connected for an MLflow URI (`runs:/…`, `models:/…`), which `tracking_uri` resolves (default: the
-        store under `storage`).
+        `tracking_uri` resolves an MLflow URI (`runs:/…`, `models:/…`; default: the store under `storage`). Its
+        variables are read by a task of Ray if Ray is connected, else by TensorFlow in this process.
 
         Raises:
             InputError: there is no such model, or it is damaged.
@@ -193,25 +194,30 @@ def _run_id(uri: str, client) -> str | None:
 
 
 def _read_variables(folder: Folder, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
-    """The arrays of a packaged model, in the network's order. A task of Ray reads them, since TensorFlow does it."""
-    import ray
+    """The arrays of a packaged model, in the network's order.
 
+    TensorFlow reads them: in a task of Ray where one is connected, so that a driver is spared of it, else here.
+    """
     kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(VARIABLES)}
-
-    @ray.remote(num_cpus=0)
-    def read(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
-        import tensorflow as tf
-
-        with tempfile.TemporaryDirectory() as scratch:
-            for file, content in kept.items():
-                (Path(scratch) / Path(file).name).write_bytes(content)
-            reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
-            return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]
-
+    ray = sys.modules.get("ray")
     try:
-        arrays = ray.get(read.remote(kept, len(shapes)))
-    except ray.exceptions.RayTaskError as error:
-        raise InputError(f"The variables of {name} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        if ray and ray.is_initialized():
+            arrays = ray.get(ray.remote(num_cpus=0)(_variables).remote(kept, len(shapes)))
+        else:
+            arrays = _variables(kept, len(shapes))
+    except Exception as error:  # whatever TensorFlow makes of damaged bytes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # where Ray says what it was
+        raise InputError(f"The variables of {name} cannot be read: {reason}") from error
     if [(a.shape, a.dtype) for a in arrays] != [(shape, np.dtype(np.float32)) for shape in shapes]:
         raise InputError(f"The variables of {name} are not those of its network: package it again.")
     return arrays
+
+
+def _variables(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for file, content in kept.items():
+            (Path(scratch) / Path(file).name).write_bytes(content)
+        reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
+        return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]

@@ -75,6 +75,15 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)
 
 
+def photo(name: str, read: Callable[[str], bytes]) -> Image.Image:
+    """A photo as it is displayed, in RGB, decoded as those of training are; `read` gives the bytes of `name`.
+
+    Raises:
+        Unusable: with the reason.
+    """
+    return _read(_photo, name, None, read)[0]
+
+
 def _read(read: Callable, path: str, *more):
     """What `read` makes of a file, or why it cannot be used."""
     name = Path(path).name
@@ -91,9 +100,15 @@ def _read(read: Callable, path: str, *more):
         raise Unusable("damaged", f"{name} cannot be decoded: {what}") from error
 
 
-def _photo(path: str, mask_size: tuple[int, int]) -> tuple[Image.Image, list[str]]:
+def _content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _photo(
+    path: str, mask_size: tuple[int, int] | None, read: Callable[[str], bytes] = _content
+) -> tuple[Image.Image, list[str]]:
     """An RGB photo, and what was done to make it one."""
-    photo = _open(path)
+    photo = _open(path, read)
     repairs = []
     suffix = path.rpartition(".")[2].lower()
     if Image.registered_extensions().get(f".{suffix}") not in (photo.format, None):
@@ -185,8 +200,8 @@ def _check_labels(mask: Image.Image, labels: Labels) -> None:
         raise Unusable("nothing_labelled", "every pixel of the mask is ignored")
 
 
-def _open(path: str) -> Image.Image:
-    content = Path(path).read_bytes()
+def _open(path: str, read: Callable[[str], bytes] = _content) -> Image.Image:
+    content = read(path)
     if not content:
         raise Unusable("empty_file", f"{Path(path).name} is empty")
     image = Image.open(io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""What the network says, at a photo's own size: the graph that the packaged model and the evaluation share."""
+"""What the network says, at a photo's own size: the graph that library, packaged model and evaluation share."""
 
 import tensorflow as tf
 
@@ -14,11 +14,15 @@ def as_network_input(photos, size: int, resize: Resize):
     return tf.image.pad_to_bounding_box(inputs, *box[:2], size, size)
 
 
-def at_photo_size(logits, height, width, resize: Resize):
-    """Class ids uint8 (N, height, width) of photos of one size, from the network's logits float32 (N, S, S, C).
+def probabilities_at(logits, height, width, resize: Resize):
+    """Probabilities float32 (N, height, width, C) of photos of one size, from the logits float32 (N, S, S, C).
 
-    Probabilities are cut to where the photo lay in the square and enlarged bilinearly; then the likeliest is taken.
+    They are cut to where the photo lay in the square and enlarged bilinearly.
     """
     box = box_of(height, width, logits.shape[1], resize)
-    probabilities = tf.image.crop_to_bounding_box(tf.nn.softmax(logits), *box)
-    return tf.cast(tf.argmax(tf.image.resize(probabilities, (height, width)), -1), tf.uint8)
+    return tf.image.resize(tf.image.crop_to_bounding_box(tf.nn.softmax(logits), *box), (height, width))
+
+
+def at_photo_size(logits, height, width, resize: Resize):
+    """Class ids uint8 (N, height, width) of photos of one size, from the logits: the likeliest of the probabilities."""
+    return tf.cast(tf.argmax(probabilities_at(logits, height, width, resize), -1), tf.uint8)
