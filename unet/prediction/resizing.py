@@ -7,11 +7,16 @@ from unet.data.resize import box_of
 
 
 def as_network_input(photos, size: int, resize: Resize):
-    """Photos uint8 (N, height, width, 3) of one size as the network's input, float32 (N, size, size, 3) in [0, 1]."""
+    """Photos uint8 (N, height, width, 3) of one size as the network's input, float32 (N, size, size, 3) in [0, 1].
+
+    The pixels are those that Pillow gave the training: it reduces the width, rounds, reduces the height, and rounds.
+    """
     height, width = tf.unstack(tf.shape(photos)[1:3])
-    box = box_of(height, width, size, resize)
-    inputs = tf.image.resize(tf.cast(photos, tf.float32), box[2:], antialias=True) / 255.0
-    return tf.image.pad_to_bounding_box(inputs, *box[:2], size, size)
+    top, left, new_height, new_width = box_of(height, width, size, resize)
+    inputs = tf.cast(photos, tf.float32)
+    for target in ((height, new_width), (new_height, new_width)):
+        inputs = tf.floor(tf.image.resize(inputs, target, antialias=True) + 0.5)
+    return tf.image.pad_to_bounding_box(inputs / 255.0, top, left, size, size)
 
 
 def probabilities_at(logits, height, width, resize: Resize):
