@@ -11,6 +11,7 @@ from unet.errors import InputError
 
 def run(settings: ExportSettings) -> None:
     from unet.packaging.export import export, table, target_of
+    from unet.session import silenced
     from unet.storage import Folder
     from unet.terminal import Display
     from unet.tracking.registry import register
@@ -18,7 +19,8 @@ def run(settings: ExportSettings) -> None:
     from unet.trained import TrainedModel
 
     part, store, display = settings.export, settings.store, Display()
-    trained = TrainedModel.find(part.model, Folder(store.storage_path), store.tracking_uri)
+    with silenced(settings.door.debug):  # TensorFlow reads the variables of an MLflow model here
+        trained = TrainedModel.find(part.model, Folder(store.storage_path), store.tracking_uri)
     if part.register and trained.mlflow_run_id is None:
         raise InputError(f"{part.model} has no run in MLflow, so there is nothing to register.")
     try:

@@ -21,8 +21,8 @@ from unet.training.checkpoint import STATE, Checkpoints
 from unet.training.run import read_summary
 
 MLMODEL = "MLmodel"
-VARIABLES = "data/model/variables/variables"
-"""Where TensorFlow keeps the variables of a packaged model."""
+VARIABLES = "variables/variables"
+"""Where TensorFlow keeps the variables of a packaged model, in its own folder there."""
 
 
 @dataclass(frozen=True, repr=False)  # the weights would fill a log
@@ -132,8 +132,8 @@ class TrainedModel:
         tracking_uri = tracking_uri or default_uri(storage)
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=tracking_uri)
-                run_id = _run_id(uri, mlflow.MlflowClient(tracking_uri))
+                place, run_id = _resolved(uri, mlflow.MlflowClient(tracking_uri))
+                mlflow.artifacts.download_artifacts(place, dst_path=scratch, tracking_uri=tracking_uri)
             except Exception as error:  # whatever the store's library raises
                 words = without_secrets(f"MLflow at {tracking_uri} has no model {uri}: {first_line(error)}")
                 raise InputError(words) from error
@@ -144,7 +144,8 @@ class TrainedModel:
     def _of_package(cls, name: str, folder: Folder) -> "TrainedModel":
         """The model in the folder of an MLflow model."""
         try:
-            about = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")["metadata"]
+            mlmodel = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")
+            about, place = mlmodel["metadata"], str(mlmodel["flavors"]["tensorflow"]["saved_model_dir"])
             network = ModelSettings(base_filters=about["base_filters"], depth=about["depth"])
             classes = tuple(
                 ClassInfo(str(c), (int(r), int(g), int(b)))
@@ -158,7 +159,7 @@ class TrainedModel:
                 f"{name} is no model that this program packaged: give the name of its run, or package it again."
             ) from error
         shapes = list(weight_shapes(network.base_filters, network.depth, len(classes)).values())
-        weights = _read_variables(folder, shapes, name)
+        weights = _read_variables(folder, f"{place}/{VARIABLES}", shapes, name)
         digest, run_name, checkpoint = texts
         return cls(name, network, data.image_size, data.resize, classes, weights, digest, score, run_name, checkpoint)
 
@@ -182,23 +183,23 @@ def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
     return run, latest[1].best_checkpoint or latest[0]
 
 
-def _run_id(uri: str, client) -> str | None:
-    """The id of the run that an MLflow model is of."""
-    if match := re.match(r"runs:/([0-9a-f]+)/", uri):
-        return match[1]
-    if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri):
-        return client.get_model_version_by_alias(*match.groups()).run_id
-    if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", uri):
-        return client.get_model_version(*match.groups()).run_id
-    return None
+def _resolved(uri: str, client) -> tuple[str, str | None]:
+    """Where the files of an MLflow model are, and the id of the run that it is of."""
+    if match := re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri):
+        name, number, alias = match.groups()
+        version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
+        # MLflow's own reading of such a URI asks the registry of the environment, whatever store it is given.
+        return client.get_model_version_download_uri(name, version.version), version.run_id
+    match = re.match(r"runs:/([0-9a-f]+)/", uri)
+    return uri, match and match[1]
 
 
-def _read_variables(folder: Folder, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
-    """The arrays of a packaged model, in the network's order.
+def _read_variables(folder: Folder, place: str, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
+    """The arrays of a packaged model, in the network's order, from its files that begin with `place`.
 
     TensorFlow reads them: in a task of Ray where one is connected, so that a driver is spared of it, else here.
     """
-    kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(VARIABLES)}
+    kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(place)}
     ray = sys.modules.get("ray")
     try:
         if ray and ray.is_initialized():

@@ -58,7 +58,8 @@ def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
         return True, f"{new.uri} is the {CHAMPION}: the first one."
     if champion.number == new.number:
         return True, f"{new.uri} is the {CHAMPION} already."
-    if None in (new.val_mean_iou, champion.val_mean_iou) or new.data_digest != champion.data_digest:
+    known = new.data_digest and None not in (new.val_mean_iou, champion.val_mean_iou)
+    if not known or new.data_digest != champion.data_digest:
         return False, (
             f"{champion.uri} stays the {CHAMPION}: it was validated on other data than {new.uri}, so their scores do "
             "not compare. Score both on one validation split: python jobs/evaluate.py --model "
