@@ -17,6 +17,7 @@ from unet.config import TrainSettings  # noqa: E402
 def run(settings: TrainSettings) -> int:
     from unet.session import ray_session
     from unet.terminal import Display
+    from unet.tracking.registry import register_run
     from unet.tracking.send import sync
     from unet.training.driver import train
     from unet.training.run import open_run
@@ -24,9 +25,11 @@ def run(settings: TrainSettings) -> int:
     if settings.run.sync:
         sync(settings, Display())
         return cli.DONE
-    opened = open_run(settings)
+    opened, display = open_run(settings), Display()
     with ray_session(settings.door.debug):
-        summary = train(opened, Display(), started=STARTED)
+        summary = train(opened, display, started=STARTED)
+    if settings.run.register and summary["status"] == "finished":
+        register_run(summary, settings.run, display)
     return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
 
 

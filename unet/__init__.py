@@ -1,0 +1,32 @@
+"""U-Nets that segment photos, trained on Ray, tracked in MLflow.
+
+The jobs are the doors; in a program of your own `unet.load` gives a trained model that takes arrays.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unet.prediction.segmenter import Segmenter
+
+__all__ = ["load"]
+
+
+def load(model: str, storage_path: str | None = None, tracking_uri: str | None = None) -> "Segmenter":
+    """A trained model, ready to predict; no Ray is needed.
+
+    Args:
+        model: a run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI (`runs:/…`, `models:/…`).
+        storage_path: where the runs are; default as for the jobs: `UNET_STORAGE_PATH`, else `~/unet-runs`.
+        tracking_uri: MLflow server or store; default: sqlite under the storage path.
+
+    Raises:
+        unet.errors.InputError: there is no such model, or it is damaged.
+    """
+    from unet.config import StoreSettings
+    from unet.prediction.segmenter import Segmenter
+    from unet.storage import Folder
+    from unet.trained import TrainedModel
+
+    given = {"storage_path": storage_path, "tracking_uri": tracking_uri}
+    store = StoreSettings(**{name: value for name, value in given.items() if value is not None})
+    return Segmenter(TrainedModel.find(model, Folder(store.storage_path), store.tracking_uri))

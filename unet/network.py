@@ -32,9 +32,13 @@ class Network:
 
         from unet.model import build_unet
 
-        keras.config.set_dtype_policy("float32")
         size, network = trained.image_size, trained.network
-        self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
+        policy = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("float32")
+        try:
+            self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
+        finally:
+            keras.config.set_dtype_policy(policy)  # that of whose process this is
         self.keras_model.set_weights(trained.weights)
 
         @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)

@@ -1,9 +1,10 @@
 """What `--model` means: a trained network, with its weights as plain arrays, found by run, checkpoint or MLflow model.
 
-No TensorFlow in this process: a task of Ray reads the variables of an MLflow model, and does not run its graph.
+No TensorFlow in a job's driver: a task of Ray reads the variables of an MLflow model, and does not run its graph.
 """
 
 import re
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from unet.training.checkpoint import STATE, Checkpoints
 from unet.training.run import read_summary
 
 MLMODEL = "MLmodel"
-VARIABLES = "tf2model/variables/variables"
-"""Where TensorFlow keeps the variables of a packaged model."""
+VARIABLES = "variables/variables"
+"""Where TensorFlow keeps the variables of a packaged model, in its own folder there."""
 
 
 @dataclass(frozen=True, repr=False)  # the weights would fill a log
@@ -63,8 +64,8 @@ class TrainedModel:
     def find(cls, model: str, storage: Folder, tracking_uri: str | None = None) -> "TrainedModel":
         """The model that `--model` means; a run's name means its best checkpoint.
 
-        Ray must be connected for an MLflow URI (`runs:/…`, `models:/…`), which `tracking_uri` resolves (default: the
-        store under `storage`).
+        `tracking_uri` resolves an MLflow URI (`runs:/…`, `models:/…`; default: the store under `storage`). Its
+        variables are read by a task of Ray if Ray is connected, else by TensorFlow in this process.
 
         Raises:
             InputError: there is no such model, or it is damaged.
@@ -131,8 +132,8 @@ class TrainedModel:
         tracking_uri = tracking_uri or default_uri(storage)
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=tracking_uri)
-                run_id = _run_id(uri, mlflow.MlflowClient(tracking_uri))
+                place, run_id = _resolved(uri, mlflow.MlflowClient(tracking_uri))
+                mlflow.artifacts.download_artifacts(place, dst_path=scratch, tracking_uri=tracking_uri)
             except Exception as error:  # whatever the store's library raises
                 words = without_secrets(f"MLflow at {tracking_uri} has no model {uri}: {first_line(error)}")
                 raise InputError(words) from error
@@ -143,7 +144,8 @@ class TrainedModel:
     def _of_package(cls, name: str, folder: Folder) -> "TrainedModel":
         """The model in the folder of an MLflow model."""
         try:
-            about = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")["metadata"]
+            mlmodel = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")
+            about, place = mlmodel["metadata"], str(mlmodel["flavors"]["tensorflow"]["saved_model_dir"])
             network = ModelSettings(base_filters=about["base_filters"], depth=about["depth"])
             classes = tuple(
                 ClassInfo(str(c), (int(r), int(g), int(b)))
@@ -157,7 +159,7 @@ class TrainedModel:
                 f"{name} is no model that this program packaged: give the name of its run, or package it again."
             ) from error
         shapes = list(weight_shapes(network.base_filters, network.depth, len(classes)).values())
-        weights = _read_variables(folder, shapes, name)
+        weights = _read_variables(folder, f"{place}/{VARIABLES}", shapes, name)
         digest, run_name, checkpoint = texts
         return cls(name, network, data.image_size, data.resize, classes, weights, digest, score, run_name, checkpoint)
 
@@ -187,37 +189,42 @@ def best_checkpoint(run: Folder) -> str | None:
     return latest and (latest[1].best_checkpoint or latest[0])
 
 
-def _run_id(uri: str, client) -> str | None:
-    """The id of the run that an MLflow model is of."""
-    if match := re.match(r"runs:/([0-9a-f]+)/", uri):
-        return match[1]
-    if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri):
-        return client.get_model_version_by_alias(*match.groups()).run_id
-    if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", uri):
-        return client.get_model_version(*match.groups()).run_id
-    return None
+def _resolved(uri: str, client) -> tuple[str, str | None]:
+    """Where the files of an MLflow model are, and the id of the run that it is of."""
+    if match := re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri):
+        name, number, alias = match.groups()
+        version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
+        # MLflow's own reading of such a URI asks the registry of the environment, whatever store it is given.
+        return client.get_model_version_download_uri(name, version.version), version.run_id
+    match = re.match(r"runs:/([0-9a-f]+)/", uri)
+    return uri, match and match[1]
 
 
-def _read_variables(folder: Folder, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
-    """The arrays of a packaged model, in the network's order. A task of Ray reads them, since TensorFlow does it."""
-    import ray
+def _read_variables(folder: Folder, place: str, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
+    """The arrays of a packaged model, in the network's order, from its files that begin with `place`.
 
-    kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(VARIABLES)}
-
-    @ray.remote(num_cpus=0)
-    def read(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
-        import tensorflow as tf
-
-        with tempfile.TemporaryDirectory() as scratch:
-            for file, content in kept.items():
-                (Path(scratch) / Path(file).name).write_bytes(content)
-            reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
-            return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]
-
+    TensorFlow reads them: in a task of Ray where one is connected, so that a driver is spared of it, else here.
+    """
+    kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(place)}
+    ray = sys.modules.get("ray")
     try:
-        arrays = ray.get(read.remote(kept, len(shapes)))
-    except ray.exceptions.RayTaskError as error:
-        raise InputError(f"The variables of {name} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        if ray and ray.is_initialized():
+            arrays = ray.get(ray.remote(num_cpus=0)(_variables).remote(kept, len(shapes)))
+        else:
+            arrays = _variables(kept, len(shapes))
+    except Exception as error:  # whatever TensorFlow makes of damaged bytes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # where Ray says what it was
+        raise InputError(f"The variables of {name} cannot be read: {reason}") from error
     if [(a.shape, a.dtype) for a in arrays] != [(shape, np.dtype(np.float32)) for shape in shapes]:
         raise InputError(f"The variables of {name} are not those of its network: package it again.")
     return arrays
+
+
+def _variables(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for file, content in kept.items():
+            (Path(scratch) / Path(file).name).write_bytes(content)
+        reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
+        return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]

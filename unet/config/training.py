@@ -107,6 +107,8 @@ class RunSettings(StoreSettings):
     """How many of the best checkpoints stay; the last one always does."""
     experiment: str = "unet-pets"
     """MLflow experiment."""
+    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
+    """Register the model in MLflow under this name; it becomes the champion if it is better on val."""
 
     @field_validator("run_name")
     @classmethod
@@ -174,7 +176,7 @@ MAY_CHANGE = frozenset(
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout"),
         *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("config", "debug"),
+        *("register", "config", "debug"),
     )
 )
 """Settings that may change when a run continues (its data are compared by their digest)."""

@@ -27,8 +27,6 @@ class SweepSettings(Part):
     """asha stops no trial before; pbt compares the trials every so many epochs."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
     """asha lets the best 1/F go on at the epochs GRACE, GRACE*F, GRACE*F*F, …"""
-    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
-    """Register the best trial's model in MLflow under this name."""
     extend: Annotated[int | None, Field(ge=1)] = None
     """Add so many trials to a sweep that is finished."""
 
@@ -65,7 +63,7 @@ class TuneSettings(TrainSettings):
         return self
 
 
-SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan"} | {"minutes", "register", "extend"}
+SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan"} | {"minutes", "extend"}
 """The same of a sweep, whose trials must stay comparable."""
 
 SEARCHABLE = frozenset(ModelSettings.model_fields) | frozenset(TrainingSettings.model_fields) - {

@@ -88,14 +88,35 @@ class ExportPart(Part):
     model: str = ""
     """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     output: str | None = None
-    """Folder for the exported files."""
+    """Folder for the exported files; may be s3://… Default: export/ in the run's folder; with --register none."""
     formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
-    """Which: float32 (1, S, S, 3) in [0, 1] in, probabilities (1, S, S, C) out; resizing is the caller's."""
+    """Which: float32 (N, S, S, 3) in [0, 1] in, probabilities (N, S, S, C) out; resizing is the caller's."""
     images: Path | None = None
     """Folder of photos to compare the formats on. Default: drawn pets."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """Of each format as it is timed. Default: one for each CPU."""
     register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
     """Make the run's packaged model a version of this registered model; it becomes the champion if it is better on
     val."""
+
+    @field_validator("output")
+    @classmethod
+    def _absolute(cls, value):
+        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
+
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, value):
+        if not value:
+            raise ValueError("name at least one of saved_model, tflite, onnx")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("images")
+    @classmethod
+    def _is_a_folder(cls, value):
+        if value is not None and not value.is_dir():
+            raise ValueError("there is no such folder")
+        return value
 
 
 class ExportSettings(Part):

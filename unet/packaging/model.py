@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from unet.network import Network
+from unet.tracking.store import load_mlflow
 from unet.trained import TrainedModel
 
 
@@ -19,6 +20,7 @@ def package(trained: TrainedModel) -> dict[str, bytes]:
     """
     from importlib.metadata import version
 
+    load_mlflow()
     import mlflow.tensorflow
     import numpy as np
     import tensorflow as tf

@@ -4,7 +4,6 @@ MLflow's key of a metric is (name, time, step, value), so a line of `metrics.jso
 again by a tag with a key of its own, since the answer to its creation can be lost.
 """
 
-import contextlib
 import copy
 import getpass
 import json
@@ -80,6 +79,8 @@ def load_mlflow():
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing of a job goes where nobody sent it
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
@@ -234,15 +235,6 @@ class Store:
         query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.trial = '{trial}'"
         found = self.client.search_runs([self.experiment_id], query, max_results=1)
         return found[0].info.run_id if found else None
-
-    def register(self, model: str) -> str:
-        """Make the run's packaged model a version of a registered model; the version."""
-        import mlflow
-
-        with contextlib.suppress(mlflow.exceptions.MlflowException):  # it is there already
-            self.client.create_registered_model(model)
-        source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
-        return self.client.create_model_version(model, source, self.run_id).version
 
     def data(self, prepared: Prepared) -> None:
         """The prepared data as the run's input, with their manifest and the page that shows them."""

@@ -17,7 +17,8 @@ from unet.errors import InputError, RunFailed
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
-from unet.tracking.store import code_version
+from unet.tracking.registry import register
+from unet.tracking.store import code_version, default_uri
 from unet.tracking.tracker import Tracker
 from unet.training import resources
 from unet.training.monitor import Monitor
@@ -83,28 +84,17 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
 
 
 def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
-    """Answer for a finished sweep; register its best model if that is new."""
-    summary, model = sweep.summary, sweep.settings.sweep.register
+    """Answer for a finished sweep, and register its best model where that is asked for."""
+    summary, model = sweep.summary, sweep.settings.run.register
     best = f"best {summary['best_trial']}, val mean IoU {summary[BEST]:.4f}"
     more = "" if sweep.settings.sweep.search == "grid" else " More: --extend 10."
     display.say(f"The sweep {sweep.name} is finished ({len(ledger)} trials, {best}).{more}")
     if model:
         run = sweep.settings.run
-        tracker = Tracker(Folder(run.storage_path), run.experiment, run.tracking_uri)
-        trial = summary["best_trial"]
-        best = ledger[trial] | {"mlflow_run_id": ledger.run_summary(trial)["mlflow_run_id"]}
-        registered = _register(tracker, best, model, summary)
-        sweep.write_summary(registered=registered, registered_trial=summary["best_trial"])
-        display.say(f"Registered: {sweep.summary['registered']}")
+        uri = run.tracking_uri or default_uri(Folder(run.storage_path))
+        run_id = ledger.run_summary(summary["best_trial"])["mlflow_run_id"]
+        sweep.write_summary(registered=register(uri, model, run_id, display))
     return sweep.summary
-
-
-def _register(tracker: Tracker, best: dict, model: str, summary: dict) -> str:
-    """Make the best trial's model a version of a registered one, unless it is: its URI."""
-    before = summary.get("registered") or ""
-    if before.startswith(f"models:/{model}/") and summary.get("registered_trial") == best["trial"]:
-        return before
-    return f"models:/{model}/{tracker.of_run(best['mlflow_run_id']).register(model)}"
 
 
 def _planned(sweep: Sweep, begun: int) -> int | None:
@@ -225,7 +215,7 @@ class _Session:
 
     def _shared(self, shown: dict) -> Shared:
         settings, folder = self.sweep.settings, self.prepared.folder.uri
-        base = {k: v for k, v in shown.items() if k not in SweepSettings.model_fields}
+        base = {k: v for k, v in shown.items() if k not in SweepSettings.model_fields and k != "register"}
         base |= {"data": folder, "storage_path": self.sweep.folder.uri}
         base["tracking_uri"] = without_secrets(self.tracker.uri)  # trials do not write there
         reading = ingest.Ingest(
@@ -364,16 +354,14 @@ class _Session:
         if run["status"] != "finished":
             return self._stop()
         facts |= {"model_uri": run["model_uri"], "test": run["test"]}
-        name = settings.sweep.register
+        name = settings.run.register
         if name and not run.get("delivered", True):
             sync = f"python jobs/train.py --sync {best['trial']} --storage-path {shlex.quote(str(sweep.folder))}"
             self.display.say(
                 f"Not registered: MLflow lacks the model. After `{sync}` the same command does it.", "yellow"
             )
         elif name:
-            best["mlflow_run_id"] = run["mlflow_run_id"]
-            facts["registered"] = _register(tracker, best, name, sweep.summary)
-            facts["registered_trial"] = best["trial"]
+            facts["registered"] = register(tracker.uri, name, run["mlflow_run_id"], self.display)
         self.display.close()
         told = facts | {"status": "finished", "reason": self.stopped or "all trials ended"}
         outcome.tell_parent(tracker, rows, settings.training.epochs, told, files)

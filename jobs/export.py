@@ -1,0 +1,41 @@
+"""Export a trained model to TensorFlow SavedModel, TFLite and ONNX, each compared with it; register it in MLflow.
+
+python jobs/export.py --model RUN_NAME --output DIR --images FOLDER
+python jobs/export.py --model RUN_NAME --register NAME
+"""
+
+from unet import cli
+from unet.config import ExportSettings
+from unet.errors import InputError
+
+
+def run(settings: ExportSettings) -> None:
+    from unet.packaging.export import export, table, target_of
+    from unet.session import silenced
+    from unet.storage import Folder
+    from unet.terminal import Display
+    from unet.tracking.registry import register
+    from unet.tracking.store import default_uri
+    from unet.trained import TrainedModel
+
+    part, store, display = settings.export, settings.store, Display()
+    with silenced(settings.door.debug):  # TensorFlow reads the variables of an MLflow model here
+        trained = TrainedModel.find(part.model, Folder(store.storage_path), store.tracking_uri)
+    if part.register and trained.mlflow_run_id is None:
+        raise InputError(f"{part.model} has no run in MLflow, so there is nothing to register.")
+    try:
+        if part.output or not part.register:
+            target = target_of(settings, trained)
+            told = export(settings, trained, target, display)
+            display.close()
+            display.console.print(table(told))
+            display.say(f"Written: {target}")
+        if part.register:
+            uri = store.tracking_uri or default_uri(Folder(store.storage_path))
+            register(uri, part.register, trained.mlflow_run_id, display, trained.checkpoint)
+    finally:
+        display.close()
+
+
+if __name__ == "__main__":
+    cli.main(ExportSettings, run, __doc__)

@@ -1,0 +1,99 @@
+"""A network's forms against the network itself: the same probabilities, and how long an image takes."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unet.config import Resize
+from unet.data.decode import BILINEAR, Unusable, photo
+from unet.data.resize import to_square
+from unet.data.synthetic import draw_pet
+from unet.errors import InputError
+from unet.packaging.forms import Run
+
+EQUAL = 0.999
+"""The share of pixels to which a form must give the network's class."""
+PHOTOS, DRAWN = 200, 20
+"""As many of the user's photos at most, and of drawn pets, are compared."""
+ROUNDS, TIMED = 5, 8
+"""Rounds of timing, in each of which every form takes so many images."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a form's answers are from the network's.
+
+    Attributes:
+        max_difference: the largest absolute difference of a probability.
+        equal_classes: the share of pixels with the same likeliest class.
+    """
+
+    max_difference: float
+    equal_classes: float
+
+
+def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str], None]) -> np.ndarray:
+    """Photos at the network's size as training has them, uint8 (N, size, size, 3); without a folder drawn pets.
+
+    Raises:
+        InputError: the folder has no photo that can be read.
+    """
+    if folder is None:
+        # At odd sizes: the drawing is resized as a photo is.
+        drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
+        return np.stack([to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn])
+    suffixes = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(PHOTOS, len(files))).astype(int)]
+    found = []
+    for file in chosen:
+        try:
+            picture = photo(str(file), lambda name: Path(name).read_bytes())
+        except Unusable as error:
+            say(f"left out: {error}")
+        else:
+            found.append(to_square(picture, size, resize, BILINEAR, fill=0))
+    if not found:
+        raise InputError(f"--images {folder} holds no photo that can be read.")
+    return np.stack(found)
+
+
+def as_input(square: np.ndarray) -> np.ndarray:
+    """float32 (1, S, S, 3) in [0, 1] of an image uint8 (S, S, 3)."""
+    return square[None].astype(np.float32) / np.float32(255)
+
+
+def agreement(run: Run, images: np.ndarray, expected: list[np.ndarray]) -> Agreement:
+    """Of a form with the network's probabilities, each float32 (1, S, S, C), of images uint8 (N, S, S, 3)."""
+    difference, equal = 0.0, []
+    for image, truth in zip(images, expected, strict=True):
+        found = run(as_input(image))
+        if found.shape != truth.shape or not np.isfinite(found).all():
+            return Agreement(float("inf"), 0.0)
+        difference = max(difference, float(np.abs(found - truth).max()))
+        equal.append(float((found.argmax(-1) == truth.argmax(-1)).mean()))
+    return Agreement(difference, statistics.mean(equal))
+
+
+def latencies(runs: Mapping[str, Run], images: np.ndarray, tell: Callable[[int, int], None]) -> dict[str, float]:
+    """The median milliseconds that an image takes, by form, all warm.
+
+    The forms take turns, and begin in another order each round, so that what else goes on meets them all.
+    """
+    inputs = [as_input(image) for image in images[:TIMED]]
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(ROUNDS):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            runs[name](inputs[0])  # the others may have taken the caches
+            for image in inputs:
+                began = time.perf_counter()
+                runs[name](image)
+                taken[name].append(1000 * (time.perf_counter() - began))
+        tell(turn + 1, ROUNDS)
+    return {name: statistics.median(times) for name, times in taken.items()}

@@ -1,0 +1,148 @@
+"""`jobs/export.py`: the forms of a network, each run and compared before it is handed on."""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from unet.config import ExportSettings
+from unet.errors import InputError, RunFailed
+from unet.packaging import compare
+from unet.packaging.forms import FORMS, INPUT, OUTPUT, Run, exportable
+from unet.session import silenced
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.trained import TrainedModel
+
+PASSPORT, USAGE = "export.json", "README.md"
+LIBRARIES = {"saved_model": ("tensorflow",), "tflite": ("tensorflow",), "onnx": ("tf2onnx", "onnx", "onnxruntime")}
+
+
+def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
+    """The folder for an export, before anything is made.
+
+    Raises:
+        InputError: nobody says where, or something else is there.
+    """
+    part = settings.export
+    if part.output is None and trained.run is None:
+        raise InputError(f"Say where the export of {trained.name} goes: --output FOLDER.")
+    folder = Folder(part.output) if part.output else trained.run / "export"
+    if folder.names() and not folder.exists(PASSPORT):
+        raise InputError(f"{folder} holds something else: give an --output that is new, empty or an older export.")
+    return folder
+
+
+def export(settings: ExportSettings, trained: TrainedModel, target: Folder, display: Display) -> dict:
+    """Write the forms of a model with `export.json` and a README.md; the content of `export.json`.
+
+    TensorFlow runs in this process.
+
+    Raises:
+        InputError: there are no photos to compare on.
+        RunFailed: a form answers otherwise than the network. Nothing was written then.
+    """
+    part, size = settings.export, trained.image_size
+    threads = part.threads or len(os.sched_getaffinity(0))
+    images = compare.squares(part.images, size, trained.resize, display.say)
+    display.waiting("loading TensorFlow")
+    with tempfile.TemporaryDirectory() as scratch, silenced(settings.door.debug):
+        from unet.network import Network, start_tensorflow
+
+        start_tensorflow(threads)
+        network = Network(trained)
+        runs: dict[str, Run] = {"network": lambda image: network.probabilities(_pixels(image))}
+        model = exportable(network)
+        expected = [network.probabilities(image[None]) for image in images]
+        found = {}
+        for name in part.formats:
+            display.waiting(f"writing {FORMS[name].file}")
+            FORMS[name].write(model, Path(scratch) / FORMS[name].file)
+            runs[name] = FORMS[name].open(Path(scratch) / FORMS[name].file, threads)
+            display.waiting(f"comparing {FORMS[name].file} on {len(images)} images")
+            found[name] = compare.agreement(runs[name], images, expected)
+        _refuse_others(found, len(images), target)
+        times = compare.latencies(runs, images, lambda done, total: display.working("timing", done, total))
+        files = {name: _files(Path(scratch) / FORMS[name].file) for name in part.formats}
+    told = {
+        "model": {"asked_for": trained.name, **trained.about},
+        "input": {"name": INPUT, "shape": [None, size, size, 3], "dtype": "float32", "range": [0, 1], "colour": "RGB"},
+        "output": {"name": OUTPUT, "shape": [None, size, size, len(trained.classes)], "dtype": "float32"},
+        "compared_on": {"images": len(images), "source": str(part.images or "drawn pets")},
+        "threads": threads,
+        "network_ms": round(times["network"], 3),
+        "formats": {name: _passport(name, files[name], found[name], times[name]) for name in part.formats},
+    }
+    for name in part.formats:
+        _place(target, name, files[name])
+    target.write_text(USAGE, usage(trained, part.formats))
+    target.write_text(PASSPORT, json.dumps(told, indent=2))
+    return told
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """The uint8 image of an input, which the network divides itself."""
+    return np.rint(image * 255).astype(np.uint8)
+
+
+def _refuse_others(found: dict[str, compare.Agreement], images: int, target: Folder) -> None:
+    for name, seen in found.items():
+        if seen.equal_classes < compare.EQUAL:
+            raise RunFailed(
+                f"{FORMS[name].file} gives the network's class to {seen.equal_classes:.2%} of the pixels of {images} "
+                f"images only (at least {compare.EQUAL:.1%} is asked for; a probability is off by up to "
+                f"{seen.max_difference:.2g}): nothing was written to {target}."
+            )
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    """What a form was written as: by relative name the files of a folder, under "" a single file."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def _passport(name: str, files: dict[str, bytes], found: compare.Agreement, milliseconds: float) -> dict:
+    place = FORMS[name].file
+    digests = {f"{place}/{file}" if file else place: hashlib.sha256(c).hexdigest() for file, c in files.items()}
+    return {
+        **{"file": place, "bytes": sum(map(len, files.values())), "ms": round(milliseconds, 3), **asdict(found)},
+        **{"sha256": digests, "made_with": {library: version(library) for library in LIBRARIES[name]}},
+    }
+
+
+def _place(target: Folder, name: str, files: dict[str, bytes]) -> None:
+    if "" in files:
+        target.write_bytes(FORMS[name].file, files[""])
+    else:
+        target.commit(FORMS[name].file, files)
+
+
+def usage(trained: TrainedModel, formats: tuple[str, ...]) -> str:
+    """The README of an export: how to call each form, in code that runs beside a photo.jpg."""
+    from jinja2 import Environment
+
+    text = (resources.files("unet.packaging") / "usage.md.jinja").read_text()
+    template = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(text)
+    return template.render(trained.about, size=trained.image_size, formats=formats)
+
+
+def table(told: dict):
+    """The terminal's table of an export: size, agreement and speed of each form."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    right = [Column(title, justify="right") for title in ("MB", "ms an image", "equal classes", "largest difference")]
+    on = told["compared_on"]
+    table = Table("form", *right, title=f"{on['images']} images, {told['threads']} thread(s)", box=SIMPLE_HEAD)
+    table.add_row("network", "", f"{told['network_ms']:.2f}", "", "")
+    for seen in told["formats"].values():
+        size, time = f"{seen['bytes'] / 1e6:.2f}", f"{seen['ms']:.2f}"
+        table.add_row(seen["file"], size, time, f"{seen['equal_classes']:.4%}", f"{seen['max_difference']:.1e}")
+    return table

@@ -1,0 +1,71 @@
+"""A trained model as a library has it: arrays of photos of any size in, class ids or probabilities out."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from unet.network import Network
+from unet.trained import TrainedModel
+
+PIXELS = 2**22
+"""So many of the photos are taken together, so that a stack of large ones does not fill the memory."""
+
+
+class Segmenter:
+    """A trained model in this process, in float32; what `unet.load` gives.
+
+    Attributes:
+        trained: the model as it was found.
+    """
+
+    def __init__(self, trained: TrainedModel):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow as tf
+
+        from unet.prediction.resizing import as_network_input, at_photo_size, probabilities_at
+
+        self.trained = trained
+        network, size, resize = Network(trained).keras_model, trained.image_size, trained.resize
+
+        def segmented(finish):
+            @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)], autograph=False)
+            def graph(photos):
+                logits = network(as_network_input(photos, size, resize), training=False)
+                return finish(logits, tf.shape(photos)[1], tf.shape(photos)[2], resize)
+
+            return graph
+
+        self._ids, self._probabilities = segmented(at_photo_size), segmented(probabilities_at)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of their ids."""
+        return self.trained.class_names
+
+    def predict(self, photos: np.ndarray) -> np.ndarray:
+        """Class ids uint8 (H, W) of a photo, uint8 (H, W, 3) RGB; or (N, H, W) of photos of one size, (N, H, W, 3).
+
+        Raises:
+            ValueError: they are of another shape or type.
+        """
+        return self._of(photos, self._ids)
+
+    def probabilities(self, photos: np.ndarray) -> np.ndarray:
+        """The probability of each class, float32 (H, W, C) or (N, H, W, C), of the same photos.
+
+        Raises:
+            ValueError: they are of another shape or type.
+        """
+        return self._of(photos, self._probabilities)
+
+    def _of(self, photos: np.ndarray, graph: Callable) -> np.ndarray:
+        photos = np.asarray(photos)
+        if photos.dtype != np.uint8 or photos.ndim not in (3, 4) or photos.shape[-1] != 3 or 0 in photos.shape:
+            raise ValueError(
+                f"Photos are uint8 arrays (H, W, 3) or (N, H, W, 3), RGB; this is {photos.dtype} {photos.shape}."
+            )
+        batch = photos if photos.ndim == 4 else photos[None]
+        at_a_time = max(1, PIXELS // (batch.shape[1] * batch.shape[2]))
+        parts = [graph(batch[i : i + at_a_time]).numpy() for i in range(0, len(batch), at_a_time)]
+        return np.concatenate(parts) if photos.ndim == 4 else parts[0][0]

@@ -1,0 +1,156 @@
+"""Versions of a registered model in MLflow, and which of them is the champion.
+
+Validation chooses, test never: its score is only written beside. A version holds a copy of the packaged model, so
+that a run that is continued and packaged anew changes no version that others use.
+"""
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet.config import RunSettings, parse_yaml
+from unet.errors import InputError, RunFailed, first_line
+from unet.secrets import without_secrets
+from unet.storage import Folder
+from unet.terminal import Display
+from unet.tracking.store import default_uri, load_mlflow
+
+CHAMPION = "champion"
+TEST = "test_mean_iou"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model, as its tags tell.
+
+    Attributes:
+        model, number: `models:/MODEL/NUMBER`.
+        val_mean_iou: of its weights on the validation split of its data; None where that is not known.
+        data_digest: of those data.
+    """
+
+    model: str
+    number: str
+    val_mean_iou: float | None
+    data_digest: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.model}/{self.number}"
+
+    @classmethod
+    def of(cls, found) -> "Version":
+        """Of what MLflow says; anybody may have made it."""
+        try:
+            score = float(found.tags.get("val_mean_iou", ""))
+        except ValueError:
+            score = None
+        return cls(found.name, str(found.version), score, found.tags.get("data_digest", ""))
+
+
+def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
+    """Whether the new version is to be the champion, and the sentence that says why.
+
+    Mean IoUs are compared only on the same validation data.
+    """
+    if champion is None:
+        return True, f"{new.uri} is the {CHAMPION}: the first one."
+    if champion.number == new.number:
+        return True, f"{new.uri} is the {CHAMPION} already."
+    known = new.data_digest and None not in (new.val_mean_iou, champion.val_mean_iou)
+    if not known or new.data_digest != champion.data_digest:
+        return False, (
+            f"{champion.uri} stays the {CHAMPION}: it was validated on other data than {new.uri}, so their scores do "
+            "not compare. Score both on one validation split: python jobs/evaluate.py --model "
+            f"{new.uri},{champion.uri} --data DATA --split val; if the new one is better, give it the alias "
+            f"{CHAMPION} in MLflow."
+        )
+    scores = f"its val mean IoU is {new.val_mean_iou:.4f} against {champion.val_mean_iou:.4f} of {champion.uri}"
+    if new.val_mean_iou > champion.val_mean_iou:
+        return True, f"{new.uri} is the {CHAMPION} now: {scores}."
+    return False, f"{new.uri} is not the {CHAMPION}: {scores}."
+
+
+def register(tracking_uri: str, name: str, run_id: str, display: Display, checkpoint: str | None = None) -> str:
+    """Make a run's packaged model a version of a registered one, unless it is, and the champion if it is better.
+
+    Args:
+        tracking_uri: of the store that has the run.
+        name: of the registered model, which is made if there is none.
+        run_id: of the run in MLflow.
+        display: is told what came of it.
+        checkpoint: that the packaged model is expected to be of; default: whichever it is.
+
+    Returns:
+        The URI of the version.
+
+    Raises:
+        InputError: the packaged model is of another checkpoint.
+        RunFailed: MLflow has no such model, or does not take it.
+    """
+    mlflow = load_mlflow()
+    try:
+        client = mlflow.MlflowClient(tracking_uri)
+        version = _version(client, name, run_id, checkpoint)
+        becomes, words = judge(version, _champion(client, name))
+        if becomes:
+            client.set_registered_model_alias(name, CHAMPION, version.number)
+    except (InputError, RunFailed):
+        raise
+    except Exception as error:  # whatever the store's library raises
+        reason = without_secrets(first_line(error))[:300]
+        raise RunFailed(
+            f"MLflow at {without_secrets(tracking_uri)} did not register the model of its run {run_id} as {name}: "
+            f"{reason}. The same command tries again."
+        ) from error
+    display.say(f"Registered: {words}")
+    return version.uri
+
+
+def register_run(summary: dict, run: RunSettings, display: Display) -> None:
+    """`--register` of a finished training, with its summary.
+
+    Raises:
+        RunFailed: MLflow lacks the model, or does not take it.
+    """
+    if not summary.get("delivered", True):
+        raise RunFailed(
+            f"The model is not registered as {run.register}, since MLflow lacks it: when MLflow is back, the same "
+            "command with --run-name sends and registers it."
+        )
+    uri = run.tracking_uri or default_uri(Folder(run.storage_path))
+    register(uri, run.register, summary["mlflow_run_id"], display)
+
+
+def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
+    """The version of a run's packaged model, found or made."""
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(client.download_artifacts(run_id, "model", scratch))
+        about = parse_yaml((package / "MLmodel").read_bytes(), f"the packaged model of {run_id}")["metadata"]
+        packaged = about["checkpoint"]
+        if checkpoint not in (None, packaged):
+            raise InputError(
+                f"The packaged model of the run {about['run_name']} is of its checkpoint {packaged}, not of "
+                f"{checkpoint}: only that one can be registered (--model {about['run_name']})."
+            )
+        with contextlib.suppress(MlflowException):  # it is there already
+            client.create_registered_model(name)
+        for found in client.search_model_versions(f"name = '{name}'"):
+            if found.run_id == run_id and found.tags.get("checkpoint") == packaged:
+                return Version.of(found)
+        run = client.get_run(run_id)
+        place = f"registered/{packaged}"
+        client.log_artifacts(run_id, str(package), place)
+        tags = {"run": about["run_name"]} | {k: about[k] for k in ("checkpoint", "data_digest", "val_mean_iou")}
+        tags[TEST] = run.data.metrics.get(TEST)  # reported, never chosen by
+        tags = {key: str(value) for key, value in tags.items() if value is not None}
+        source = f"{run.info.artifact_uri}/{place}"
+        return Version.of(client.create_model_version(name, source, run_id, tags=tags))
+
+
+def _champion(client, name: str) -> Version | None:
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if champion is None else Version.of(client.get_model_version(name, champion))
