@@ -1,19 +1,24 @@
 """The loop of one worker where a wish comes in the middle of a validation."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import tiny_settings
+from conftest import tiny_settings, train, weights_of
 
 from unet.classes import PETS
 from unet.data.ingest import Ingest, Shard, keep
-from unet.data.prepare import resolve
+from unet.data.pieces import Recipe
+from unet.data.prepare import prepare, resolve
 from unet.storage import Folder
+from unet.terminal import Display
+from unet.training import driver
+from unet.training.checkpoint import name_of
 from unet.training.job import Job
 from unet.training.learner import Learner
 from unet.training.loop import Loop
-from unet.training.run import Run
+from unet.training.run import Run, open_run
 
 
 class Line:
@@ -89,3 +94,35 @@ def test_the_clock_saves_in_a_validation_too(reading, storage):
     loop.run_epoch()
     batches = loop.reader.ingest.plan("val", 1).steps
     assert saved == [(1, loop.plan.steps)] * batches + [(2, 0)]
+
+
+class Watcher(Display):
+    """Has somebody press Ctrl-C when the workers are in the middle of a validation."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.wish, self.seen = threading.Event(), None
+
+    def progress(self, live, epochs):
+        if live.phase == "val" and live.step < live.steps - 2:
+            self.seen = self.seen or live
+            self.wish.set()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_long_validation_of_two_workers(ray_cluster, storage, tmp_path):
+    """It is not waited for: both workers end in it, together, and the next start has the unbroken run's numbers."""
+    data = Folder(tmp_path / "mostly-val")
+    prepare("synthetic:1500", data, Recipe(64, val_fraction=0.9))
+    settings = {"image_size": 64, "base_filters": 16, "epochs": 2, "num_workers": 2, "learning_rate": 0.001}
+    whole = train(storage, data.path, run_name="scored-whole", **settings)
+    opened, display = open_run(tiny_settings(storage, data.path, run_name="scored-later", **settings)), Watcher()
+    stopped = driver.train(opened, display, wish=display.wish)
+    assert display.seen and display.seen.epoch == 1 and stopped["status"] == "stopped"
+    name, state = opened.checkpoints.latest()
+    assert state.epoch == 1 and name == name_of(state.epoch_step) and not state.history
+    finished = train(storage, data.path, run_name="scored-later", **settings)
+    assert finished["val"] == whole["val"] and finished["test"] == whole["test"]
+    last = opened.checkpoints.latest()[0]
+    before, after = (weights_of(storage / run, last) for run in ("scored-whole", "scored-later"))
+    assert all(np.array_equal(before[key], after[key]) for key in before)
