@@ -109,7 +109,7 @@ def tracked_metrics(done: Evaluation) -> dict[str, float]:
     """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …"""
     found = {}
     for part in ("", "band", "own_size"):
-        scores = done.metrics[part] if part else done.metrics
+        scores = done.metrics.get(part) if part else done.metrics
         if scores is None:
             continue
         prefix = f"eval_{done.split}_{part}_" if part else f"eval_{done.split}_"
