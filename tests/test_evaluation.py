@@ -1,30 +1,35 @@
 """Scores of every image against sets of pixels counted here; intervals against the truth that they speak of."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import tensorflow as tf
-from conftest import door, read_json
+from conftest import ROOT, door, read_json
 from PIL import Image
 from test_run import oracle_network
 
 from unet import metrics
-from unet.config import ModelSettings
+from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError
-from unet.evaluation import intervals, scorer
+from unet.evaluation import intervals, outcome, scorer
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
-from unet.evaluation.run import find_models
+from unet.evaluation.run import Evaluation, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary
 from unet.storage import Folder
@@ -222,6 +227,27 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize(
+    ("name", "digest", "place"),
+    [
+        ("runs/a", "own", "runs/a/evaluations/test"),
+        ("runs/a", "01234567other", "runs/a/evaluations/test-01234567"),
+        ("not the best", "own", "runs/a/evaluations/test-step_00000001"),
+        ("models:/pets@champion", "own", "evaluations/models-pets@champion/test"),
+    ],
+)
+def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, place):
+    run = None if ":" in name else Folder(tmp_path / "runs" / "a")
+    monkeypatch.setattr(outcome, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
+    which = replace(model, name=name, run=run, run_name="a", checkpoint="step_00000001", data_digest="own")
+    done = Evaluation(which, name, None, "test", {"data_digest": digest}, None)
+    settings = unflat(EvaluateSettings, {"storage_path": str(tmp_path)})
+    assert outcome.place_of(done, settings, alone=True).path == str(tmp_path / place)
+    given = unflat(EvaluateSettings, {"storage_path": str(tmp_path), "output": str(tmp_path / "out")})
+    assert outcome.place_of(done, given, alone=True).path == str(tmp_path / "out")
+    assert outcome.place_of(done, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+
+
 def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
     others = {
         "trained": model,
@@ -350,3 +376,23 @@ def test_large_images_come_in_smaller_batches(model):
     assert scorer.batch_size([model]) == 16
     huge = replace(model, image_size=1024, network=ModelSettings(base_filters=64))
     assert scorer.batch_size([model, huge]) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_behind(trained, storage, packed, tmp_path):
+    flags = ["--model=trained", f"--data={packed}", f"--storage-path={storage}", f"--output={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"},
+        start_new_session=True,
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any("starting" in line for line in lines)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stdout.read().strip().endswith("Stopped.")
+    psutil.wait_procs(children, timeout=20)
+    assert not [child for child in children if child.is_running()] and not (tmp_path / "out").exists()
