@@ -1,32 +1,37 @@
 """Scores of every image against sets of pixels counted here; intervals against the truth that they speak of."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import tensorflow as tf
-from conftest import door, read_json
+from conftest import ROOT, door, read_json
 from PIL import Image
 from test_run import oracle_network
 
 from unet import metrics
-from unet.config import ModelSettings
+from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError
-from unet.evaluation import intervals, scorer
+from unet.evaluation import intervals, outcome, scorer
+from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
-from unet.evaluation.run import find_models
+from unet.evaluation.run import Evaluation, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary
-from unet.pool import Pool, plan_pool, reduced
 from unet.storage import Folder
 from unet.trained import TrainedModel
 from unet.training.resources import Node
@@ -76,7 +81,7 @@ def oracle(folder: Path, network) -> dict[str, dict]:
 
 
 def check_records(records: pa.Table, expected: dict[str, dict], letterbox: bool) -> None:
-    assert records.schema == record_schema(3) and len(records) == len(expected) == 21
+    assert records.schema == record_schema() and len(records) == len(expected) == 21
     assert records["name"].to_pylist() == sorted(expected)
     for row in records.to_pylist():
         image = expected[row["name"]]
@@ -222,6 +227,27 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize(
+    ("name", "digest", "place"),
+    [
+        ("runs/a", "own", "runs/a/evaluations/test"),
+        ("runs/a", "01234567other", "runs/a/evaluations/test-01234567"),
+        ("not the best", "own", "runs/a/evaluations/test-step_00000001"),
+        ("models:/pets@champion", "own", "evaluations/models-pets@champion/test"),
+    ],
+)
+def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, place):
+    run = None if ":" in name else Folder(tmp_path / "runs" / "a")
+    monkeypatch.setattr(outcome, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
+    which = replace(model, name=name, run=run, run_name="a", checkpoint="step_00000001", data_digest="own")
+    done = Evaluation(which, name, None, "test", {"data_digest": digest}, None)
+    settings = unflat(EvaluateSettings, {"storage_path": str(tmp_path)})
+    assert outcome.place_of(done, settings, alone=True).path == str(tmp_path / place)
+    given = unflat(EvaluateSettings, {"storage_path": str(tmp_path), "output": str(tmp_path / "out")})
+    assert outcome.place_of(done, given, alone=True).path == str(tmp_path / "out")
+    assert outcome.place_of(done, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+
+
 def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
     others = {
         "trained": model,
@@ -264,12 +290,12 @@ def test_intervals_hold_the_truth_in_95_of_100_samples(monkeypatch):
     everything = population(20_000)
     truth, rng = intervals.score_vector(everything.sum(0)), np.random.default_rng(1)
     held = np.zeros(len(truth))
-    for seed in range(1000):
+    for seed in range(2000):
         monkeypatch.setattr(intervals, "SEED", seed)  # else all samples would share the luck of one set of resamples
         drawn = everything[rng.integers(0, len(everything), 150)]
-        low, high = np.transpose(intervals.intervals({"": drawn}, 1000)[""])
+        low, high = np.transpose(intervals.intervals({"": drawn}, 500)[""])
         held += (low <= truth) & (truth <= high)
-    shares = intervals.named(held / 1000, NAMES)
+    shares = intervals.named(held / 2000, NAMES)
     assert 0.93 <= shares["mean_iou"] <= 0.97, shares
     assert min(shares["iou"].values()) >= 0.92 and max(shares["iou"].values()) <= 0.98, shares
 
@@ -296,11 +322,11 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     after[:, 0, 1] -= before[:, 0, 1] // 10
     tables = [
         pa.table(
-            {c: pa.FixedSizeListArray.from_arrays(pa.array(m.reshape(-1)), 9) for c in ("confusion", "confusion_band")}
+            {c: pa.array(m.reshape(-1, 9).tolist(), pa.list_(pa.int64())) for c in ("confusion", "confusion_band")}
         )
         for m in (before, after)
     ]
-    tables = [t.append_column("confusion_own", pa.nulls(150, pa.list_(pa.int64(), 9))) for t in tables]
+    tables = [t.append_column("confusion_own", pa.nulls(150, pa.list_(pa.int64()))) for t in tables]
     (pair,) = compare(["a", "b"], tables, NAMES, 500)["pairs"]
     told = pair["network_size"]["mean_iou"]
     spans = [intervals.named(intervals.intervals({"": m}, 500)[""], NAMES)["mean_iou"] for m in (before, after)]
@@ -350,3 +376,23 @@ def test_large_images_come_in_smaller_batches(model):
     assert scorer.batch_size([model]) == 16
     huge = replace(model, image_size=1024, network=ModelSettings(base_filters=64))
     assert scorer.batch_size([model, huge]) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_behind(trained, storage, packed, tmp_path):
+    flags = ["--model=trained", f"--data={packed}", f"--storage-path={storage}", f"--output={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"},
+        start_new_session=True,
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any("starting" in line for line in lines)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stdout.read().strip().endswith("Stopped.")
+    psutil.wait_procs(children, timeout=20)
+    assert not [child for child in children if child.is_running()] and not (tmp_path / "out").exists()

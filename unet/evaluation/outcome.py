@@ -38,7 +38,7 @@ def keep(done: Evaluation, settings: EvaluateSettings, display: Display, alone: 
 def place_of(done: Evaluation, settings: EvaluateSettings, alone: bool) -> Folder:
     """The folder for an evaluation: `--output`, with a folder for each of several models; else the run's own.
 
-    There the run's best checkpoint has `evaluations/<split>`, another one its name behind it. A model of MLflow has a
+    There the run's best checkpoint has `evaluations/<part_of>`, another one its name behind it. A model of MLflow has a
     folder of its name under the storage path.
     """
     part, model = settings.evaluate, done.model
@@ -46,8 +46,14 @@ def place_of(done: Evaluation, settings: EvaluateSettings, alone: bool) -> Folde
     if part.output:
         return Folder(part.output) if alone else Folder(part.output) / name
     if model.run is None:
-        return Folder(settings.store.storage_path) / PLACE / name / done.split
-    return model.run / PLACE / (done.split if is_best(done) else f"{done.split}-{model.checkpoint}")
+        return Folder(settings.store.storage_path) / PLACE / name / part_of(done)
+    return model.run / PLACE / (part_of(done) if is_best(done) else f"{part_of(done)}-{model.checkpoint}")
+
+
+def part_of(done: Evaluation) -> str:
+    """`test`; with the beginning of their digest where the data are not those of the training: `test-1a2b3c4d`."""
+    digest = done.metrics["data_digest"]
+    return done.split if digest == done.model.data_digest else f"{done.split}-{digest[:8]}"
 
 
 def is_best(done: Evaluation) -> bool:
@@ -106,19 +112,18 @@ def _send(done: Evaluation, folder: Folder, files: list[str], storage: Folder, u
     check_server(uri)
     store = Store.of_existing(storage, done.model.mlflow_run_id, uri)
     store.latest(tracked_metrics(done))
-    store.tags({f"eval_{done.split}_data_digest": done.metrics["data_digest"]})
     for name in files:
-        store.file(folder, name, f"evaluation/{done.split}")
+        store.file(folder, name, f"evaluation/{part_of(done)}")
 
 
 def tracked_metrics(done: Evaluation) -> dict[str, float]:
     """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …"""
     found = {}
     for part in ("", "band", "own_size"):
-        scores = done.metrics[part] if part else done.metrics
+        scores = done.metrics.get(part) if part else done.metrics
         if scores is None:
             continue
-        prefix = f"eval_{done.split}_{part}_" if part else f"eval_{done.split}_"
+        prefix = f"eval_{part_of(done)}_{part}_" if part else f"eval_{part_of(done)}_"
         spans = scores.get("intervals") or {}
         for key in ("mean_iou", "mean_dice", "accuracy"):
             found |= _with_span(prefix + key, scores[key], spans.get(key))

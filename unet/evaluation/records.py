@@ -14,8 +14,8 @@ from unet.evaluation.intervals import score_vector
 VIEWS = ("confusion", "confusion_band", "confusion_own")
 
 
-def record_schema(classes: int) -> pa.Schema:
-    """The columns for C classes.
+def record_schema() -> pa.Schema:
+    """The columns, for C classes.
 
     name, split, breed, species: of the sample; breed and species are "" where they are not known.
     height, width: of the photo before it was resized, in pixels.
@@ -27,7 +27,7 @@ def record_schema(classes: int) -> pa.Schema:
         probability minus that of the true class (0-1).
     predicted: PNG bytes (8 bit, class ids) of the prediction at the network's size; 255 in a letterbox' padding.
     """
-    counts = pa.list_(pa.int64(), classes * classes)
+    counts = pa.list_(pa.int64())  # of no fixed size: pyarrow cannot read a null of such from Parquet
     return pa.schema(
         [
             ("name", pa.string()),

@@ -9,10 +9,11 @@ from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
 from unet.errors import InputError
+from unet.evaluation.pool import take_pool
 from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
-from unet.pool import take_pool
+from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.trained import TrainedModel
@@ -62,7 +63,8 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         rates[:] = [rate] if rate else rates
         display.scoring(done, total, rate)
 
-    tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
+    with silenced(settings.door.debug):  # Ray warns of arguments that might get lost; this process keeps them
+        tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
     display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of one thread.")
     names, labels = prepared.manifest.classes, [label(model) for model in models]

@@ -24,9 +24,9 @@ from unet.data.sources.archives import species_of
 from unet.data.sources.drawn import is_drawn
 from unet.data.sources.find import TFDS
 from unet.errors import InputError, RunFailed, first_line
+from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.network import Network, start_tensorflow
-from unet.pool import Pool
 from unet.storage import Folder
 from unet.trained import TrainedModel
 from unet.training.resources import WORKER_BYTES
@@ -103,7 +103,7 @@ def score_split(
             tell(int(done), total, (done - first[1]) / seconds if seconds > 1 else None)
     except ray.exceptions.RayError as error:
         raise _explained(error) from error
-    schema = record_schema(what.classes).append(pa.field(MODEL, pa.int32()))
+    schema = record_schema().append(pa.field(MODEL, pa.int32()))
     records = pa.concat_tables(tables).cast(schema) if tables else schema.empty_table()
     found = [
         records.filter(pa.compute.equal(records[MODEL], i)).drop_columns([MODEL]).sort_by("name").combine_chunks()
@@ -143,7 +143,7 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=DATA_CPUS,
-        compute=ray.data.TaskPoolStrategy(pool.readers),
+        compute=ray.data.TaskPoolStrategy(min(chunks, pool.readers)),
     )
     return read.map_batches(
         Scorer,
@@ -194,7 +194,7 @@ class Scorer:
                 self._record(*of_image) | {MODEL: number}
                 for of_image in zip(facts, masks, bands, originals, logits, *judged, strict=True)
             ]
-        schema = record_schema(what.classes).append(pa.field(MODEL, pa.int32()))
+        schema = record_schema().append(pa.field(MODEL, pa.int32()))
         return pa.Table.from_pylist(rows, schema)
 
     def _record(self, facts, mask, band, original, logits, predicted, loss_sum, doubt) -> dict:

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from unet.evaluation.intervals import LEAST_IMAGES
 from unet.report import ABSENT
 
 WORST = 8
@@ -85,9 +86,11 @@ def _binary(metrics: Mapping) -> Table:
 
 
 def _groups(group: str, found: Mapping) -> Table:
-    """The groups with the lowest scores, worst first."""
-    ranked = sorted(found.items(), key=lambda item: item[1]["mean_iou"] or 0)
-    title = f"The worst {WORST} of {len(found)} breeds" if len(found) > WORST else f"By {group}"
+    """The groups with the lowest scores, worst first; those of few images only where there are no others."""
+    large = {name: scores for name, scores in found.items() if scores["images"] >= LEAST_IMAGES} or found
+    ranked = sorted(large.items(), key=lambda item: item[1]["mean_iou"] or 0)
+    title = f"The worst {WORST} of {len(large)} breeds" if len(large) > WORST else f"By {group}"
+    title += f" with {LEAST_IMAGES} images or more" if len(large) < len(found) else ""
     table = _table(title, group, "images", "mean IoU", "95 %", "accuracy")
     for name, scores in ranked[:WORST]:
         numbers = _number(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), _number(scores["accuracy"])

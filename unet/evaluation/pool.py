@@ -1,4 +1,4 @@
-"""How many processes answer with a trained model at a time, and what each asks of Ray."""
+"""How many processes score at a time, and what each asks of Ray."""
 
 import time
 from collections.abc import Callable
