@@ -11,8 +11,9 @@ one worker and with as many as there are cores.
 Starts are left out and shown apart: of the loop TensorFlow's, tracing and the first batch; of the job the time until
 its first photos are through. The job's photos in flight when its clock starts would count for it, so it is timed from
 a quarter of the photos to nine tenths, where as many are in flight at both ends. The network's weights are random,
-which does not change its speed. Photos are drawn, 500x375, JPEG of quality 93. Ratios are taken within a round and
-their medians printed, since a shared machine's speed drifts.
+which does not change its speed. Images by CPU seconds of all processes concerned, Ray's own included, say what each
+way costs even where others use the machine. Photos are drawn, 500x375, JPEG of quality 93. Ratios are taken within a
+round and their medians printed, since a shared machine's speed drifts.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from prepare_throughput import cpu_seconds
 
 from unet.classes import PETS
 from unet.config import ModelSettings
@@ -58,7 +60,7 @@ def model(image_size: int, base_filters: int) -> TrainedModel:
 
 
 def loop(folder: Path, output: Path, trained: TrainedModel, writes_ahead: bool, answer) -> None:
-    """Send (images/s, seconds of start)."""
+    """Send (images/s, seconds of start, images a CPU second)."""
     begun = time.perf_counter()
     from unet.data import decode
     from unet.data.resize import to_square
@@ -105,13 +107,15 @@ def loop(folder: Path, output: Path, trained: TrainedModel, writes_ahead: bool, 
                 if writing:
                     writing.result()
                 writing = writer.submit(write, first, probabilities, greys)
-            started = started or time.perf_counter()
+            if not started:
+                started, cpu = time.perf_counter(), cpu_seconds()
         if writing:
             writing.result()
-    answer.send(((len(files) - BATCH) / (time.perf_counter() - started), started - begun))
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    answer.send(((len(files) - BATCH) / seconds, started - begun, (len(files) - BATCH) / cpu))
 
 
-def run_loop(folder: Path, trained: TrainedModel, writes_ahead: bool) -> tuple[float, float]:
+def run_loop(folder: Path, trained: TrainedModel, writes_ahead: bool) -> tuple[float, float, float]:
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as output:
@@ -122,8 +126,8 @@ def run_loop(folder: Path, trained: TrainedModel, writes_ahead: bool) -> tuple[f
     return found
 
 
-def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, float]:
-    """(images/s, seconds of start)"""
+def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, float, float]:
+    """(images/s, seconds of start, images a CPU second)"""
     import pyarrow as pa
 
     from unet.prediction.photos import find_photos
@@ -144,11 +148,13 @@ def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, f
         for rows in predicted(photos, work, trained, fitted, PredictPart(batch_size=BATCH)):
             results.add(rows)
             done += len(rows)
-            times.append((done, time.perf_counter()))
+            times.append((done, time.perf_counter(), cpu_seconds()))
         results.save()
         assert done == len(photos) == len(list(Path(output, "masks").iterdir()))
-    (first, start), (last, end) = (next(t for t in times if t[0] >= share * done) for share in (0.25, 0.9))
-    return (last - first) / (end - start), times[0][1] - begun
+    (first, start, cpu), (last, end, cpu_end) = (
+        next(t for t in times if t[0] >= share * done) for share in (0.25, 0.9)
+    )
+    return (last - first) / (end - start), times[0][1] - begun, (last - first) / (cpu_end - cpu)
 
 
 def main() -> None:
@@ -177,9 +183,14 @@ def main() -> None:
     what = f"{options.image_size} px, {options.base_filters} filters"
     print(f"\n{options.photos:,} photos of 500x375, network of {what}, {CORES} cores: medians")
     for kind in kinds:
-        speed, start = (statistics.median(r[i] for r in found[kind]) for i in (0, 1))
-        ratio = statistics.median(a[0] / b[0] for a, b in zip(found[kind], found[LOOP], strict=True))
-        print(f"{kind:>24}  {speed:6.1f} images/s, {ratio:.2f} of the loop  |  {start:.1f} s of start")
+        speed, start, cpu = (statistics.median(r[i] for r in found[kind]) for i in (0, 1, 2))
+        ratio, of_cpu = (
+            statistics.median(a[i] / b[i] for a, b in zip(found[kind], found[LOOP], strict=True)) for i in (0, 2)
+        )
+        print(
+            f"{kind:>24}  {speed:6.1f} images/s, {ratio:.2f} of the loop  |  {cpu:5.1f} a CPU second, {of_cpu:.2f}"
+            f"  |  {start:.1f} s of start"
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow.dataset
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from unet.errors import InputError
+from unet.errors import InputError, first_line
 from unet.storage import Folder
 
 STATE, JOB, LOCK = ".predictions", ".predictions/job.json", ".predictions/lock"
@@ -210,5 +210,10 @@ def _sizes(folder: Folder, name: str) -> dict[str, int]:
     """The size of each file below one of the folders, by name relative to the whole."""
     place = folder / name
     selector = pafs.FileSelector(place.path, allow_not_found=True, recursive=True)
-    found = (info for info in place.fs.get_file_info(selector) if info.type == pafs.FileType.File)
+    try:
+        found = [info for info in place.fs.get_file_info(selector) if info.type == pafs.FileType.File]
+    except OSError as error:
+        raise InputError(
+            f"Cannot read {place}: {first_line(error)}. Put that right, or give another --output."
+        ) from error
     return {f"{name}/{info.path.removeprefix(f'{place.path}/')}": info.size for info in found}
