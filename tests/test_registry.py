@@ -6,12 +6,12 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
-from conftest import job, read_json, weights_of
+from conftest import job, read_json, tiny_settings, weights_of
 
 from unet.errors import InputError, RunFailed
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.tracking.registry import Version, judge, register
+from unet.tracking.registry import Version, judge, register, register_run
 from unet.trained import TrainedModel
 
 OLD = Version("pets", "1", 0.6, "data")
@@ -127,3 +127,12 @@ def test_a_model_is_found_by_every_name_exported_and_registered(trained, storage
         assert found.val_mean_iou == summary["val"]["mean_iou"] and found.data_digest == summary["data_digest"]
         known = None if name == str(folder / "model") else summary["mlflow_run_id"]
         assert found.mlflow_run_id == known and f"step_{summary['best_checkpoint'][-8:]}" == found.checkpoint
+
+
+def test_register_of_a_finished_training(trained, storage):
+    _, summary = trained
+    said, run = Said(), tiny_settings(storage, "synthetic", register="at-the-end").run
+    register_run(summary, run, said)
+    assert said.words == ["Registered: models:/at-the-end/1 is the champion: the first one."]
+    with pytest.raises(RunFailed, match="not registered as at-the-end, since MLflow lacks it"):
+        register_run(summary | {"delivered": False}, run, said)
