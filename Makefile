@@ -40,5 +40,6 @@ bench: setup  ## Every speed claim of the README
 	$(BIN)/python benchmarks/prepare_throughput.py
 	$(BIN)/python benchmarks/ingest_throughput.py
 	$(BIN)/python benchmarks/stream_memory.py
+	$(BIN)/python benchmarks/predict_throughput.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/soak.py
