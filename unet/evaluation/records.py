@@ -11,8 +11,6 @@ import pyarrow as pa
 from unet.classes import IGNORE
 from unet.evaluation.intervals import score_vector
 
-VIEWS = ("confusion", "confusion_band", "confusion_own")
-
 
 def record_schema() -> pa.Schema:
     """The columns, for C classes.
@@ -66,7 +64,7 @@ def near_border(masks: np.ndarray, width: int) -> np.ndarray:
     ignored = masks == IGNORE
     # The largest and the smallest id in the square differ where it holds two classes.
     largest = _largest(np.where(ignored, 0, masks + np.uint8(1)), width)  # 0 loses against every class
-    smallest = IGNORE - _largest(np.where(ignored, 0, IGNORE - masks), width)
+    smallest = IGNORE - _largest(IGNORE - masks, width)
     return ~ignored & (largest - 1 != smallest)
 
 

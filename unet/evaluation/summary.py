@@ -31,17 +31,16 @@ def binary_views(confusions: np.ndarray, names: Sequence[str]) -> dict[str, np.n
 
 
 def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) -> dict:
-    """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`).
+    """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`); not of none.
 
     At the network's size: what `unet.metrics.scores` gives, `loss`, `images`, `intervals`, `binary`, `per_image` (means
     over images). `band` and `own_size` hold the same of their pixels; `by_breed` and `by_species` of their images.
     """
     counts = {part: counts_of(records, column, len(names)) for part, column in VIEWS.items()}
-    counts = {part: found for part, found in counts.items() if found is not None and len(found)}
+    counts = {part: found for part, found in counts.items() if found is not None}
     binary = {part: binary_views(found, names) for part, found in counts.items() if part != "band"}
-    views = {part: found for part, found in counts.items()}
-    views |= {f"{part}/{way}": found for part, ways in binary.items() for way, found in ways.items()}
-    spans = intervals.intervals(views, resamples) if views else {}
+    views = counts | {f"{part}/{way}": found for part, ways in binary.items() for way, found in ways.items()}
+    spans = intervals.intervals(views, resamples)
     found = {
         part: _scored(view, names, spans[part]) | {"per_image": _per_image(view, names)}
         for part, view in counts.items()
@@ -49,16 +48,11 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
     for part, ways in binary.items():
         scored = {way: _scored(view, BINARY, spans[f"{part}/{way}"]) for way, view in ways.items()}
         found[part]["binary"] = scored or None
-    result = found.pop("", None) or metrics.scores(np.zeros((len(names),) * 2, np.int64), names)
-    pixels = int(np.sum(result["confusion"]))
-    result |= {
-        "loss": float(np.sum(records["loss_sum"].to_numpy())) / pixels if pixels else None,
-        "images": len(records),
-    }
+    result, pixels = found.pop(""), int(counts[""].sum())
+    result["loss"] = float(np.sum(records["loss_sum"].to_numpy())) / pixels if pixels else None
     how = {"level": intervals.LEVEL, "method": intervals.METHOD, "resamples": resamples, "seed": intervals.SEED}
     result["bootstrap"] = how if resamples else None
-    if "band" in found:
-        found["band"]["width"] = band
+    found["band"]["width"] = band
     result |= found
     for group in ("breed", "species"):
         result[f"by_{group}"] = _by_group(records, group, names, resamples)
