@@ -384,7 +384,8 @@ def test_a_kill_costs_only_what_was_under_way(trained, tmp_path):
         job.send_signal(end)
         words = job.communicate()[0]
         assert job.returncode == (-9 if end == signal.SIGKILL else 130), words
-        assert end == signal.SIGKILL or "the same command goes on" in words
+        if end == signal.SIGINT:
+            assert "the same command goes on" in words and len(table_of(output)) >= 2 * 30  # two groups at the least
     time.sleep(5)  # what the killed driver's tasks still write
     import pyarrow.parquet as pq
 

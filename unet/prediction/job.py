@@ -59,6 +59,9 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
         _say(display, settings, trained, photos, before)
         try:
             bad, speed, startup = _run(settings, trained, photos, results, todo, display)
+        except BaseException:
+            results.catch_up()
+            raise
         finally:
             results.save()
         results.merge()

@@ -76,8 +76,7 @@ class Results:
 
     def __init__(self, folder: Folder, class_names: Sequence[str]):
         self.folder, self.class_names = folder, class_names
-        self._parts = [name for name in (folder / STATE).names() if name.startswith("rows-")]
-        self.next_part = 1 + max((int(name[5:13]) for name in self._parts), default=0)
+        self.next_part = 1 + max((int(name[5:13]) for name in self._parts()), default=0)
         self._added: list[pa.Table] = []
         self.rows = self._read()
         self._saved, self._seconds = time.monotonic(), 0.0
@@ -134,16 +133,22 @@ class Results:
         """Make one part of all, so that the next start has one to read. No other process may write any."""
         write_part(self.folder, self.next_part, self.rows)
         state = self.folder / STATE
-        for name in state.names():
-            if name.startswith("rows-") and name != part(self.next_part).rpartition("/")[2]:
+        for name in self._parts():
+            if name != part(self.next_part).rpartition("/")[2]:
                 state.fs.delete_file(state.at(name))
 
+    def catch_up(self) -> None:
+        """Take the rows of groups whose tasks had ended, but that did not come by here."""
+        self._added.append(self._read())
+
+    def _parts(self) -> list[str]:
+        return [name for name in (self.folder / STATE).names() if name.startswith("rows-")]
+
     def _read(self) -> pa.Table:
-        schema = row_schema(len(self.class_names))
-        if not self._parts:
+        schema, state = row_schema(len(self.class_names)), self.folder / STATE
+        paths = [state.at(name) for name in self._parts()]
+        if not paths:
             return schema.empty_table()
-        state = self.folder / STATE
-        paths = [state.at(name) for name in self._parts]
         try:
             table = pa.dataset.dataset(paths, schema, format="parquet", filesystem=state.fs).to_table()
         except (pa.ArrowException, OSError) as error:
