@@ -145,7 +145,7 @@ def test_the_graph_makes_the_pixels_that_training_saw(photos, resize):
         off = np.abs(np.rint(found * 255).astype(int) - expected)
         assert found.dtype == np.float32 and off.max() <= 1
         differ, values = differ + np.count_nonzero(off), values + off.size
-    assert 0 < values and differ < 0.02 * values, differ / values
+    assert values > 0 and differ < 0.02 * values, differ / values
 
 
 def test_the_packaged_model_and_the_library_agree_with_the_training(handed, photos):
