@@ -12,7 +12,7 @@ __all__ = ["load"]
 
 
 def load(model: str, storage_path: str | None = None, tracking_uri: str | None = None) -> "Segmenter":
-    """A trained model, ready to predict; no Ray is needed.
+    """A trained model, ready to predict; no Ray has to run.
 
     Args:
         model: a run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI (`runs:/…`, `models:/…`).
