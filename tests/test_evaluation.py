@@ -18,7 +18,7 @@ import ray
 import tensorflow as tf
 from conftest import ROOT, door, read_json
 from PIL import Image
-from test_run import oracle_network
+from test_run import oracle_network, wait_for
 
 from unet import metrics
 from unet.config import EvaluateSettings, ModelSettings, unflat
@@ -389,9 +389,9 @@ def test_ctrl_c_leaves_nothing_behind(trained, storage, packed, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"},
         start_new_session=True,
     )
-    lines = iter(process.stdout.readline, "")
-    assert any("starting" in line for line in lines)
-    children = psutil.Process(process.pid).children(recursive=True)
+    started = psutil.Process(process.pid)
+    wait_for(lambda: any("Scorer" in " ".join(child.cmdline()) for child in started.children(recursive=True)))
+    children = started.children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and process.stdout.read().strip().endswith("Stopped.")
     psutil.wait_procs(children, timeout=20)
