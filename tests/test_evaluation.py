@@ -25,7 +25,7 @@ from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
-from unet.errors import InputError
+from unet.errors import InputError, RunFailed
 from unet.evaluation import intervals, outcome, scorer
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
@@ -170,6 +170,16 @@ def test_a_letterbox_is_scored_without_its_padding(ray_cluster, archives, model,
     table = pa.concat_tables(score_here(replace(model, resize="letterbox"), prepared, 7))
     table = table.drop_columns(["model"]).sort_by("name")
     check_records(table, oracle(tmp_path / "data", network), letterbox=True)
+
+
+def test_what_a_task_says_of_damaged_shards_is_a_sentence():
+    raised = ray.exceptions.RayTaskError(
+        "_read", "a\nlong\ntraceback", InputError("a shard is damaged: prepare it again")
+    )
+    explained = scorer._explained(raised.as_instanceof_cause())
+    assert type(explained) is InputError and str(explained) == "a shard is damaged: prepare it again"
+    explained = scorer._explained(ray.exceptions.RayTaskError("_read", "a\ntraceback", ValueError("no\nnumber")))
+    assert type(explained) is RunFailed and str(explained) == "Scoring failed: no"
 
 
 def test_an_image_that_does_not_come_back_is_missed(stretched, model, monkeypatch):

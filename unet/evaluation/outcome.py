@@ -94,7 +94,8 @@ def track(done: Evaluation, folder: Folder, files: list[str], settings: Evaluate
         _send(done, folder, files, storage, uri)
     except Exception as error:  # whatever the store's library raises: the results are there
         display.say(
-            f"MLflow has not taken the evaluation ({without_secrets(first_line(error))[:200]}): {kept}.", "yellow"
+            f"MLflow has not taken the evaluation ({without_secrets(first_line(error))[:200].rstrip('.')}): {kept}.",
+            "yellow",
         )
 
 

@@ -259,14 +259,14 @@ def _graphs(size: int, classes: int, resize: Resize):
 
 def _explained(error: ray.exceptions.RayError) -> Exception:
     """What a process of the cluster raised, as a sentence."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, InputError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if cause is not None:
-        return InputError(str(cause))
+    cause: BaseException = error
+    while isinstance(inner := getattr(cause, "cause", None) or cause.__cause__, BaseException):
+        cause = inner
+        if isinstance(cause, InputError) and not isinstance(cause, ray.exceptions.RayError):
+            return InputError(first_line(cause))
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return RunFailed(
             f"The processes that score did not start within {START_SECONDS} s: another job may have taken the "
             "cluster's CPUs (`ray status` shows them); wait for it, or give fewer --num-workers."
         )
-    return RunFailed(f"Scoring failed: {first_line(getattr(error, 'cause', None) or error)}.")
+    return RunFailed(f"Scoring failed: {first_line(cause)}")
