@@ -11,11 +11,13 @@ from unet.config import PredictSettings
 
 def run(settings: PredictSettings) -> int:
     from unet.prediction.job import photos_of, predict
+    from unet.prediction.stream import keep_idle_processes
     from unet.session import ray_session
     from unet.storage import Folder
     from unet.terminal import Display
 
     display, photos = Display(), photos_of(settings)
+    keep_idle_processes()
     with ray_session(settings.door.debug):
         try:
             summary = predict(settings, photos, display)

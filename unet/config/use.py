@@ -54,7 +54,7 @@ class PredictPart(Part):
     output: str = ""
     """Folder of masks/, overlays/ and predictions.csv; may be s3://… The same command goes on where it was."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
-    """Processes that predict. Default: as many as the cluster has CPUs."""
+    """Processes that predict. Default: one for two CPUs, or for each GPU."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Photos that the network takes at a time."""
     tile: bool = False

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,19 @@ GROUP_PHOTOS, GROUP_BYTES, GROUP_OUTPUT_BYTES = 32, 2**23, 2**26
 """What a task takes at a time, at most: photos, bytes of their files, bytes that the network says of them."""
 TASK_CPUS = 0.5
 """Of a task that reads or writes: there are as many as CPUs beside the networks, which hold the other half."""
+THREADS = 2
+"""Of a process that predicts, if nothing else is asked for: it needs 0.6 GB, whatever its threads."""
 RETRIES = 3
 """Of a task whose process died: a photo that kills its process each time must come to an end."""
+
+
+def keep_idle_processes() -> None:
+    """Have a Ray that is started here keep its idle processes for a minute; call before it starts.
+
+    Beyond as many as there are CPUs it ends them after a second, and networks count: the tasks that read and write
+    would have to start processes again and again.
+    """
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ def plan(nodes: list[Node], asked: int | None) -> Plan:
     if not nodes:
         raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
     cores, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
-    workers = asked or gpus or max(1, cores)
+    workers = asked or gpus or max(1, cores // THREADS)
     if workers > max(1, cores):
         raise InputError(f"--num-workers {workers} is more than the cluster's {cores} CPUs: at most {cores} fit.")
     on_node, cpus = math.ceil(workers / len(nodes)), min(node.cpus for node in nodes)
