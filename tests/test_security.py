@@ -326,6 +326,6 @@ def test_the_code_calls_nothing_that_could_load_code():
                 call = ast.unparse(node.func)
                 if call.rpartition(".")[2] in loaders:
                     found.add(call)
-    # Of JSON, of this project, and of Pillow.
+    # Of JSON, of this project, of Pillow, and of an export that the same process has just written.
     own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load"}
-    assert found == own | {"json.loads", "image.load"}
+    assert found == own | {"json.loads", "image.load", "tf.saved_model.load"}
