@@ -63,7 +63,6 @@ def test_fifty_steps_with_grad_shards_agree_at_real_size(tmp_path):
     assert one["losses"][-1] < 0.95 * one["losses"][0]  # it did learn, so equality says something
 
 
-@pytest.mark.slow
 def test_first_gradients_agree_without_grad_shards(tmp_path):
     (one,), two = train(tmp_path, 1, REAL_SIZE, 1), train(tmp_path, 2, REAL_SIZE, 1)
     for a, b in zip(part(one, "gradient/"), part(two[0], "gradient/"), strict=True):
