@@ -18,6 +18,7 @@ import ray
 import tensorflow as tf
 from conftest import ROOT, door, read_json
 from PIL import Image
+from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
@@ -26,7 +27,7 @@ from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
-from unet.evaluation import intervals, outcome, scorer
+from unet.evaluation import intervals, outcome, scorer, tables
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
 from unet.evaluation.run import Evaluation, find_models
@@ -208,7 +209,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
 
     folder, found = trained
     uri = found["model_uri"]
-    flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 100]
+    flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 1000]
     assert door("evaluate", "--model", f"trained,{uri}", *flags) == 0
     results = folder / "evaluations" / "test"
     told = read_json(results / "metrics.json")
@@ -349,6 +350,37 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     assert same["network_size"]["iou"]["outline"] == {"value": 0.0, "interval": [0.0, 0.0]}
     (worse,) = compare(["a", "b"], tables[::-1], NAMES, 500)["pairs"]
     assert worse["verdict"].startswith("b is worse than a:") and "own_size" not in worse
+
+
+def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
+    names = ["[red] cats", "[/x]", "a class whose name goes on " * 3]
+    counts = population(20)
+    columns = {
+        c: pa.array(counts.reshape(-1, 9).tolist(), pa.list_(pa.int64())) for c in ("confusion", "confusion_band")
+    }
+    table = pa.table(columns | {"confusion_own": pa.nulls(20, pa.list_(pa.int64())), "loss_sum": np.ones(20)})
+    for group in ("breed", "species"):
+        table = table.append_column(group, pa.array(["cat", "dog"] * 10))
+    for resamples in (1000, 0):
+        console = Console(width=80, file=io.StringIO(), highlight=False, soft_wrap=True)
+        found = summary(table, names, BAND, resamples)
+        tables.show(console, "[b]run on [/test]", found)
+        tables.show_comparison(console, compare(["[i]a", "[/b]"], [table, table], names, resamples))
+        shown = console.file.getvalue()
+        for text in ("[b]run on [/test]", *names[:2], "[/b] minus [i]a", "a class whose nam…", "By species"):
+            assert text in shown, text
+        assert max(map(len, shown.split("Whether")[0].splitlines()[:30])) <= 80 and "By breed" not in shown
+        row = next(line for line in shown.splitlines() if "[red] cats" in line)
+        spans = [found["intervals"][kind][names[0]] for kind in ("iou", "dice")] if resamples else []
+        assert f"{found['iou'][names[0]]:.4f}" in row and all(f"{low:.4f} to {high:.4f}" in row for low, high in spans)
+        assert ("95 % intervals" in shown) == ("not told apart" in shown) == (resamples > 0)
+        assert ("Whether [/b] and [i]a differ by more than chance is not known" in shown) == (resamples == 0)
+
+
+def test_resamples_are_enough_or_none():
+    assert unflat(EvaluateSettings, {"bootstrap": 0}).evaluate.bootstrap == 0
+    with pytest.raises(InputError, match=r"--bootstrap 999: .* give 1000 or more, or 0"):
+        unflat(EvaluateSettings, {"bootstrap": 999})
 
 
 def test_what_cannot_be_measured_has_no_score_and_no_interval():
