@@ -15,8 +15,8 @@ class EvaluatePart(Part):
     model: str = ""
     """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI; several, separated by commas, are
     compared in pairs."""
-    data: str = "synthetic"
-    """As for training."""
+    data: str | None = None
+    """As for training. Default: what the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
     """Which samples."""
     output: str | None = None
