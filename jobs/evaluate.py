@@ -1,6 +1,6 @@
 """Score trained models on a split, with the uncertainty of every score.
 
-python jobs/evaluate.py --model RUN_NAME --data synthetic --split test
+python jobs/evaluate.py --model RUN_NAME --split test
 python jobs/evaluate.py --model ONE_RUN,ANOTHER --data FOLDER
 """
 
@@ -9,6 +9,9 @@ from unet.config import EvaluateSettings
 
 
 def run(settings: EvaluateSettings) -> None:
+    from unet.evaluation.place import check_settings
+
+    check_settings(settings)
     from unet.evaluation import outcome, tables
     from unet.evaluation.run import evaluate
     from unet.session import ray_session
@@ -20,12 +23,16 @@ def run(settings: EvaluateSettings) -> None:
             found = evaluate(settings, display)
         finally:
             display.close()
+    for done in found:  # first of all, so that nothing loses what took so long
+        outcome.write(done, display)
     for done in found:
         tables.show(display.console, f"{done.label} on {done.split}", done.metrics)
     if len(found) > 1:
         tables.show_comparison(display.console, found[0].metrics["comparison"])
     for done in found:
-        outcome.keep(done, settings, display, alone=len(found) == 1)
+        display.say(f"Written: {done.folder}/: {', '.join(outcome.FILES)}")
+        if settings.evaluate.track:
+            outcome.track(done, settings, display)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Scores of every image against sets of pixels counted here; intervals against the truth that they speak of."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import ray
 import tensorflow as tf
 from conftest import ROOT, door, read_json
 from PIL import Image
+from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
@@ -26,13 +28,14 @@ from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
-from unet.evaluation import intervals, outcome, scorer
+from unet.evaluation import intervals, outcome, place, scorer, tables
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
-from unet.evaluation.run import Evaluation, find_models
+from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary
 from unet.storage import Folder
+from unet.terminal import Display
 from unet.trained import TrainedModel
 from unet.training.resources import Node
 
@@ -208,7 +211,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
 
     folder, found = trained
     uri = found["model_uri"]
-    flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 100]
+    flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 1000]
     assert door("evaluate", "--model", f"trained,{uri}", *flags) == 0
     results = folder / "evaluations" / "test"
     told = read_json(results / "metrics.json")
@@ -238,7 +241,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
 
 
 @pytest.mark.parametrize(
-    ("name", "digest", "place"),
+    ("name", "digest", "expected"),
     [
         ("runs/a", "own", "runs/a/evaluations/test"),
         ("runs/a", "01234567other", "runs/a/evaluations/test-01234567"),
@@ -246,27 +249,129 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
         ("models:/pets@champion", "own", "evaluations/models-pets@champion/test"),
     ],
 )
-def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, place):
+def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, expected):
     run = None if ":" in name else Folder(tmp_path / "runs" / "a")
-    monkeypatch.setattr(outcome, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
+    monkeypatch.setattr(place, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
     which = replace(model, name=name, run=run, run_name="a", checkpoint="step_00000001", data_digest="own")
-    done = Evaluation(which, name, None, "test", {"data_digest": digest}, None)
+    part = place.part_of(which, "test", digest)
     settings = unflat(EvaluateSettings, {"storage_path": str(tmp_path)})
-    assert outcome.place_of(done, settings, alone=True).path == str(tmp_path / place)
+    assert place.place_of(which, name, part, settings, alone=True).path == str(tmp_path / expected)
     given = unflat(EvaluateSettings, {"storage_path": str(tmp_path), "output": str(tmp_path / "out")})
-    assert outcome.place_of(done, given, alone=True).path == str(tmp_path / "out")
-    assert outcome.place_of(done, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+    assert place.place_of(which, name, part, given, alone=True).path == str(tmp_path / "out")
+    assert place.place_of(which, name, part, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+
+
+def test_models_of_one_name_keep_places_apart(model, tmp_path):
+    names = ["/a/trained/step_1", "/b/trained/step_1", "x-y", "x/y", "models:/x@y"]
+    models = [replace(model, name=name, run_name="x" if name == "x/y" else "trained", checkpoint="y") for name in names]
+    labels = place.labels_of(models)
+    assert labels == ["trained/y", "trained/y-2", "x-y", "x/y-2", "models:/x@y"]
+    given = unflat(EvaluateSettings, {"output": str(tmp_path)})
+    places = [place.place_of(m, label, "test", given, alone=False) for m, label in zip(models, labels, strict=True)]
+    assert len({folder.path.lower() for folder in places}) == 5
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_scoring(trained, storage, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("unet.evaluation.run.score_split", lambda *given: pytest.fail("it was scored"))
+    (tmp_path / "file").write_text("")
+    values = {"model": "trained", "data": str(packed), "storage_path": str(storage), "output": str(tmp_path / "file/x")}
+    with pytest.raises(InputError, match=r"Cannot write to .*file/x: give another --output"):
+        evaluate(unflat(EvaluateSettings, values), Display(quiet=True))
+
+
+def test_a_reader_who_leaves_ends_no_evaluation(tmp_path):
+    code = (
+        "from unet.terminal import Display; import pathlib, sys\n"
+        "display = Display(); display.go_on_unread()\n"
+        "for _ in range(9): display.say('words' * 20000)\n"
+        f"pathlib.Path({str(tmp_path / 'done')!r}).touch(); sys.stdout.flush()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    process.stdout.close()
+    assert process.wait(60) == 0 and (tmp_path / "done").exists()
+
+
+def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("unet.session.ray_session", lambda *given: pytest.fail("Ray was started"))
+    for flags, words in (
+        (["--model", "typo"], "'typo' is neither a run"),
+        ([], "Say which model"),
+        (["--model", "models:/pets/1", "--data", tmp_path / "no"], "There is no data at"),
+    ):
+        assert door("evaluate", *flags, "--storage-path", tmp_path) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_without_data_a_model_is_scored_on_those_of_its_run(trained, model, tmp_path):
+    _, found = trained
+    assert Path(place.data_of([model])).samefile(found["prepared"])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    summary_of = found | {"prepared": str(tmp_path / "gone")}
+    (copy / "summary.json").write_text(json.dumps(summary_of))
+    moved = replace(model, run=Folder(copy))
+    (copy / "config.yaml").write_text("data: synthetic:20\n")
+    assert place.data_of([moved]) == "synthetic:20"
+    (copy / "config.yaml").write_text(f"data: {tmp_path}/nowhere\n")
+    for models, words in (
+        ([moved], "nowhere, are gone: give --data"),
+        ([replace(model, run=None)], "does not tell where .*: give --data"),
+        ([model, replace(model, name="other", data_digest="other")], "trained on different data: give --data"),
+    ):
+        with pytest.raises(InputError, match=words):
+            place.data_of(models)
+
+
+def test_names_of_metrics_do_not_collide():
+    names = ["pet", "pet_low", "pet_high", "pet_low_low"]
+    vector = [n / 100 for n in range(11)]
+    spans = [[value - 1, value + 1] for value in vector]
+    scores = intervals.named(vector, names) | {"intervals": intervals.named(spans, names)}
+    sent = outcome.tracked_metrics(SimpleNamespace(part="test", metrics=scores))
+    for kind, first in (("iou", 0), ("dice", 4)):
+        for index, name in enumerate(names):
+            assert sent[f"eval_test_{kind}_{name}"] == vector[first + index]
+    assert sent["eval_test_mean_iou_low"] == vector[8] - 1 and sent["eval_test_iou_pet_high_low"] == vector[2] - 1
+    assert len(sent) == 11 * 3 - 2 * 3  # the ends that have the names of classes
+
+
+def test_a_version_of_an_earlier_checkpoint_is_not_logged(trained, storage, model, tmp_path):
+    import mlflow
+
+    _, found = trained
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    settings = unflat(EvaluateSettings, {"storage_path": str(storage)})
+    for name in outcome.FILES:
+        (tmp_path / name).write_text("")
+    metrics = intervals.named([0.123] * 9, NAMES)
+    for checkpoint, name, logged in (
+        ("step_00000001", "models:/pets/1", False),
+        (model.checkpoint, "models:/pets/2", True),
+        ("step_00000001", found["model_uri"], True),
+    ):
+        which = replace(model, name=name, run=None, checkpoint=checkpoint)
+        part = f"val-{len(name)}-{logged}"
+        done = Evaluation(which, name, None, "val", part, Folder(tmp_path), metrics, None)
+        display = Display(Console(file=io.StringIO(), width=300))
+        outcome.track(done, settings, display)
+        has = client.get_run(found["mlflow_run_id"]).data.metrics
+        assert (f"eval_{part}_mean_iou" in has) == logged
+        assert ("Not logged to MLflow" in display.console.file.getvalue()) != logged
 
 
 def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
     others = {
         "trained": model,
-        "other": replace(model, name="other", classes=model.classes[:2]),
-        "large": replace(model, name="large", image_size=64),
+        "again": replace(model, name="again"),
+        "other": replace(model, name="other", checkpoint="b", classes=model.classes[:2]),
+        "large": replace(model, name="large", checkpoint="c", image_size=64),
     }
     monkeypatch.setattr(TrainedModel, "find", lambda name, *where: others[name])
     for names, words in (
         ("trained,trained", "names trained twice"),
+        ("trained,again", "one checkpoint twice: trained and again"),
         ("trained,other", "pet, background, outline, other knows pet, background: their scores do not compare"),
         ("trained,large", r"at 32 px \(stretch\), large at 64 px"),
     ):
@@ -349,6 +454,37 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     assert same["network_size"]["iou"]["outline"] == {"value": 0.0, "interval": [0.0, 0.0]}
     (worse,) = compare(["a", "b"], tables[::-1], NAMES, 500)["pairs"]
     assert worse["verdict"].startswith("b is worse than a:") and "own_size" not in worse
+
+
+def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
+    names = ["[red] cats", "[/x]", "a class whose name goes on " * 3]
+    counts = population(20)
+    columns = {
+        c: pa.array(counts.reshape(-1, 9).tolist(), pa.list_(pa.int64())) for c in ("confusion", "confusion_band")
+    }
+    table = pa.table(columns | {"confusion_own": pa.nulls(20, pa.list_(pa.int64())), "loss_sum": np.ones(20)})
+    for group in ("breed", "species"):
+        table = table.append_column(group, pa.array(["cat", "dog"] * 10))
+    for resamples in (1000, 0):
+        console = Console(width=80, file=io.StringIO(), highlight=False, soft_wrap=True)
+        found = summary(table, names, BAND, resamples)
+        tables.show(console, "[b]run on [/test]", found)
+        tables.show_comparison(console, compare(["[i]a", "[/b]"], [table, table], names, resamples))
+        shown = console.file.getvalue()
+        for text in ("[b]run on [/test]", *names[:2], "[/b] minus [i]a", "a class whose nam…", "By species"):
+            assert text in shown, text
+        assert max(map(len, shown.split("Whether")[0].splitlines()[:30])) <= 80 and "By breed" not in shown
+        row = next(line for line in shown.splitlines() if "[red] cats" in line)
+        spans = [found["intervals"][kind][names[0]] for kind in ("iou", "dice")] if resamples else []
+        assert f"{found['iou'][names[0]]:.4f}" in row and all(f"{low:.4f} to {high:.4f}" in row for low, high in spans)
+        assert ("95 % intervals" in shown) == ("not told apart" in shown) == (resamples > 0)
+        assert ("Whether [/b] and [i]a differ by more than chance is not known" in shown) == (resamples == 0)
+
+
+def test_resamples_are_enough_or_none():
+    assert unflat(EvaluateSettings, {"bootstrap": 0}).evaluate.bootstrap == 0
+    with pytest.raises(InputError, match=r"--bootstrap 999: .* give 1000 or more, or 0"):
+        unflat(EvaluateSettings, {"bootstrap": 999})
 
 
 def test_what_cannot_be_measured_has_no_score_and_no_interval():

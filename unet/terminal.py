@@ -3,6 +3,8 @@
 Without a terminal the same as plain lines, no control codes.
 """
 
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +35,16 @@ class Display:
             self.console.width = 160  # tables in a log are not folded at a width nobody has
         self._live: LiveText | None = None
         self._printed = time.monotonic()
+
+    def go_on_unread(self) -> None:
+        """From now on a pipe that breaks (`| head`) ends the words, and not the work."""
+        self.console.on_broken_pipe = self._unread
+
+    def _unread(self) -> None:
+        self.console.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else what is still buffered would fail at the end
+        os.close(nowhere)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(without_secrets(text), style=style or ""))

@@ -15,8 +15,8 @@ class EvaluatePart(Part):
     model: str = ""
     """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI; several, separated by commas, are
     compared in pairs."""
-    data: str = "synthetic"
-    """As for training."""
+    data: str | None = None
+    """As for training. Default: what the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
     """Which samples."""
     output: str | None = None
@@ -26,9 +26,16 @@ class EvaluatePart(Part):
     band: Annotated[int, Field(ge=1, le=64)] = 3
     """Width in pixels, at the network's size and to either side, of the band around borders that is scored apart."""
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
-    """Resamples of the images for the 95 % intervals; 0: none."""
+    """Resamples of the images for the 95 % intervals, 1000 or more; 0: no intervals."""
     track: bool = True
     """Log scores and report to the model's MLflow run."""
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _enough(cls, value):
+        if 0 < value < 1000:
+            raise ValueError("so few resamples do not tell where an interval ends; give 1000 or more, or 0 for none")
+        return value
 
     @field_validator("output")
     @classmethod

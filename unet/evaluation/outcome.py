@@ -1,4 +1,4 @@
-"""Where the results of an evaluation go: a folder, and the model's MLflow run."""
+"""What becomes of an evaluation: files in its folder, and scores in the model's MLflow run."""
 
 import json
 import re
@@ -9,81 +9,39 @@ import pyarrow.parquet as pq
 from unet.config import CONFIG, EvaluateSettings, read_config
 from unet.errors import InputError, first_line
 from unet.evaluation.page import evaluation_page
+from unet.evaluation.place import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.run import Evaluation
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import best_checkpoint
+from unet.trained import TrainedModel
 from unet.training.run import read_history
 
-METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
-PLACE = "evaluations"
+FILES = (METRICS, RECORDS, PAGE)
 
 
-def keep(done: Evaluation, settings: EvaluateSettings, display: Display, alone: bool) -> None:
-    """Write the results, log them unless the settings say otherwise, and say where they are.
+def write(done: Evaluation, display: Display) -> None:
+    """Write the results into their folder. What an earlier evaluation left there is written over.
 
     Raises:
         StorageFailed: they cannot be written.
     """
-    folder = place_of(done, settings, alone)
     display.waiting("drawing report.html")
-    files = write(done, folder)
-    display.close()
-    display.say(f"Written: {folder}/: {', '.join(files)}")
-    if settings.evaluate.track:
-        track(done, folder, files, settings, display)
-
-
-def place_of(done: Evaluation, settings: EvaluateSettings, alone: bool) -> Folder:
-    """The folder for an evaluation: `--output`, with a folder for each of several models; else the run's own.
-
-    There the run's best checkpoint has `evaluations/<part_of>`, another one its name behind it. A model of MLflow has a
-    folder of its name under the storage path.
-    """
-    part, model = settings.evaluate, done.model
-    name = re.sub(r"[^\w.@-]+", "-", done.label).strip("-.")
-    if part.output:
-        return Folder(part.output) if alone else Folder(part.output) / name
-    if model.run is None:
-        return Folder(settings.store.storage_path) / PLACE / name / part_of(done)
-    return model.run / PLACE / (part_of(done) if is_best(done) else f"{part_of(done)}-{model.checkpoint}")
-
-
-def part_of(done: Evaluation) -> str:
-    """`test`; with the beginning of their digest where the data are not those of the training: `test-1a2b3c4d`."""
-    digest = done.metrics["data_digest"]
-    return done.split if digest == done.model.data_digest else f"{done.split}-{digest[:8]}"
-
-
-def is_best(done: Evaluation) -> bool:
-    """Whether the model is what its run's name means; one out of MLflow is what its run holds."""
-    if done.model.run is None:
-        return True
-    return best_checkpoint(done.model.run) == done.model.checkpoint
-
-
-def write(done: Evaluation, folder: Folder) -> list[str]:
-    """Write the results; the names of the files. What an earlier evaluation left there is written over.
-
-    Raises:
-        StorageFailed: they cannot be written.
-    """
-    content = pa.BufferOutputStream()
+    content, folder = pa.BufferOutputStream(), done.folder
     pq.write_table(done.records, content, compression="zstd")
     folder.write_bytes(RECORDS, content.getvalue().to_pybytes())
     history = read_history(done.model.run) if done.model.run else []
-    folder.write_text(PAGE, evaluation_page(done.metrics, done.records, done.prepared, done.split, history))
     folder.write_text(METRICS, json.dumps(done.metrics, indent=2, allow_nan=False))
-    return [METRICS, RECORDS, PAGE]
+    folder.write_text(PAGE, evaluation_page(done.metrics, done.records, done.prepared, done.split, history))
+    display.close()
 
 
-def track(done: Evaluation, folder: Folder, files: list[str], settings: EvaluateSettings, display: Display) -> None:
+def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> None:
     """Log scores and files to the model's MLflow run; where that cannot be done, a sentence says so."""
-    model = done.model
-    kept = f"the results are in {folder}"
-    if not is_best(done):
-        display.say(f"Not logged to MLflow, since {model.checkpoint} is not the best of {model.run_name}: {kept}.")
+    model, kept = done.model, f"the results are in {done.folder}"
+    not_its_model = f"Not logged to MLflow, since {model.checkpoint} is not the best of {model.run_name}: {kept}."
+    if model.run is not None and not is_best(model):
+        display.say(not_its_model)
         return
     if model.mlflow_run_id is None:
         display.say(f"{done.label} has no MLflow run: {kept}.", "yellow")
@@ -91,7 +49,8 @@ def track(done: Evaluation, folder: Folder, files: list[str], settings: Evaluate
     storage = Folder(settings.store.storage_path)
     try:
         uri = settings.store.tracking_uri or _uri_of(model.run)
-        _send(done, folder, files, storage, uri)
+        if not _send(done, storage, uri):
+            display.say(not_its_model)
     except Exception as error:  # whatever the store's library raises: the results are there
         display.say(
             f"MLflow has not taken the evaluation ({without_secrets(first_line(error))[:200].rstrip('.')}): {kept}.",
@@ -107,35 +66,51 @@ def _uri_of(run: Folder | None) -> str | None:
     return uri
 
 
-def _send(done: Evaluation, folder: Folder, files: list[str], storage: Folder, uri: str | None) -> None:
+def _send(done: Evaluation, storage: Folder, uri: str | None) -> bool:
+    """Whether the scores were sent: they are not where the run's own model is another by now."""
     from unet.tracking.store import Store, check_server
 
     check_server(uri)
     store = Store.of_existing(storage, done.model.mlflow_run_id, uri)
+    if not _is_of_run(done.model, store):
+        return False
     store.latest(tracked_metrics(done))
-    for name in files:
-        store.file(folder, name, f"evaluation/{part_of(done)}")
+    for name in FILES:
+        store.file(done.folder, name, f"evaluation/{done.part}")
+    return True
+
+
+def _is_of_run(model: TrainedModel, store) -> bool:
+    """Whether a model is what its MLflow run holds; a registered version may be of an earlier checkpoint."""
+    if model.run is not None or re.fullmatch(r"runs:/[0-9a-f]+/model/?", model.name):
+        return True
+    best = store.client.get_run(model.mlflow_run_id).data.tags.get("best_checkpoint", "")
+    return best.rpartition("/")[2] == model.checkpoint
 
 
 def tracked_metrics(done: Evaluation) -> dict[str, float]:
-    """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …"""
-    found = {}
+    """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …
+
+    Where a class is called `pet_low`, its IoU has the name, and the interval of `pet` lacks that end.
+    """
+    found, ends = {}, {}
     for part in ("", "band", "own_size"):
         scores = done.metrics.get(part) if part else done.metrics
         if scores is None:
             continue
-        prefix = f"eval_{part_of(done)}_{part}_" if part else f"eval_{part_of(done)}_"
+        prefix = f"eval_{done.part}_{part}_" if part else f"eval_{done.part}_"
         spans = scores.get("intervals") or {}
         for key in ("mean_iou", "mean_dice", "accuracy"):
-            found |= _with_span(prefix + key, scores[key], spans.get(key))
+            found[prefix + key] = scores[key]
+            ends |= _ends(prefix + key, spans.get(key))
         for kind in ("iou", "dice"):
             for name, value in scores[kind].items():
-                found |= _with_span(f"{prefix}{kind}_{name}", value, (spans.get(kind) or {}).get(name))
+                found[f"{prefix}{kind}_{name}"] = value
+                ends |= _ends(f"{prefix}{kind}_{name}", (spans.get(kind) or {}).get(name))
         if "loss" in scores:
             found[f"{prefix}loss"] = scores["loss"]
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in (ends | found).items() if value is not None}
 
 
-def _with_span(name: str, value: float | None, span: list | None) -> dict:
-    low, high = span or (None, None)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+def _ends(name: str, span: list | None) -> dict[str, float]:
+    return {f"{name}_low": span[0], f"{name}_high": span[1]} if span else {}

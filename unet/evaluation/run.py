@@ -1,14 +1,15 @@
 """An evaluation from its settings to its results: models and data are found, compared, scored and summed up."""
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import pyarrow as pa
 
 from unet.config import EvaluateSettings
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
-from unet.data.sources.find import check_source
 from unet.errors import InputError
+from unet.evaluation.place import asked, check_place, data_of, labels_of, part_of, place_of
 from unet.evaluation.pool import take_pool
 from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
@@ -28,6 +29,8 @@ class Evaluation:
         label: how it is called among others.
         prepared: the data.
         split: their part.
+        part: the split's name in files and scores (`unet.evaluation.place.part_of`).
+        folder: where the results go.
         metrics: the content of `metrics.json`.
         records: a row an image, with its scores (`unet.evaluation.records`), sorted by name.
     """
@@ -36,6 +39,8 @@ class Evaluation:
     label: str
     prepared: Prepared
     split: str
+    part: str
+    folder: Folder
     metrics: dict
     records: pa.Table
 
@@ -44,18 +49,28 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     """Score the models of the settings on a split. Ray must be connected.
 
     Raises:
-        InputError: a model or the data are not there or do not fit each other, or the cluster has no room.
+        InputError: a model or the data are not there or do not fit each other, the results could not be written, or
+            the cluster has no room.
         RunFailed: scoring failed.
     """
     part, storage = settings.evaluate, Folder(settings.store.storage_path)
-    check_source(part.data)
     models = find_models(part.model, storage, settings.store.tracking_uri)
     first = models[0]
-    prepared = resolve(part.data, first.image_size, first.resize, storage, display.working)
+    data = data_of(models) if part.data is None else part.data
+    prepared = resolve(data, first.image_size, first.resize, storage, display.working)
     check_classes(first, prepared)
     if not prepared.count(part.split):
         raise InputError(f"{prepared.folder} has no {part.split} samples: give another --split.")
+    digest, labels = prepared.manifest.data_digest, labels_of(models)
+    parts = [part_of(model, part.split, digest) for model in models]
+    places = [
+        place_of(model, name, own, settings, alone=len(models) == 1)
+        for model, name, own in zip(models, labels, parts, strict=True)
+    ]
+    for place in places:
+        check_place(place)
     pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"))
+    display.go_on_unread()
     display.waiting(f"starting {pool.processes} processes")
     rates: list[float] = []
 
@@ -67,17 +82,17 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
     display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of one thread.")
-    names, labels = prepared.manifest.classes, [label(model) for model in models]
+    names = prepared.manifest.classes
     comparison = compare(labels, tables, names, part.bootstrap) if len(models) > 1 else None
     found = []
-    for model, name, table in zip(models, labels, tables, strict=True):
+    for model, name, own, place, table in zip(models, labels, parts, places, tables, strict=True):
         display.working(f"intervals of {name}", 0, 0)
         about = {"model": model.name, "run_name": model.run_name, "checkpoint": model.checkpoint, "split": part.split}
-        about |= {"data": str(prepared.folder), "data_digest": prepared.manifest.data_digest}
+        about |= {"data": str(prepared.folder), "data_digest": digest}
         about |= {"image_size": model.image_size, "resize": model.resize}
         scores = summary(table, names, part.band, part.bootstrap)
         result = about | scores | {"comparison": comparison}
-        found.append(Evaluation(model, name, prepared, part.split, result, with_scores(table, names)))
+        found.append(Evaluation(model, name, prepared, part.split, own, place, result, with_scores(table, names)))
     return found
 
 
@@ -87,10 +102,10 @@ def find_models(names: str, storage: Folder, tracking_uri: str | None) -> list[T
     Raises:
         InputError: there is no such model, or they do not compare.
     """
-    asked = [name.strip() for name in names.split(",") if name.strip()] or [""]
-    if twice := next((name for name in asked if asked.count(name) > 1), None):
-        raise InputError(f"--model names {twice} twice.")
-    models = [TrainedModel.find(name, storage, tracking_uri) for name in asked]
+    models = [TrainedModel.find(name, storage, tracking_uri) for name in asked(names)]
+    for one, other in combinations(models, 2):
+        if one.run and other.run and (one.run.path, one.checkpoint) == (other.run.path, other.checkpoint):
+            raise InputError(f"--model names one checkpoint twice: {one.name} and {other.name}.")
     first = models[0]
     for other in models[1:]:
         if other.class_names != first.class_names:
@@ -115,9 +130,3 @@ def check_classes(model: TrainedModel, prepared: Prepared) -> None:
             f"{model.name} was trained for the classes {', '.join(names)}, {prepared.folder} has {', '.join(found)}: "
             "give data that were prepared with the model's classes."
         )
-
-
-def label(model: TrainedModel) -> str:
-    """A short name: as asked for; run/checkpoint for a folder."""
-    is_folder = "/" in model.name and ":/" not in model.name
-    return f"{model.run_name}/{model.checkpoint}" if is_folder else model.name

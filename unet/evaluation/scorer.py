@@ -137,6 +137,7 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
     # A block is a batch: it is what a process takes at a time, and what progress counts.
     context.target_max_block_size = batch * what.image_size**2 * 4
     context.wait_for_min_actors_s = START_SECONDS
+    context.raise_original_map_exception = True  # else it comes wrapped in a page about Ray's logs
     read = dataset.map_batches(
         _read,
         fn_args=(what, batch),

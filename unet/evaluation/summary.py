@@ -99,13 +99,18 @@ def compare(labels: Sequence[str], tables: Sequence[pa.Table], names: Sequence[s
             values = [float(v) if np.isfinite(v) else None for v in vectors[1] - vectors[0]]
             both = [{"value": value, "interval": span} for value, span in zip(values, spans[part], strict=True)]
             differences[part or "network_size"] = intervals.named(both, names)
-        pairs.append({"a": a, "b": b, "verdict": _verdict(a, b, differences["network_size"]["mean_iou"])} | differences)
+        pairs.append(
+            {"a": a, "b": b, "verdict": _verdict(a, b, differences["network_size"]["mean_iou"], resamples)}
+            | differences
+        )
     return {"models": list(labels), "pairs": pairs}
 
 
-def _verdict(a: str, b: str, difference: dict) -> str:
+def _verdict(a: str, b: str, difference: dict, resamples: int) -> str:
     """Better, worse or not told apart, by the interval of the difference in mean IoU."""
     value, span = difference["value"], difference["interval"]
+    if value is not None and not resamples:
+        return f"Whether {b} and {a} differ by more than chance is not known without intervals: mean IoU {value:+.4f}."
     if value is None or span is None:
         return f"{b} and {a} are not compared: there is nothing to measure, or too few images."
     amount = f"mean IoU {value:+.4f} (95 %: {span[0]:+.4f} to {span[1]:+.4f})"

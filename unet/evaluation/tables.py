@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from unet.evaluation.intervals import LEAST_IMAGES
 from unet.report import ABSENT
 
 WORST = 8
 """Breeds that are shown: those with the lowest mean IoU."""
+NAME_WIDTH, WIDE = 18, 26
+"""Characters of a name before it is cut, and where the numbers take less room: all fit into 80 columns."""
 WAYS = {"outline_as_pet": "as pet", "outline_ignored": "ignored"}
 
 
@@ -20,7 +23,8 @@ def show(console: Console, title: str, metrics: Mapping) -> None:
     console.print(_otherwise(metrics))
     if metrics["binary"]:
         console.print(_binary(metrics))
-    for group in ("species", "breed"):
+    same = metrics["by_species"] == metrics["by_breed"]  # of drawn pets
+    for group in ("species",) if same else ("species", "breed"):
         if len(metrics[f"by_{group}"]) > 1:
             console.print(_groups(group, metrics[f"by_{group}"]))
 
@@ -37,9 +41,9 @@ def show_comparison(console: Console, comparison: Mapping) -> None:
             if part == "network_size":
                 rows += [(name, found, "") for name, found in pair[part]["iou"].items()]
             for name, found, style in rows:
-                table.add_row(name, _number(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
+                table.add_row(Text(name), _number(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
         console.print(table)
-        console.print(pair["verdict"], style="bold")
+        console.print(Text(pair["verdict"], style="bold"))
 
 
 def _by_class(title: str, metrics: Mapping) -> Table:
@@ -47,11 +51,11 @@ def _by_class(title: str, metrics: Mapping) -> Table:
     table = _table(title, "class", "IoU", "95 %", "Dice", "95 %")
     table.caption = (
         f"accuracy {_number(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {_number(metrics['loss'])}\n"
-        f"{metrics['images']:,} images; 95 % intervals over images"
+        f"{metrics['images']:,} images" + ("; 95 % intervals over images" if spans["accuracy"] else "")
     )
     for name, iou in metrics["iou"].items():
         dice, span = metrics["dice"][name], spans["dice"][name]
-        table.add_row(name, _number(iou), _span(spans["iou"][name]), _number(dice), _span(span))
+        table.add_row(Text(name), _number(iou), _span(spans["iou"][name]), _number(dice), _span(span))
     table.add_section()
     means = ((metrics[key], spans[key]) for key in ("mean_iou", "mean_dice"))
     table.add_row("mean", *(text for value, span in means for text in (_number(value), _span(span))), style="bold")
@@ -60,7 +64,7 @@ def _by_class(title: str, metrics: Mapping) -> Table:
 
 def _otherwise(metrics: Mapping) -> Table:
     """The means of the other ways to look at the same masks."""
-    table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy")
+    table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy", width=WIDE)
     band, own = metrics.get("band"), metrics.get("own_size")
     rows = [("mean over images", metrics["per_image"])]
     rows += [(f"within {band['width']} px of a border", band)] if band else []
@@ -91,17 +95,18 @@ def _groups(group: str, found: Mapping) -> Table:
     ranked = sorted(large.items(), key=lambda item: item[1]["mean_iou"] or 0)
     title = f"The worst {WORST} of {len(large)} breeds" if len(large) > WORST else f"By {group}"
     title += f" with {LEAST_IMAGES} images or more" if len(large) < len(found) else ""
-    table = _table(title, group, "images", "mean IoU", "95 %", "accuracy")
+    table = _table(title, group, "images", "mean IoU", "95 %", "accuracy", width=WIDE)
     for name, scores in ranked[:WORST]:
         numbers = _number(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), _number(scores["accuracy"])
-        table.add_row(name, f"{scores['images']:,}", *numbers)
+        table.add_row(Text(name), f"{scores['images']:,}", *numbers)
     return table
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def _table(title: str, first: str, *columns: str, width: int = NAME_WIDTH) -> Table:
+    """A table whose title, like the names in it, is text and no markup: classes and runs are called by users."""
     right = (Column(name, justify="right", no_wrap=True) for name in columns)
-    head = Column(first, overflow="ellipsis", no_wrap=True)
-    return Table(head, *right, title=title, box=SIMPLE_HEAD, title_style="bold", title_justify="left", min_width=36)
+    head = Column(first, overflow="ellipsis", no_wrap=True, max_width=width)
+    return Table(head, *right, title=Text(title, style="bold"), box=SIMPLE_HEAD, title_justify="left", min_width=36)
 
 
 def _number(value: float | None, sign: str = "") -> str:
