@@ -23,6 +23,8 @@ MAGIC = re.compile(r"[*?\[]")
 LONGEST_NAME = 230
 """Bytes of a name: temporary files and other suffixes are a little longer, and 255 is the most a disk takes."""
 SUFFIXES_WRITTEN = (".png", ".jpg", ".npz")
+LIKE_WRITTEN = re.compile(r"(\.png|\.jpg|\.npz)/")
+"""The end of a folder's name that a written file may have too."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,23 @@ def output_names(files: Iterable[str], taken: Mapping[str, str]) -> dict[str, st
     stems = Counter(map(_stem, files))
     folders = {folder for file in files for folder in _above(file)}
     names, used = dict(taken), set(taken.values())
+    written = {name + suffix for name in used for suffix in SUFFIXES_WRITTEN}
 
     def free(name: str) -> bool:
         return name not in used and not any(name + suffix in folders for suffix in SUFFIXES_WRITTEN)
 
+    def reachable(name: str) -> str:
+        """The name, in folders that are not what was written for a photo of before."""
+        return LIKE_WRITTEN.sub(r"\1-2/", name) if written.intersection(_above(name)) else name
+
     new = [file for file in files if file not in taken]
     # Those that are alone come first, whatever the order: a name that is nobody else's is theirs.
     for file in sorted(new, key=lambda file: (stems[_stem(file)] > 1, file)):
-        wanted = _stem(file) if stems[_stem(file)] == 1 else file
+        name = reachable(_stem(file) if stems[_stem(file)] == 1 else file)
         number = 1
-        name = wanted
         while not free(name):
             number += 1
-            name = f"{file}-{number}"
+            name = f"{reachable(file)}-{number}"
         names[file] = name
         used.add(name)
     return names
