@@ -4,6 +4,7 @@ A folder means the pictures below it, by their suffixes; a pattern those that fi
 name. Hidden files are left out, and so is the output where it lies below the input.
 """
 
+import fnmatch
 import os
 import re
 from collections import Counter
@@ -73,7 +74,8 @@ def find_photos(text: str, output: Folder) -> Photos:
         found = _photos(place, files, SUFFIXES)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else without_secrets(first_line(error))
-        raise InputError(f"Cannot read {without_secrets(base)}: {reason}.") from error
+        where = without_secrets(str(error.filename or base))
+        raise InputError(f"Cannot read {where}: {reason}. Put that right, or give another --input.") from error
     if not len(found):
         held = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in found.others.most_common(4))
         raise InputError(
@@ -146,17 +148,30 @@ def _photos(folder: Folder, files: Iterable[tuple[str, int, int]], suffixes: Col
 
 
 def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
-    """(relative name, size, time of change in ns) of the files below a folder that are not hidden."""
+    """(relative name, size, time of change in ns) of the files below a folder that are not hidden.
+
+    A link that leads nowhere is there too, so that whoever reads it says so; what is no file, as a pipe, is not.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     if folder.is_local:
-        for path in files_below(folder.path):
-            if os.path.isfile(path):  # no dangling link, no pipe
+        for path in files_below(folder.path, _raised):
+            name = os.path.relpath(path, folder.path)
+            if os.path.isfile(path):
                 status = path.stat()
-                yield os.path.relpath(path, folder.path), status.st_size, status.st_mtime_ns
+                yield name, status.st_size, status.st_mtime_ns
+            elif not os.path.exists(path):
+                yield name, 0, 0
         return
     for info in folder.fs.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True, recursive=True)):
         name = info.path.removeprefix(folder.path.rstrip("/") + "/")
         if info.type == pafs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
             yield name, info.size, info.mtime_ns or 0
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _translated(pattern: str) -> re.Pattern:
@@ -165,8 +180,8 @@ def _translated(pattern: str) -> re.Pattern:
     found = ""
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
         if len(piece) > 2 and piece[0] == "[":
-            inside = piece[1:-1].replace("\\", r"\\")
-            found += f"[{'^' + inside[1:] if inside[0] == '!' else inside}]"
+            piece = re.sub(r"^\[\^", "[!", piece)
+            found += fnmatch.translate(piece)[4:-3]  # without "(?s:" and ")\\Z"; for an empty range what nothing fits
         else:
             found += words.get(piece) or re.escape(piece)
     return re.compile(found, re.DOTALL)
