@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from unet.config.base import Part
-from unet.config.places import DoorSettings, StoreSettings
+from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
 
 class EvaluatePart(Part):
@@ -95,7 +95,7 @@ class ExportPart(Part):
     """Folder of photos to compare the formats on. Default: drawn pets."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """Of each format as it is timed. Default: one for each CPU."""
-    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
+    register: RegisteredName = None
     """Make the run's packaged model a version of this registered model; it becomes the champion if it is better on
     val."""
 
