@@ -268,15 +268,15 @@ def check_free(num_workers: int, cpus_per_worker: float, available_cpus: float) 
         )
 
 
-def check_writable(storage: Folder) -> None:
-    """Refuse a local storage path that cannot be written.
+def check_writable(storage: Folder, flag: str = "--storage-path") -> None:
+    """Refuse a local folder, which the flag gives, that cannot be written.
 
     Raises:
         InputError: with what to do.
     """
     place = _existing(storage)
     if place and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"Cannot write to {storage}: give another --storage-path, or change who may write there.")
+        raise InputError(f"Cannot write to {storage}: give another {flag}, or change who may write there.")
 
 
 def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: int = 1) -> None:
