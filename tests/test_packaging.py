@@ -198,6 +198,8 @@ def test_an_export_says_what_it_is(exported, handed):
     with pytest.raises(InputError, match="holds something else"):
         settings = unflat(ExportSettings, {"output": str(handed.folder)})
         target_of(settings, handed.trained)
+    with pytest.raises(InputError, match="give another --output"):
+        target_of(unflat(ExportSettings, {"output": str(folder / "export.json")}), handed.trained)
 
 
 def test_forms_of_an_older_export_do_not_stay(handed, exported, tmp_path):

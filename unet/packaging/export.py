@@ -19,6 +19,7 @@ from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.trained import TrainedModel
+from unet.training.resources import check_writable
 
 PASSPORT, USAGE = "export.json", "README.md"
 LIBRARIES = {"saved_model": ("tensorflow",), "tflite": ("tensorflow",), "onnx": ("tf2onnx", "onnx", "onnxruntime")}
@@ -34,6 +35,7 @@ def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
     if part.output is None and trained.run is None:
         raise InputError(f"Say where the export of {trained.name} goes: --output FOLDER.")
     folder = Folder(part.output) if part.output else trained.run / "export"
+    check_writable(folder, "--output")
     if folder.names() and not folder.exists(PASSPORT):
         raise InputError(f"{folder} holds something else: give an --output that is new, empty or an older export.")
     return folder
