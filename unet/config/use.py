@@ -48,7 +48,7 @@ class PredictPart(Part):
     """What is segmented by what."""
 
     model: str = ""
-    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     input: str = ""
     """A photo, a folder, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
     output: str = ""
@@ -86,7 +86,7 @@ class ExportPart(Part):
     """What is handed on, and in which form."""
 
     model: str = ""
-    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     output: str | None = None
     """Folder for the exported files; may be s3://… Default: export/ in the run's folder; with --register none."""
     formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
