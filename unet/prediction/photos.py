@@ -171,7 +171,8 @@ def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
 
 
 def _raised(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError):  # where nothing is, there are no photos
+        raise error
 
 
 def _translated(pattern: str) -> re.Pattern:
