@@ -16,13 +16,19 @@ def run(settings: ExportSettings) -> None:
     from unet.terminal import Display
     from unet.tracking.registry import register
     from unet.tracking.store import default_uri
-    from unet.trained import TrainedModel
+    from unet.trained import TrainedModel, tracking_uri_of
+    from unet.training.resources import check_writable
 
     part, store, display = settings.export, settings.store, Display()
+    if part.output:
+        check_writable(Folder(part.output), "--output")
     with silenced(settings.door.debug):  # TensorFlow reads the variables of an MLflow model here
         trained = TrainedModel.find(part.model, Folder(store.storage_path), store.tracking_uri)
     if part.register and trained.mlflow_run_id is None:
         raise InputError(f"{part.model} has no run in MLflow, so there is nothing to register.")
+    uri = store.tracking_uri
+    if part.register:
+        uri = uri or tracking_uri_of(trained.run) or default_uri(Folder(store.storage_path))
     try:
         if part.output or not part.register:
             target = target_of(settings, trained)
@@ -31,7 +37,6 @@ def run(settings: ExportSettings) -> None:
             display.console.print(table(told))
             display.say(f"Written: {target}")
         if part.register:
-            uri = store.tracking_uri or default_uri(Folder(store.storage_path))
             register(uri, part.register, trained.mlflow_run_id, display, trained.checkpoint)
     finally:
         display.close()

@@ -15,8 +15,10 @@ def run(settings: PredictSettings) -> int:
     from unet.session import ray_session
     from unet.storage import Folder
     from unet.terminal import Display
+    from unet.trained import located
 
     display, photos = Display(), photos_of(settings)
+    located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is told before Ray starts
     keep_idle_processes()
     with ray_session(settings.door.debug):
         try:

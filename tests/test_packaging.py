@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -197,6 +198,16 @@ def test_an_export_says_what_it_is(exported, handed):
     with pytest.raises(InputError, match="holds something else"):
         settings = unflat(ExportSettings, {"output": str(handed.folder)})
         target_of(settings, handed.trained)
+    with pytest.raises(InputError, match="give another --output"):
+        target_of(unflat(ExportSettings, {"output": str(folder / "export.json")}), handed.trained)
+
+
+def test_forms_of_an_older_export_do_not_stay(handed, exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "export")
+    (tmp_path / "export" / "notes.txt").write_text("mine")
+    handed.export(("tflite",), tmp_path / "export")
+    left = {p.name for p in (tmp_path / "export").iterdir()}
+    assert left.isdisjoint({"saved_model", "model.onnx"}) and left >= {"model.tflite", "export.json", "notes.txt"}
 
 
 def test_a_form_that_answers_otherwise_is_not_handed_on(handed, tmp_path, monkeypatch):

@@ -231,6 +231,8 @@ def test_other_predictions_are_refused(predicted, photos, trained, tmp_path, cap
     (tmp_path / "own" / "masks").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "x.txt").write_text("")
+    (tmp_path / "damaged" / ".predictions").mkdir(parents=True)
+    (tmp_path / "damaged" / ".predictions" / "job.json").write_text("[]")
     checkpoints = sorted(p for p in (trained[0] / "checkpoints").glob("step_*"))
     other = next(p for p in checkpoints if p.name != trained[1]["best_checkpoint"])
     for changes, words in (
@@ -242,10 +244,28 @@ def test_other_predictions_are_refused(predicted, photos, trained, tmp_path, cap
         (["--input", tmp_path / "nothing"], "1 .txt"),
         (["--input", tmp_path / "nowhere"], "There are no photos at"),
         (["--model", "nowhere", "--output", tmp_path / "new"], "neither a run"),
+        (["--model", "x" * 300, "--output", tmp_path / "new"], "neither a run"),
+        (["--output", tmp_path / "nothing" / "x.txt"], "give another --output"),
+        (["--output", tmp_path / "damaged", "--probabilities"], "job.json is damaged"),
         (["--num-workers", 99, "--output", tmp_path / "new"], "at most 2 fit"),
     ):
         assert door("predict", *flags, *changes) == 2 and words in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+    assert not (tmp_path / "own" / ".predictions").exists()
+
+
+def test_what_cannot_be_written_is_a_sentence(trained, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    drawn(0, 40, 50).save(tmp_path / "photos" / "a.jpg")
+    flags = ["--input", tmp_path / "photos", "--output", tmp_path / "out", "--storage-path", trained[0].parent]
+    flags = ["--model", "trained", "--num-workers", 1, *flags]
+    assert door("predict", *flags) == 0
+    (tmp_path / "out" / "masks" / "a.png").unlink()
+    (tmp_path / "out" / "masks" / "a.png" / "in the way").mkdir(parents=True)
+    capsys.readouterr()
+    assert door("predict", *flags) == 1
+    words = capsys.readouterr().err
+    assert "masks/a.png: Is a directory; put that right. The same command goes on from here." in words, words
 
 
 def test_nothing_but_bad_photos_is_a_failure(trained, tmp_path):
@@ -337,9 +357,21 @@ def test_names_never_meet(files):
     half = output_names(files[: len(files) // 2], {})
     grown = output_names(files, half)  # photos that come later move nothing
     assert grown.items() >= half.items() and len({*grown.values()}) == len(files)
+    paths = [f"{name}.png" for name in grown.values()]
+    assert not any(other.startswith(f"{path}/") for path in paths for other in paths)
 
 
-def test_patterns_and_what_is_left_out(tmp_path):
+def test_a_folder_named_as_a_mask_of_before():
+    grown = output_names(["a.jpg", "a.png/b.jpg", "a.png/b.gif", "a.png-2/b.gif.jpg"], {"a.jpg": "a"})
+    assert grown == {
+        "a.jpg": "a",
+        "a.png/b.jpg": "a.png-2/b.jpg",
+        "a.png/b.gif": "a.png-2/b.gif-2",
+        "a.png-2/b.gif.jpg": "a.png-2/b.gif",
+    }
+
+
+def test_patterns_and_what_is_left_out(tmp_path, monkeypatch):
     for name in ("a.jpg", "b.txt", "in/b.JPG", "in/deep/c.jpg", "in/.no/d.jpg", "out/overlays/a.jpg", "[x].jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -353,8 +385,23 @@ def test_patterns_and_what_is_left_out(tmp_path):
     assert found(tmp_path / "[ab].???") == ["a.jpg"] and found(tmp_path / "[x].jpg") == ["[x].jpg"]
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     assert found(tmp_path / "in") == ["b.JPG", "deep/c.jpg"]
+    assert found(tmp_path / "[!b].jpg") == found(tmp_path / "[^b].jpg") == found(tmp_path / "[[a].jpg") == ["a.jpg"]
+    (tmp_path / "in" / "lost.jpg").symlink_to(tmp_path / "nowhere")
+    assert found(tmp_path / "in") == ["b.JPG", "deep/c.jpg", "lost.jpg"]
+    with pytest.raises(InputError, match="There are no photos"):
+        found(tmp_path / "[z-a]*.jpg")
     with pytest.raises(InputError, match="There are no photos"):
         found(tmp_path / "*.webp")
+    scan = os.scandir
+
+    def locked(place):
+        if str(place).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(InputError, match=r"Cannot read .*/in/deep: Permission denied"):
+        found(tmp_path / "in")
 
 
 def test_large_files_stand_alone():

@@ -8,11 +8,13 @@ import pytest
 import yaml
 from conftest import job, read_json, tiny_settings, weights_of
 
+from unet.config import ExportSettings, TrainSettings, flat, unflat
 from unet.errors import InputError, RunFailed
+from unet.secrets import MASK
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.registry import Version, judge, register, register_run
-from unet.trained import TrainedModel
+from unet.trained import TrainedModel, tracking_uri_of
 
 OLD = Version("pets", "1", 0.6, "data")
 
@@ -120,6 +122,7 @@ def test_a_model_is_found_by_every_name_exported_and_registered(trained, storage
         "models:/handed/1",
         "models:/handed@champion",
         str(folder / "model"),
+        str(folder),
     ):
         found = TrainedModel.find(name, Folder(storage))
         assert sorted(str(w.shape) for w in found.weights) == shapes
@@ -127,6 +130,23 @@ def test_a_model_is_found_by_every_name_exported_and_registered(trained, storage
         assert found.val_mean_iou == summary["val"]["mean_iou"] and found.data_digest == summary["data_digest"]
         known = None if name == str(folder / "model") else summary["mlflow_run_id"]
         assert found.mlflow_run_id == known and f"step_{summary['best_checkpoint'][-8:]}" == found.checkpoint
+
+
+def test_a_run_says_where_it_is_tracked(tmp_path):
+    assert tracking_uri_of(None) is None and tracking_uri_of(Folder(tmp_path)) is None
+    (tmp_path / "config.yaml").write_text("tracking_uri: http://somewhere:5000\n")
+    assert tracking_uri_of(Folder(tmp_path)) == "http://somewhere:5000"
+    (tmp_path / "config.yaml").write_text(f"tracking_uri: http://{MASK}@somewhere:5000\n")
+    with pytest.raises(InputError, match="give --tracking-uri"):
+        tracking_uri_of(Folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["bob's", " ", "", "a/b", "models:x", "a\nb"])
+def test_names_that_no_registry_takes(name):
+    for settings in (ExportSettings, TrainSettings):
+        with pytest.raises(InputError, match="--register"):
+            unflat(settings, {"register": name})
+        assert flat(unflat(settings, {"register": "my pets-2.1"}))["register"] == "my pets-2.1"
 
 
 def test_register_of_a_finished_training(trained, storage):

@@ -19,6 +19,7 @@ from conftest import ROOT, read_json
 
 from unet import cli
 from unet.config import TrainSettings, TuneSettings, flat, unflat
+from unet.data.decode import Unusable, photo
 from unet.data.pieces import read_table
 from unet.data.shards import MANIFEST, Manifest, Prepared
 from unet.data.sources.archives import extract
@@ -314,6 +315,16 @@ def test_an_archive_stays_in_its_folder(tmp_path, canary, kind):
     with pytest.raises(InputError, match=r"Cannot unpack .*images.tar.gz: .* Fetch the archive again"):
         extract(folder, tmp_path / "target", lambda *_: None)
     assert not [p for p in (tmp_path / "target").rglob("*") if not p.is_dir()]
+
+
+def test_a_photo_starts_no_program(tmp_path, monkeypatch):
+    """PostScript that is named as a photo, which Pillow would hand to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("Ghostscript"))
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(Unusable, match=r"a\.jpg cannot be decoded: it is no picture of a known kind"):
+        photo(str(tmp_path / "a.jpg"), lambda name: Path(name).read_bytes())
 
 
 def test_the_code_calls_nothing_that_could_load_code():

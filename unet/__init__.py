@@ -3,6 +3,7 @@
 The jobs are the doors; in a program of your own `unet.load` gives a trained model that takes arrays.
 """
 
+from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,11 +12,14 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(model: str, storage_path: str | None = None, tracking_uri: str | None = None) -> "Segmenter":
+def load(
+    model: str | PathLike[str], storage_path: str | PathLike[str] | None = None, tracking_uri: str | None = None
+) -> "Segmenter":
     """A trained model, ready to predict; no Ray has to run.
 
     Args:
-        model: a run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI (`runs:/…`, `models:/…`).
+        model: a run's name (its best checkpoint), the folder of a run or a checkpoint, or an MLflow URI (`runs:/…`,
+            `models:/…`).
         storage_path: where the runs are; default as for the jobs: `UNET_STORAGE_PATH`, else `~/unet-runs`.
         tracking_uri: MLflow server or store; default: sqlite under the storage path.
 
@@ -27,6 +31,6 @@ def load(model: str, storage_path: str | None = None, tracking_uri: str | None =
     from unet.storage import Folder
     from unet.trained import TrainedModel
 
-    given = {"storage_path": storage_path, "tracking_uri": tracking_uri}
+    given = {"storage_path": None if storage_path is None else fspath(storage_path), "tracking_uri": tracking_uri}
     store = StoreSettings(**{name: value for name, value in given.items() if value is not None})
-    return Segmenter(TrainedModel.find(model, Folder(store.storage_path), store.tracking_uri))
+    return Segmenter(TrainedModel.find(fspath(model), Folder(store.storage_path), store.tracking_uri))

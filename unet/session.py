@@ -15,6 +15,13 @@ ANSWER_SECONDS = 5
 """How long a cluster may take to answer at all."""
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised first, in a process of the cluster, of what Ray raises here."""
+    while cause := getattr(error, "cause", None) or error.__cause__:
+        error = cause
+    return error
+
+
 @contextlib.contextmanager
 def silenced(debug: bool = False):
     """Nothing that libraries write to stderr past Python reaches the terminal, as TensorFlow does while it loads."""

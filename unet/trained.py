@@ -3,6 +3,7 @@
 No TensorFlow in a job's driver: a task of Ray reads the variables of an MLflow model, and does not run its graph.
 """
 
+import errno
 import re
 import sys
 import tempfile
@@ -12,9 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from unet.classes import Classes, ClassInfo
-from unet.config import MAY_CHANGE, DataSettings, ModelSettings, Resize, TrainSettings, parse_yaml, unflat
+from unet.config import (
+    CONFIG,
+    MAY_CHANGE,
+    DataSettings,
+    ModelSettings,
+    Resize,
+    TrainSettings,
+    parse_yaml,
+    read_config,
+    unflat,
+)
 from unet.errors import Damaged, InputError, first_line
-from unet.secrets import without_secrets
+from unet.secrets import lost, without_secrets
+from unet.session import cause_of
 from unet.storage import Folder
 from unet.training.arrays import weight_shapes
 from unet.training.checkpoint import STATE, Checkpoints
@@ -30,7 +42,7 @@ class TrainedModel:
     """A network with the weights of one checkpoint.
 
     Attributes:
-        name: as it was asked for: a run's name, a checkpoint's folder or an MLflow URI.
+        name: as it was asked for: a run's name, the folder of a run or a checkpoint, or an MLflow URI.
         network: its shape.
         image_size: side of its square input, in pixels.
         resize: how photos become that square.
@@ -70,13 +82,12 @@ class TrainedModel:
         Raises:
             InputError: there is no such model, or it is damaged.
         """
-        if not model:
-            raise InputError("Say which model: --model RUN_NAME, a checkpoint's folder, or an MLflow URI.")
-        if re.match(r"(runs|models):/", model):
+        place = located(model, storage)
+        if place is None:
             return cls._of_mlflow(model, storage, tracking_uri)
-        if Folder(model).exists(MLMODEL):
-            return cls._of_package(model, Folder(model))
-        run, checkpoint = find_checkpoint(model, storage)
+        run, checkpoint = place
+        if checkpoint is None:
+            return cls._of_package(model, run)
         try:
             return cls.of_checkpoint(run, checkpoint, model)
         except Damaged as error:
@@ -164,29 +175,55 @@ class TrainedModel:
         return cls(name, network, data.image_size, data.resize, classes, weights, digest, score, run_name, checkpoint)
 
 
-def find_checkpoint(model: str, storage: Folder) -> tuple[Folder, str]:
-    """The run's folder and checkpoint that `--model` means: a run's best one, or the one whose folder is given.
+def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
+    """Where the model is that `--model` means, as far as is known without asking MLflow.
+
+    Returns:
+        A run's folder and its checkpoint: the best one, or the one whose folder is given; a packaged model's folder
+        and None; None for an MLflow URI.
 
     Raises:
-        InputError: there is no such run or checkpoint.
+        InputError: there is no such model.
     """
-    if (Path(model) / STATE).is_file():
-        path = Path(model).resolve()
-        return Folder(path.parent.parent), path.name
-    run = storage / model
-    checkpoint = best_checkpoint(run)
-    if checkpoint is None:
-        raise InputError(
-            f"{model!r} is neither a run with a checkpoint under {storage}, nor a checkpoint's folder, nor an MLflow "
-            "URI such as models:/NAME@champion."
-        )
-    return run, checkpoint
+    if not model:
+        raise InputError("Say which model: --model RUN_NAME, a checkpoint's folder, or an MLflow URI.")
+    if re.match(r"(runs|models):/", model):
+        return None
+    path = Path(model)
+    try:
+        if Folder(model).exists(MLMODEL):
+            return Folder(model), None
+        if (path / STATE).is_file():
+            path = path.resolve()
+            return Folder(path.parent.parent), path.name
+        for run in (storage / model, Folder(path.resolve())):
+            if checkpoint := best_checkpoint(run):
+                return run, checkpoint
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+    raise InputError(
+        f"{model!r} is neither a run with a checkpoint under {storage}, nor the folder of a run or a checkpoint, nor "
+        "an MLflow URI such as models:/NAME@champion."
+    )
 
 
 def best_checkpoint(run: Folder) -> str | None:
     """The checkpoint that a run's name means: its best, or its last while none is scored; None if it has none."""
     latest = Checkpoints(run).latest()
     return latest and (latest[1].best_checkpoint or latest[0])
+
+
+def tracking_uri_of(run: Folder | None) -> str | None:
+    """Where a run is tracked, as its folder says; None for the default store.
+
+    Raises:
+        InputError: its URI had a secret, which was not saved.
+    """
+    uri = read_config(run).get("tracking_uri") if run and run.exists(CONFIG) else None
+    if lost(uri):
+        raise InputError(f"The tracking URI of {run} had a secret, which was not saved: give --tracking-uri.")
+    return uri
 
 
 def _resolved(uri: str, client) -> tuple[str, str | None]:
@@ -213,8 +250,7 @@ def _read_variables(folder: Folder, place: str, shapes: list[tuple[int, ...]], n
         else:
             arrays = _variables(kept, len(shapes))
     except Exception as error:  # whatever TensorFlow makes of damaged bytes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # where Ray says what it was
-        raise InputError(f"The variables of {name} cannot be read: {reason}") from error
+        raise InputError(f"The variables of {name} cannot be read: {first_line(cause_of(error))}") from error
     if [(a.shape, a.dtype) for a in arrays] != [(shape, np.dtype(np.float32)) for shape in shapes]:
         raise InputError(f"The variables of {name} are not those of its network: package it again.")
     return arrays

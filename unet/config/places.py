@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from unet.config.base import Part
 from unet.secrets import without_secrets
+
+RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
+"""Of a model in MLflow's registry: it stands in URIs and in queries."""
 
 
 class StoreSettings(Part):

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from unet.config.base import Part, parse_interval
 from unet.config.data import DataSettings
-from unet.config.places import DoorSettings, StoreSettings
+from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
 TICKET = ".ticket"
 """What the workers under way may write into a run's folder by."""
@@ -107,7 +107,7 @@ class RunSettings(StoreSettings):
     """How many of the best checkpoints stay; the last one always does."""
     experiment: str = "unet-pets"
     """MLflow experiment."""
-    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
+    register: RegisteredName = None
     """Register the model in MLflow under this name; it becomes the champion if it is better on val."""
 
     @field_validator("run_name")

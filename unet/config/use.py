@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from unet.config.base import Part
-from unet.config.places import DoorSettings, StoreSettings
+from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
 
 class EvaluatePart(Part):
@@ -55,7 +55,7 @@ class PredictPart(Part):
     """What is segmented by what."""
 
     model: str = ""
-    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     input: str = ""
     """A photo, a folder, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
     output: str = ""
@@ -93,7 +93,7 @@ class ExportPart(Part):
     """What is handed on, and in which form."""
 
     model: str = ""
-    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
+    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
     output: str | None = None
     """Folder for the exported files; may be s3://… Default: export/ in the run's folder; with --register none."""
     formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
@@ -102,7 +102,7 @@ class ExportPart(Part):
     """Folder of photos to compare the formats on. Default: drawn pets."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """Of each format as it is timed. Default: one for each CPU."""
-    register: Annotated[str | None, Field(pattern=r"^[^/:]+$")] = None
+    register: RegisteredName = None
     """Make the run's packaged model a version of this registered model; it becomes the champion if it is better on
     val."""
 

@@ -7,6 +7,7 @@ import errno
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from unet.config import Resize
 from unet.data import synthetic
 from unet.data.resize import ignore_padding, to_square
 from unet.data.sources import Sample
+from unet.data.sources.own import SUFFIXES
 from unet.errors import first_line
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
@@ -206,9 +208,16 @@ def _open(path: str, read: Callable[[str], bytes] = _content) -> Image.Image:
     content = read(path)
     if not content:
         raise Unusable("empty_file", f"{Path(path).name} is empty")
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=_formats())
     image.load()
     return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the kinds that samples may be of: others start programs, as EPS does Ghostscript."""
+    known = Image.registered_extensions()
+    return tuple(sorted({known[suffix] for suffix in SUFFIXES if suffix in known}))
 
 
 def _png(ids: np.ndarray) -> bytes:

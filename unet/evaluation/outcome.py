@@ -6,15 +6,15 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet.config import CONFIG, EvaluateSettings, read_config
-from unet.errors import InputError, first_line
+from unet.config import EvaluateSettings
+from unet.errors import first_line
 from unet.evaluation.page import evaluation_page
 from unet.evaluation.place import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.run import Evaluation
-from unet.secrets import lost, without_secrets
+from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel
+from unet.trained import TrainedModel, tracking_uri_of
 from unet.training.run import read_history
 
 FILES = (METRICS, RECORDS, PAGE)
@@ -48,7 +48,7 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
         return
     storage = Folder(settings.store.storage_path)
     try:
-        uri = settings.store.tracking_uri or _uri_of(model.run)
+        uri = settings.store.tracking_uri or tracking_uri_of(model.run)
         if not _send(done, storage, uri):
             display.say(not_its_model)
     except Exception as error:  # whatever the store's library raises: the results are there
@@ -56,14 +56,6 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
             f"MLflow has not taken the evaluation ({without_secrets(first_line(error))[:200].rstrip('.')}): {kept}.",
             "yellow",
         )
-
-
-def _uri_of(run: Folder | None) -> str | None:
-    """Where the run is tracked, as its folder says; None for the default store."""
-    uri = read_config(run).get("tracking_uri") if run and run.exists(CONFIG) else None
-    if lost(uri):
-        raise InputError("its tracking URI had a secret, which was not saved: give --tracking-uri")
-    return uri
 
 
 def _send(done: Evaluation, storage: Folder, uri: str | None) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 from unet.config import Resize
 from unet.data.decode import BILINEAR, Unusable, photo
 from unet.data.resize import to_square
+from unet.data.sources.own import SUFFIXES
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.packaging.forms import Run
@@ -47,8 +48,7 @@ def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str],
         # At odd sizes: the drawing is resized as a photo is.
         drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
         return np.stack([to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn])
-    suffixes = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(PHOTOS, len(files))).astype(int)]
     found = []
     for file in chosen:

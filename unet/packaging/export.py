@@ -19,6 +19,7 @@ from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.trained import TrainedModel
+from unet.training.resources import check_writable
 
 PASSPORT, USAGE = "export.json", "README.md"
 LIBRARIES = {"saved_model": ("tensorflow",), "tflite": ("tensorflow",), "onnx": ("tf2onnx", "onnx", "onnxruntime")}
@@ -34,6 +35,7 @@ def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
     if part.output is None and trained.run is None:
         raise InputError(f"Say where the export of {trained.name} goes: --output FOLDER.")
     folder = Folder(part.output) if part.output else trained.run / "export"
+    check_writable(folder, "--output")
     if folder.names() and not folder.exists(PASSPORT):
         raise InputError(f"{folder} holds something else: give an --output that is new, empty or an older export.")
     return folder
@@ -45,10 +47,10 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     TensorFlow runs in this process.
 
     Raises:
-        InputError: there are no photos to compare on.
+        InputError: there are no photos to compare on, or an older export is damaged.
         RunFailed: a form answers otherwise than the network. Nothing was written then.
     """
-    part, size = settings.export, trained.image_size
+    part, size, older = settings.export, trained.image_size, _forms_in(target)
     threads = part.threads or len(os.sched_getaffinity(0))
     images = compare.squares(part.images, size, trained.resize, display.say)
     display.waiting("loading TensorFlow")
@@ -81,6 +83,8 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     }
     for name in part.formats:
         _place(target, name, files[name])
+    for name in older - {*part.formats}:  # of other weights
+        _remove(target, FORMS[name].file)
     target.write_text(USAGE, usage(trained, part.formats))
     target.write_text(PASSPORT, json.dumps(told, indent=2))
     return told
@@ -122,6 +126,23 @@ def _place(target: Folder, name: str, files: dict[str, bytes]) -> None:
         target.write_bytes(FORMS[name].file, files[""])
     else:
         target.commit(FORMS[name].file, files)
+
+
+def _forms_in(target: Folder) -> set[str]:
+    """The forms that an older export has written there, as it says itself."""
+    if not target.exists(PASSPORT):
+        return set()
+    try:
+        return FORMS.keys() & {*json.loads(target.read_text(PASSPORT))["formats"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{target}/{PASSPORT} is damaged: give another --output, or remove {target}.") from error
+
+
+def _remove(target: Folder, file: str) -> None:
+    if target.committed(file):
+        target.delete(file)
+    elif target.exists(file):
+        target.fs.delete_file(target.at(file))
 
 
 def usage(trained: TrainedModel, formats: tuple[str, ...]) -> str:

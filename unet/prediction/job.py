@@ -12,10 +12,11 @@ from unet.config import PredictSettings
 from unet.data.sources import shown
 from unet.errors import InputError, RunFailed, first_line
 from unet.prediction.photos import Photos, find_photos, output_names
-from unet.prediction.results import KINDS, Results, locked, row_schema
+from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
 from unet.prediction.stream import plan, predicted
 from unet.secrets import without_secrets
+from unet.session import cause_of
 from unet.storage import Folder
 from unet.terminal import Display, duration
 from unet.trained import TrainedModel
@@ -53,8 +54,10 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
     """
     output, store = Folder(settings.predict.output), settings.store
     trained = TrainedModel.find(settings.predict.model, Folder(store.storage_path), store.tracking_uri)
+    job = job_of(settings, trained)
+    refuse_others(output, job)
     with locked(output):
-        results = Results.open(output, job_of(settings, trained), trained.class_names)
+        results = Results.open(output, job, trained.class_names)
         todo, before = _todo(photos, results)
         _say(display, settings, trained, photos, before)
         try:
@@ -78,7 +81,7 @@ def photos_of(settings: PredictSettings) -> Photos:
     if not part.output:
         raise InputError("Say where predictions go: --output FOLDER, or s3://bucket/prefix.")
     output = Folder(part.output)
-    check_writable(output)
+    check_writable(output, "--output")
     photos = find_photos(part.input, output)
     if photos.folder.uri.rstrip("/") == output.uri.rstrip("/"):
         raise InputError(f"{output} holds the photos: give another --output, such as a folder in it.")
@@ -150,17 +153,11 @@ def _run(
             pace = f" · {speed:.1f} images/s · {duration((len(todo) - done) / speed)} left" if speed else ""
             display.waiting(f"{done:,}/{len(todo):,} photos{pace}")
     except ray.exceptions.RayError as error:
-        raise RunFailed(f"Predicting failed: {_cause(error)}. The same command goes on from here.") from error
+        reason = first_line(cause_of(error)).rstrip(".")
+        raise RunFailed(f"Predicting failed: {reason}. The same command goes on from here.") from error
     if done != len(todo):
         raise RunFailed(f"{done:,} photos came back of {len(todo):,}: the same command does the rest.")
     return bad, speed, first_at - begun
-
-
-def _cause(error: BaseException) -> str:
-    """What was raised first, in a process of the cluster."""
-    while cause := getattr(error, "cause", None) or error.__cause__:
-        error = cause
-    return first_line(error).rstrip(".")
 
 
 def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:

@@ -4,6 +4,7 @@ A folder means the pictures below it, by their suffixes; a pattern those that fi
 name. Hidden files are left out, and so is the output where it lies below the input.
 """
 
+import fnmatch
 import os
 import re
 from collections import Counter
@@ -23,6 +24,8 @@ MAGIC = re.compile(r"[*?\[]")
 LONGEST_NAME = 230
 """Bytes of a name: temporary files and other suffixes are a little longer, and 255 is the most a disk takes."""
 SUFFIXES_WRITTEN = (".png", ".jpg", ".npz")
+LIKE_WRITTEN = re.compile(r"(\.png|\.jpg|\.npz)/")
+"""The end of a folder's name that a written file may have too."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def find_photos(text: str, output: Folder) -> Photos:
         found = _photos(place, files, SUFFIXES)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else without_secrets(first_line(error))
-        raise InputError(f"Cannot read {without_secrets(base)}: {reason}.") from error
+        where = without_secrets(str(error.filename or base))
+        raise InputError(f"Cannot read {where}: {reason}. Put that right, or give another --input.") from error
     if not len(found):
         held = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in found.others.most_common(4))
         raise InputError(
@@ -92,19 +96,23 @@ def output_names(files: Iterable[str], taken: Mapping[str, str]) -> dict[str, st
     stems = Counter(map(_stem, files))
     folders = {folder for file in files for folder in _above(file)}
     names, used = dict(taken), set(taken.values())
+    written = {name + suffix for name in used for suffix in SUFFIXES_WRITTEN}
 
     def free(name: str) -> bool:
         return name not in used and not any(name + suffix in folders for suffix in SUFFIXES_WRITTEN)
 
+    def reachable(name: str) -> str:
+        """The name, in folders that are not what was written for a photo of before."""
+        return LIKE_WRITTEN.sub(r"\1-2/", name) if written.intersection(_above(name)) else name
+
     new = [file for file in files if file not in taken]
     # Those that are alone come first, whatever the order: a name that is nobody else's is theirs.
     for file in sorted(new, key=lambda file: (stems[_stem(file)] > 1, file)):
-        wanted = _stem(file) if stems[_stem(file)] == 1 else file
+        name = reachable(_stem(file) if stems[_stem(file)] == 1 else file)
         number = 1
-        name = wanted
         while not free(name):
             number += 1
-            name = f"{file}-{number}"
+            name = f"{reachable(file)}-{number}"
         names[file] = name
         used.add(name)
     return names
@@ -140,17 +148,31 @@ def _photos(folder: Folder, files: Iterable[tuple[str, int, int]], suffixes: Col
 
 
 def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
-    """(relative name, size, time of change in ns) of the files below a folder that are not hidden."""
+    """(relative name, size, time of change in ns) of the files below a folder that are not hidden.
+
+    A link that leads nowhere is there too, so that whoever reads it says so; what is no file, as a pipe, is not.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     if folder.is_local:
-        for path in files_below(folder.path):
-            if os.path.isfile(path):  # no dangling link, no pipe
+        for path in files_below(folder.path, _raised):
+            name = os.path.relpath(path, folder.path)
+            if os.path.isfile(path):
                 status = path.stat()
-                yield os.path.relpath(path, folder.path), status.st_size, status.st_mtime_ns
+                yield name, status.st_size, status.st_mtime_ns
+            elif not os.path.exists(path):
+                yield name, 0, 0
         return
     for info in folder.fs.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True, recursive=True)):
         name = info.path.removeprefix(folder.path.rstrip("/") + "/")
         if info.type == pafs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
             yield name, info.size, info.mtime_ns or 0
+
+
+def _raised(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # where nothing is, there are no photos
+        raise error
 
 
 def _translated(pattern: str) -> re.Pattern:
@@ -159,8 +181,8 @@ def _translated(pattern: str) -> re.Pattern:
     found = ""
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
         if len(piece) > 2 and piece[0] == "[":
-            inside = piece[1:-1].replace("\\", r"\\")
-            found += f"[{'^' + inside[1:] if inside[0] == '!' else inside}]"
+            piece = re.sub(r"^\[\^", "[!", piece)
+            found += fnmatch.translate(piece)[4:-3]  # without "(?s:" and ")\\Z"; for an empty range what nothing fits
         else:
             found += words.get(piece) or re.escape(piece)
     return re.compile(found, re.DOTALL)

@@ -88,17 +88,9 @@ class Results:
         Raises:
             InputError: the folder holds others.
         """
+        refuse_others(folder, job)
         if not folder.exists(JOB):
-            theirs = {TABLE, *(kind.partition("/")[0] for kind in KINDS)}.intersection(folder.names())
-            if theirs:
-                raise InputError(
-                    f"{folder} holds {' and '.join(sorted(theirs))} that this job did not write: give another --output."
-                )
             folder.write_text(JOB, json.dumps(job, indent=2))
-        found = json.loads(folder.read_text(JOB))
-        if differing := [key for key in job if found.get(key) != job[key]]:
-            words = ", ".join(f"{key} {found.get(key)} there, {job[key]} here" for key in differing)
-            raise InputError(f"{folder} holds other predictions ({words}): give another --output, or remove it.")
         return cls(folder, class_names)
 
     def whole(self) -> dict[str, tuple]:
@@ -176,6 +168,29 @@ class Results:
         for class_name, count in zip(self.class_names, pixels, strict=True):
             columns[f"share_{class_name}"] = pc.if_else(good, pa.array(np.round(count / total, 6)), None)
         return pa.table(columns | {"problem": rows["detail"]})
+
+
+def refuse_others(folder: Folder, job: dict) -> None:
+    """Refuse a folder that holds what another job has written; nothing is touched.
+
+    Raises:
+        InputError: with what differs.
+    """
+    if not folder.exists(JOB):
+        theirs = {TABLE, *(kind.partition("/")[0] for kind in KINDS)}.intersection(folder.names())
+        if theirs:
+            raise InputError(
+                f"{folder} holds {' and '.join(sorted(theirs))} that this job did not write: give another --output."
+            )
+        return
+    try:
+        found = json.loads(folder.read_text(JOB))
+        differing = [key for key in job if found.get(key) != job[key]]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/{JOB} is damaged: give another --output, or remove {folder}.") from error
+    if differing:
+        words = ", ".join(f"{key} {found.get(key)} there, {job[key]} here" for key in differing)
+        raise InputError(f"{folder} holds other predictions ({words}): give another --output, or remove it.")
 
 
 @contextlib.contextmanager

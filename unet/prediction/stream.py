@@ -109,6 +109,7 @@ def predicted(
         )
     dataset.context.target_max_block_size = None  # a group stays a block, whatever its size
     dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True  # else it says only that there was one
     if not debug:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a failed task is one line of ours
     stream = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -94,10 +94,13 @@ def listed(listing: Path) -> list[str]:
     return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip() and not line.startswith("#")]
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """The files below a folder that are not hidden, through links too, in the order of their paths."""
+def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """The files below a folder that are not hidden, through links too, in the order of their paths.
+
+    `onerror` is told of a folder that cannot be read, which is left out.
+    """
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if real not in seen else []
         if real not in seen:
