@@ -9,7 +9,7 @@ from unet.data.sources.find import check_source
 from unet.errors import InputError, first_line
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
-from unet.trained import MLMODEL, TrainedModel, best_checkpoint, find_checkpoint
+from unet.trained import TrainedModel, best_checkpoint, located
 from unet.training.resources import check_writable
 from unet.training.run import read_summary
 
@@ -39,8 +39,7 @@ def check_settings(settings: EvaluateSettings) -> None:
     """
     part, storage = settings.evaluate, Folder(settings.store.storage_path)
     for name in asked(part.model):
-        if ":/" not in name and not Folder(name).exists(MLMODEL):
-            find_checkpoint(name, storage)
+        located(name, storage)
     if part.data is not None:
         check_source(part.data)
 
