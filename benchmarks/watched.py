@@ -21,7 +21,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {"worker": "RayTrainWorker", "controller": "TrainController"}
 """What the title of such a process holds."""
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.03
 HANG_SECONDS = 300
 """So long without any sign of life, a training is taken for one that hangs."""
 

@@ -1,6 +1,7 @@
 """Connecting to Ray, quietly: to the cluster of a submitted job or a running one, else to a new local one."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -63,6 +64,23 @@ def _address() -> str | None:
 
 
 @contextlib.contextmanager
+def _any_agent_port():
+    """A Ray that starts here has its node's agent listen on a free port.
+
+    Ray has a fixed one, which `ray.init` cannot change. Where another Ray of the machine has it, or the agents of one
+    whose driver was killed, which live a minute longer, every start would wait for it for more than three seconds.
+    """
+    from ray._private import parameter
+
+    known = parameter.RayParams
+    parameter.RayParams = functools.partial(known, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = known
+
+
+@contextlib.contextmanager
 def ray_session(debug: bool = False, dashboard: bool = False):
     """A connected Ray for the time of the block; what was started here is ended here.
 
@@ -86,7 +104,8 @@ def ray_session(debug: bool = False, dashboard: bool = False):
     if started:
         try:
             logging_level = "INFO" if debug else "ERROR"
-            ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
+            with _any_agent_port():
+                ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
         except ConnectionError as error:
             raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
     import ray.data

@@ -17,6 +17,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -29,6 +30,9 @@ from unet.training.monitor import Live, Monitor
 from unet.training.resources import Plan
 from unet.training.worker import train_worker
 
+ANSWER_SECONDS = 10
+"""How long a controller may take to hand over itself."""
+
 
 @dataclass
 class _Announce(ControllerCallback):
@@ -37,15 +41,17 @@ class _Announce(ControllerCallback):
     monitor: ray.actor.ActorHandle
 
     def after_controller_start(self, train_run_context) -> None:
-        ray.get(self.monitor.event.remote("controller", ray.get_runtime_context().current_actor))
+        # A reference, in a list, which Ray leaves alone: to unpack the handle the mailbox would load all of Ray Train.
+        ray.get(self.monitor.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
 
 
 class _Trainer(DataParallelTrainer):
-    """Ray Train without its cleaner of places, a process more to start: `free_abandoned_places` does its work, where
-    no other group of the job lives."""
+    """Ray Train without those of its callbacks that would only start a process more."""
+
+    without: tuple[type, ...] = ()
 
     def _create_default_callbacks(self):
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self.without)]
 
 
 class Group:
@@ -62,7 +68,7 @@ class Group:
         self.nodes: set[str] = set()
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
-        self._seen, self._controller = 0, None
+        self._seen, self._announced, self._controller = 0, False, None
         self._failure: BaseException | None = None
         self._unread: BaseException | None = None
         self._threads: dict[str, threading.Thread] = {}
@@ -81,7 +87,7 @@ class Group:
 
     def _keep(self, keep: Callable[[], Ingest]) -> None:
         try:
-            self.monitor.give.remote(keep())
+            self.monitor.give.remote([ray.put(keep())])
         except BaseException as error:
             self._unread = error
             self.abort()
@@ -97,11 +103,14 @@ class Group:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _trainer(self, job: Job, stream: Ingest | None, scratch: Path) -> DataParallelTrainer:
-        plan, data = self._plan, {}
+        plan, data, without = self._plan, {}, []
         if stream:  # the data set is its place only: `OrderedData` gives the shards
             data = {"datasets": {"train": ray.data.range(1)}, "dataset_config": OrderedData(stream)}
-        trainer = _Trainer if job.score_test else DataParallelTrainer  # a sweep's job has other groups
-        return trainer(
+        else:  # the workers have their data from the monitor
+            without.append(DatasetsCallback)
+        if job.score_test:  # the job has no other group, as a sweep's has: `free_abandoned_places` does it
+            without.append(PlacementGroupCleanerCallback)
+        trainer = _Trainer(
             train_worker,
             train_loop_config={"job": job, "streamed": stream is not None},
             backend_config=TensorflowBackendConfig(),
@@ -120,6 +129,8 @@ class Group:
             ),
             **data,
         )
+        trainer.without = tuple(without)
+        return trainer
 
     @property
     def ended(self) -> bool:
@@ -145,9 +156,11 @@ class Group:
         self._seen += len(events)
         for kind, content in events:
             if kind == "controller":
-                self._controller = content
+                self._announced = True
+                with contextlib.suppress(RayError):  # gone by now, and its reference with it
+                    self._controller = ray.get(content[0], timeout=ANSWER_SECONDS)
                 if self.aborted_at is not None:
-                    ray.kill(content)
+                    self._end_controller()
             elif kind == "worker":
                 self.nodes.add(content)
         return lives.get(run), [event for event in events if event[0] not in ("controller", "worker")]
@@ -160,14 +173,17 @@ class Group:
         """End the group now, or as soon as it has begun: workers die with the controller that owns them."""
         if self.aborted_at is None:
             self.aborted_at = time.monotonic()
-            if self._controller is not None:
-                ray.kill(self._controller)
+            self._end_controller()
+
+    def _end_controller(self) -> None:
+        if self._controller is not None:
+            ray.kill(self._controller)
 
     @property
     def begun(self) -> bool:
         """Whether its data are open and its controller is there."""
         reading = "data" in self._threads and self._threads["data"].is_alive()
-        return self._controller is not None and not reading
+        return self._announced and not reading
 
     def close(self) -> None:
         """Let go of the mailbox."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import ray
 
-from unet.data.ingest import Ingest
-
 LIVE_SECONDS = 0.5
 
 
@@ -58,7 +56,7 @@ class Clock:
 
 @ray.remote(num_cpus=0, enable_task_events=False)  # Ray would keep one of each poll
 class Monitor:
-    """A mailbox owned by the driver; dies with it."""
+    """A mailbox owned by the driver; dies with it. It is there at once as long as it imports little."""
 
     def __init__(self):
         self._live, self._events, self._wish, self._wished = {}, [], None, asyncio.Event()
@@ -81,13 +79,13 @@ class Monitor:
         await self._wished.wait()
         return self._wish
 
-    async def give(self, reading: Ingest) -> None:
-        """Let the workers have the data that are kept in memory."""
+    async def give(self, reading: list[ray.ObjectRef]) -> None:
+        """Let the workers have the data that are kept in memory: a reference in a list, which Ray leaves alone."""
         self._reading = reading
         self._given.set()
 
-    async def reading(self) -> Ingest:
-        """These, as soon as they are there."""
+    async def reading(self) -> list[ray.ObjectRef]:
+        """That list, as soon as it is there."""
         await self._given.wait()
         return self._reading
 

@@ -30,7 +30,8 @@ def train_worker(config: dict) -> None:
         if config["streamed"]:
             shard = ray.train.get_dataset_shard("train")
         else:
-            shard = Shard(ray.get(job.monitor.reading.remote()), rank, world_size)
+            (reading,) = ray.get(job.monitor.reading.remote())
+            shard = Shard(ray.get(reading), rank, world_size)
         loop = Loop(job, learner, shard.reader(), line, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
