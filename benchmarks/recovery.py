@@ -4,14 +4,16 @@
 
 A round is one training (16 filters, 128 px, batch 16) by `jobs/train.py` on a Ray of its own. One after another, a
 worker, the controller and the driver are killed by SIGKILL, each some steps after a checkpoint; after the driver the
-same command is given again at once. Measured is from the kill to the moment when the first step after it was applied
-on all workers, and how many steps were done again.
+same command is given again at once. With such a driver its Ray dies too; so a second training, on a Ray that stays,
+loses its driver as well. Measured is from the kill to the moment when the first step after it was applied on all
+workers, and how many steps were done again.
 
 TensorFlow's import is measured in each round on the same machine: fresh processes, as many at once as there are
 workers, until the last has loaded it. What goes beyond it is the job's own part.
 """
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -20,13 +22,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from ray.cluster_utils import Cluster
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from watched import Watched
 
 SETTINGS = {"data": "synthetic:400", "image_size": 128, "base_filters": 16, "batch_size": 16, "epochs": 1000}
-KINDS = ("worker", "controller", "driver")
+STAYING = "driver, its Ray stays"
+KINDS = ("worker", "controller", "driver", STAYING)
 AIM_SECONDS = 10
 """Beyond the import."""
 
@@ -46,6 +50,7 @@ def import_seconds(processes: int) -> float:
 def recover(job: Watched, kind: str, steps: int, draws: random.Random) -> dict | None:
     """Kill when `steps` more steps are done; seconds to the next one and steps repeated, None if the job ended."""
     job.wait_for_step(job.step + steps)
+    kind = "driver" if kind == STAYING else kind
     kill = job.kill(kind, draws.randrange(2))
     known = {line["start"] for line in job.applied}
     if kind == "driver":
@@ -62,15 +67,25 @@ def recover(job: Watched, kind: str, steps: int, draws: random.Random) -> dict |
 
 def run_round(options, folder: Path, number: int, draws: random.Random) -> dict:
     """The measurements by kind, and TensorFlow's import."""
+    found = {"import": import_seconds(options.workers)}
+    found |= hurt(options, KINDS[:-1], folder, f"own-{number}", "local", draws)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": os.cpu_count(), "include_dashboard": False})
+    try:
+        return found | hurt(options, (STAYING,), folder, f"staying-{number}", cluster.address, draws)
+    finally:
+        cluster.shutdown()
+
+
+def hurt(options, kinds: tuple[str, ...], folder: Path, name: str, address: str, draws: random.Random) -> dict:
+    """A training on that Ray through these kills, one after another."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
     flags += [f"--num-workers={options.workers}", f"--checkpoint-every={options.checkpoint_every}"]
-    found = {"import": import_seconds(options.workers)}
-    job = Watched(flags, folder / "runs", f"round-{number}", folder / f"round-{number}")
+    job, found = Watched(flags, folder / "runs", name, folder / name, address), {}
     job.start()
     try:
         if job.wait_for_start(set()) is None:
             raise SystemExit(job.output)
-        for kind in KINDS:
+        for kind in kinds:
             steps = options.checkpoint_every + draws.randrange(options.checkpoint_every)
             found[kind] = recover(job, kind, steps, draws)
             if job.ended:  # it gave up, and is started again for what follows

@@ -7,7 +7,7 @@ import pytest
 
 from unet.data import ingest
 from unet.data.augment import flips
-from unet.data.ingest import Ingest, OrderedData, keep
+from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import PADDING, epoch_order
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
@@ -29,8 +29,7 @@ def reading(pets, epochs=2, start=(1, 0), batch_size=48) -> Ingest:
 
 
 def readers(plan: Ingest, workers: int):
-    shards = OrderedData(plan).configure({"train": None}, workers, None, None)
-    return [s["train"].reader() for s in shards]
+    return [shard.reader() for shard in shards(plan, workers)]
 
 
 def truth(pets, split):

@@ -85,6 +85,15 @@ def test_float16_halves_its_loss_scale_when_numbers_overflow(pets):
     assert one.train_step(*pets, 2).finite and bits(one) != before
 
 
+def test_float16_is_given_up_only_after_a_step_at_the_least_scale(pets):
+    one = learner(precision="mixed_float16")
+    one.model.weights[0].assign(one.model.weights[0] * np.nan)
+    one.loss_scale.assign(2.0)
+    steps = [one.train_step(*pets, step) for step in (1, 2)]
+    assert [(result.finite, result.can_shrink) for result in steps] == [(False, True), (False, False)]
+    assert float(one.loss_scale.numpy()) == 1.0
+
+
 def test_counts_stay_exact_past_what_float32_can_count():
     """More than 2**24 pixels in one batch, an odd number of them in one cell."""
     one = learner(image_size=128, base_filters=1, depth=1, batch_size=1028)

@@ -47,6 +47,7 @@ def couriers(tmp_path):
 
     def make(uri, experiment):
         made.append(Courier(Folder(tmp_path), experiment, uri, words.append))
+        made[-1].open()
         return made[-1]
 
     yield make, words

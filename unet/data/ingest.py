@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.train import DataConfig
 
 from unet.classes import IGNORE
 from unet.data.augment import flips, mirror
@@ -79,17 +78,6 @@ class Ingest:
         if split == "train":
             return epoch_order(self.samples[split], self.seed, epoch)
         return np.arange(self.samples[split], dtype=np.int64)
-
-
-class OrderedData(DataConfig):
-    """Gives each worker of Ray Train its `Shard`; called anew, with the new world size, at every start."""
-
-    def __init__(self, ingest: Ingest):
-        super().__init__()
-        self.ingest = ingest
-
-    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-        return [dict.fromkeys(datasets, shard) for shard in shards(self.ingest, world_size)]
 
 
 def shards(ingest: Ingest, world_size: int) -> list["Shard"]:

@@ -61,15 +61,20 @@ class Courier:
         self._attempts, self._failures, self._refusals = 0, 0, 0
         self._taken_at = time.monotonic()
         self._away: set[bool] = set()
-        self._hurry = self._closed = False
+        self._hurry = self._closed = self._opened = False
         self._changed = threading.Condition()
 
         def connect(_) -> None:
             self._store = Store(storage, experiment, uri)
 
-        load_mlflow()  # not in the thread: beside other imports of the main thread it might meet half-made modules
         self._put(connect, needed=True)
-        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    def open(self) -> None:
+        """Begin to deliver. MLflow takes a second to load, and so long nothing is sent yet."""
+        if not self._opened:
+            self._opened = True
+            load_mlflow()  # not in the thread: beside other imports of the main one it might meet half-made modules
+            threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     # Calls, in the order in which they are given.
 
@@ -126,6 +131,7 @@ class Courier:
         Raises:
             InputError: it can never be used so.
         """
+        self.open()
         with self._changed:
             self._changed.wait_for(lambda: self._attempts, seconds)
             if isinstance(self._error, InputError):
@@ -150,6 +156,7 @@ class Courier:
         return self._wait(lambda: self.run_id is not None, seconds, at_most, until)
 
     def _wait(self, done: Callable[[], bool], seconds: float, at_most: float, until: threading.Event | None) -> bool:
+        self.open()
         began = time.monotonic()
         with self._changed:
             self._hurry = True
@@ -258,4 +265,4 @@ class Untracked:
     def epoch(self, *args, **kwargs) -> None:
         """Nothing, as with all that would be sent."""
 
-    tags = status = hear = deliver = close = epoch
+    open = tags = status = hear = deliver = close = epoch

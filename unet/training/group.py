@@ -16,14 +16,14 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from unet.data.ingest import Ingest, OrderedData
+from unet.data.ingest import Ingest, shards
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.job import Job
 from unet.training.monitor import Live, Monitor
@@ -43,6 +43,17 @@ class _Announce(ControllerCallback):
     def after_controller_start(self, train_run_context) -> None:
         # A reference, in a list, which Ray leaves alone: to unpack the handle the mailbox would load all of Ray Train.
         ray.get(self.monitor.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
+
+
+class OrderedData(DataConfig):
+    """Gives each worker of Ray Train its `Shard`; called anew, with the new world size, at every start."""
+
+    def __init__(self, ingest: Ingest):
+        super().__init__()
+        self.ingest = ingest
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+        return [dict.fromkeys(datasets, shard) for shard in shards(self.ingest, world_size)]
 
 
 class _Trainer(DataParallelTrainer):
@@ -186,6 +197,7 @@ class Group:
         return self._announced and not reading
 
     def close(self) -> None:
-        """Let go of the mailbox."""
+        """Let go of the mailbox, and of the controller, which would stay for ever: it holds a handle of itself."""
         with contextlib.suppress(RayError):
+            self._end_controller()
             ray.kill(self.monitor)

@@ -90,6 +90,7 @@ class Journal:
             self.run.write_summary(mlflow_run_id=self.tracker.run_id)
 
     def first_step(self, at: float) -> None:
+        self.tracker.open()  # of a run that goes on; until now the processor was its workers'
         if self.run.summary["seconds_to_first_step"] is None:
             self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
 

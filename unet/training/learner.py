@@ -30,6 +30,8 @@ class StepResult:
         grad_norm: global norm of the mean gradient before clipping.
         finite: whether loss and gradients were; if not, nothing was updated.
         control: the sum of what the workers passed as `control`.
+        can_shrink: whether the loss was scaled by more than the least scale: then numbers that are not finite only mean
+            that the scale was too large.
     """
 
     loss_sum: float
@@ -37,6 +39,7 @@ class StepResult:
     grad_norm: float
     finite: bool
     control: int
+    can_shrink: bool
 
 
 class Learner:
@@ -79,8 +82,9 @@ class Learner:
 
         `step` counts from 1 over the whole run and keys the dropout.
         """
-        loss_sum, pixels, norm, finite, control = self._step(images, masks, step, float(control)).numpy().tolist()
-        return StepResult(loss_sum, pixels, norm, bool(finite), round(control))
+        found = self._step(images, masks, step, float(control)).numpy().tolist()
+        loss_sum, pixels, norm, finite, control, scale = found
+        return StepResult(loss_sum, pixels, norm, bool(finite), round(control), scale > MIN_LOSS_SCALE)
 
     def gradients(self, images: np.ndarray, masks: np.ndarray, step: int) -> list[np.ndarray]:
         """The mean gradient over the global batch as a step would apply it, without clipping or update."""
@@ -95,6 +99,7 @@ class Learner:
     def _step_graph(self, images, masks, step, control):
         grads, sums = self._global_gradients(images, masks, step, control)
         loss_sum, pixels, control = tf.unstack(sums)
+        scale = tf.identity(self.loss_scale)  # before the step changes it
         grads = self._mean_gradients(grads, pixels)
         norm = tf.linalg.global_norm(grads)
         finite = tf.math.is_finite(norm) & tf.math.is_finite(loss_sum)
@@ -116,7 +121,7 @@ class Learner:
             return finite
 
         finite = tf.cond(finite, update, pass_over)
-        return tf.stack([loss_sum, pixels, norm, tf.cast(finite, tf.float32), control])
+        return tf.stack([loss_sum, pixels, norm, tf.cast(finite, tf.float32), control, scale])
 
     def _global_gradients(self, images, masks, step, control):
         """Scaled gradient sums over the global batch, and the sums (loss, valid pixels, control)."""

@@ -68,6 +68,7 @@ class Loop:
         if job.checkpoint is None:
             seed = self.settings.training.seed
             self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes))
+            self.learner.synchronise()
         else:
             self.state = self.checkpoints.state(job.checkpoint)
             self.checkpoints.load(job.checkpoint, self.learner)
@@ -77,7 +78,6 @@ class Loop:
             self.state.equality, self.state.settings = equality, job.shown
             if changed and not self.is_done:
                 self.line.event("changed", changed)
-        self.learner.synchronise()
 
     def _equality(self) -> dict:
         import keras
@@ -196,11 +196,8 @@ class Loop:
 
     def _pass_over(self, batch: Batch, result) -> bool:
         """After a step whose numbers were not finite (nothing was updated): whether to go on."""
-        # In float16 an overflow only means that the loss scale was too large, unless it cannot shrink further.
-        scale = float(self.learner.loss_scale.numpy())
-        expected = self.learner.scales_loss and scale > 1.0
         hopeless = batch.step + 1 == self.plan.steps and not self.state.pixels  # not one step of the epoch was finite
-        if expected or (self.settings.training.on_nan == "skip" and not hopeless):
+        if result.can_shrink or (self.settings.training.on_nan == "skip" and not hopeless):
             self.state.skipped_steps += 1
             return True
         prepared = Prepared(Folder(self.reader.ingest.folder))
