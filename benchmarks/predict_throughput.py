@@ -164,10 +164,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--base-filters", type=int, default=16)
     options = parser.parse_args()
-    from unet.prediction.stream import keep_idle_processes
     from unet.session import ray_session
 
-    keep_idle_processes()
     trained = model(options.image_size, options.base_filters)
     workers = sorted({1, CORES})
     kinds = [LOOP, LOOP_AHEAD, *(f"job, {n} worker{'s' * (n > 1)}" for n in workers)]

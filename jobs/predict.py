@@ -11,7 +11,6 @@ from unet.config import PredictSettings
 
 def run(settings: PredictSettings) -> int:
     from unet.prediction.job import photos_of, predict
-    from unet.prediction.stream import keep_idle_processes
     from unet.session import ray_session
     from unet.storage import Folder
     from unet.terminal import Display
@@ -19,7 +18,6 @@ def run(settings: PredictSettings) -> int:
 
     display, photos = Display(), photos_of(settings)
     located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is told before Ray starts
-    keep_idle_processes()
     with ray_session(settings.door.debug):
         try:
             summary = predict(settings, photos, display)

@@ -94,6 +94,9 @@ def ray_session(debug: bool = False, dashboard: bool = False):
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # A Ray that starts here keeps word of so many calls, else of 100,000, for a dashboard that it does not have.
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
+    # It would end idle processes after a second where there are more than CPUs, and those of networks count: the tasks
+    # that read and write would start new ones again and again, each of which leaves the GCS a handle.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not debug:

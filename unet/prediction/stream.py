@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +25,6 @@ THREADS = 2
 """Of a process that predicts, if nothing else is asked for: it needs 0.6 GB, whatever its threads."""
 RETRIES = 3
 """Of a task whose process died: a photo that kills its process each time must come to an end."""
-
-
-def keep_idle_processes() -> None:
-    """Have a Ray that is started here keep its idle processes for a minute; call before it starts.
-
-    Beyond as many as there are CPUs it ends them after a second, and networks count: the tasks that read and write
-    would have to start processes again and again.
-    """
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 
 @dataclass(frozen=True)
