@@ -10,6 +10,7 @@ anything exceeds its limit.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def soak(way: str, options, folder: Path) -> tuple[list[dict[str, Usage]], list[
         job.wait_until_end()
     finally:
         job.end()
-    if job.driver.returncode:
+    if job.driver.returncode or json.loads((job.run / "summary.json").read_text())["restarts"]:
         raise SystemExit(job.output)
     times = sorted(line["time"] for line in job.applied if line["rank"] == 0)
     return rows, [after - before for before, after in pairwise(times)]

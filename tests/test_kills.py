@@ -8,8 +8,9 @@ import os
 import random
 import secrets
 import time
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import pytest
@@ -57,6 +58,7 @@ class Blow:
         kind: of process.
         rank: of a worker.
         step: of the training, after which it comes; where it does not come while workers start or after the last step.
+        phase: "train"; "checkpoint" or "validation", which that step is the last one before; "start"; "end".
         delay: 0-1 of the longest time that passed between two steps so far, of the time that workers take to start, or
             of the time that an unbroken run took after its last step.
     """
@@ -81,6 +83,12 @@ def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
             job.wait_for_start(known)
             job.wait_for_step(blow.step)
             moment = time.time() + blow.delay * longest_gap(job)
+        elif blow.phase in ("checkpoint", "validation"):
+            job.wait_for_start(known)
+            job.wait_for_step(blow.step)
+            if blow.phase == "checkpoint":
+                wait_for_a_save(job)
+            moment = time.time()
         elif blow.phase == "start":
             moment = since + blow.delay * START_SECONDS
         else:
@@ -94,6 +102,15 @@ def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
             job.start()
     job.wait_until_end()
     assert job.driver.returncode == 0, job.output
+
+
+def wait_for_a_save(job: Watched) -> None:
+    """Until a checkpoint is being written, which takes some hundredths of a second."""
+    until = time.monotonic() + 60
+    while not job.ended and time.monotonic() < until:
+        if any(name.startswith(".tmp-step_") for name in os.listdir(job.checkpoints)):
+            return
+        time.sleep(0.001)
 
 
 def longest_gap(job: Watched) -> float:
@@ -156,8 +173,30 @@ def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None
     assert max(repeated, default=0) <= EVERY, f"steps done again: {repeated}"
     restarts = len(starts_of(job.lines)) - 1 - sum(kill.kind == "driver" for kill in job.kills)
     assert summary["restarts"] >= restarts
+    assert_restarts_are_told(job, summary)
     print(f"{job.name:>24}  steps done again by each new start: {repeated}")
     assert not job.processes("worker") and not job.processes("controller")
+
+
+def assert_restarts_are_told(job: Watched, summary: dict) -> None:
+    """Each kill of a worker or controller by its name, at its time, in the summary, on the terminal and in MLflow."""
+    import mlflow
+
+    log = summary["restart_log"] or []
+    words = {"worker": "worker ", "controller": "the controller of Ray Train was lost", "driver": "the driver was lost"}
+    for kill, following in zip_longest(job.kills, job.kills[1:]):
+        # None had to follow one after the last step, and one that another follows at once may not have been noticed.
+        if any(line["time"] > kill.time for line in job.applied) and not (following and following.time - kill.time < 5):
+            told = [entry for entry in log if words[kill.kind] in entry["reason"]]
+            after = [datetime.fromisoformat(entry["time"]).timestamp() - kill.time for entry in told]
+            assert any(-1 <= seconds <= 120 for seconds in after), (kill, log)
+    output = " ".join(job.output.split()).lower()
+    for entry in log:
+        assert entry["reason"].lower() in output or "driver" in entry["reason"], entry
+    tags = mlflow.MlflowClient(f"sqlite:///{job.storage}/mlflow.db").get_run(summary["mlflow_run_id"]).data.tags
+    assert tags.get("restarts", "0") == str(len(log))
+    for number, entry in enumerate(log, 1):
+        assert tags[f"restart_{number:03d}"].startswith(f"{entry['time']} {entry['reason']};")
 
 
 def assert_mlflow_agrees(storage, run_id: str, lines: list[dict]) -> None:
@@ -185,8 +224,8 @@ def show(job: Watched, lines: list[dict]) -> None:
 
 
 def one_of_each(draws: random.Random, last: int, world: int) -> list[Blow]:
-    """A kill of each kind, drawn uniformly over the training."""
-    kinds, steps = draws.sample(KINDS, 3), sorted(draws.randrange(last) for _ in KINDS)
+    """A kill of each kind, drawn uniformly over each third of the training: the delay of one may be many steps long."""
+    kinds, steps = draws.sample(KINDS, 3), [draws.randrange(i * last // 3, (i + 1) * last // 3) for i in range(3)]
     return [Blow(kind, draws.randrange(world), draws.random(), step) for kind, step in zip(kinds, steps, strict=True)]
 
 
@@ -202,8 +241,12 @@ def test_a_run_survives_its_workers_its_controller_and_its_driver(
         num_workers=2,
         memory_budget="10kB",
     )
-    last = history_of(unbroken)[-1]["step"]
-    play(job, one_of_each(draws, last, 2), last)
+    lines = history_of(unbroken)
+    steps, last = lines[0]["step"], lines[-1]["step"]
+    first, second, third = one_of_each(draws, last, 2)
+    # One in the save at an epoch's end: that epoch is over, and whoever had to tell of it is gone.
+    second = replace(second, step=second.step - second.step % steps, phase="checkpoint", rank=1)
+    play(job, [first, second, third], last)
     assert len(job.kills) == 3
     assert_ended_alike(job, unbroken)
     assert_the_oracle_notices(job)
@@ -253,15 +296,23 @@ def unbroken(ray_cluster, storage, packed):
 @pytest.mark.parametrize("way", ["kept", "streamed"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_at_least_six_kills_of_a_run_on_a_ray_of_its_own(workers, way, unbroken, storage, packed, draws, watched):
-    """With the driver dies its whole Ray. Also kills while workers start and after the last step."""
-    before, kills = unbroken(workers), 0
-    last = history_of(before)[-1]["step"]
+    """With the driver dies its whole Ray. Also kills while workers start and after the last step, and in the first run
+    some that are aimed at a checkpoint and at a validation."""
+    before, kills, phases = unbroken(workers), 0, set()
+    lines = history_of(before)
+    steps, last = lines[0]["step"], lines[-1]["step"]
     for number in range(5):
-        if kills >= 6:
+        if kills >= 6 and {"checkpoint", "validation"} <= phases:
             break
         settings = {"num_workers": workers} | ({"memory_budget": "10kB"} if way == "streamed" else {})
         job = watched(f"{way}-{workers}-{number}", packed, **settings)
         blows = one_of_each(draws, last, workers)
+        if not {"checkpoint", "validation"} <= phases:
+            aimed = zip(
+                draws.sample(KINDS, 2), (steps, 2 * steps), draws.sample(["checkpoint", "validation"], 2), strict=True
+            )
+            later = replace(blows[-1], step=max(blows[-1].step, 2 * steps))
+            blows = [Blow(kind, workers - 1, 0.0, step, phase) for kind, step, phase in aimed] + [later]
         fourth = draws.choice(KINDS), draws.randrange(workers), draws.random()
         if number % 2:
             blows.append(Blow(*fourth, phase="end"))
@@ -270,7 +321,8 @@ def test_at_least_six_kills_of_a_run_on_a_ray_of_its_own(workers, way, unbroken,
         play(job, blows, last, rest_of(before))
         assert_ended_alike(job, before)
         kills += len(job.kills)
-    assert kills >= 6
+        phases |= {phase_of(kill, steps, last) for kill in job.kills}
+    assert kills >= 6 and {"checkpoint", "validation"} <= phases, (kills, phases)
 
 
 @pytest.mark.kills

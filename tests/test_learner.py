@@ -85,13 +85,17 @@ def test_float16_halves_its_loss_scale_when_numbers_overflow(pets):
     assert one.train_step(*pets, 2).finite and bits(one) != before
 
 
-def test_float16_is_given_up_only_after_a_step_at_the_least_scale(pets):
+def test_a_loss_scale_is_to_blame_only_for_gradients_and_only_above_the_least(pets):
     one = learner(precision="mixed_float16")
-    one.model.weights[0].assign(one.model.weights[0] * np.nan)
-    one.loss_scale.assign(2.0)
-    steps = [one.train_step(*pets, step) for step in (1, 2)]
-    assert [(result.finite, result.can_shrink) for result in steps] == [(False, True), (False, False)]
+    one._mean_gradients = lambda gradients, pixels: [gradient * np.inf for gradient in gradients]
+    one.loss_scale.assign(4.0)
+    steps = [one.train_step(*pets, step) for step in (1, 2, 3)]
+    assert [(result.finite, result.overflowed) for result in steps] == [(False, True), (False, True), (False, False)]
     assert float(one.loss_scale.numpy()) == 1.0
+    two = learner(precision="mixed_float16")
+    two.model.weights[0].assign(two.model.weights[0] * np.nan)  # no scale would help this loss
+    step = two.train_step(*pets, 1)
+    assert not step.finite and not step.overflowed
 
 
 def test_counts_stay_exact_past_what_float32_can_count():

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +25,27 @@ from unet.errors import Damaged, InputError, StorageFailed, first_line
 from unet.secrets import without_secrets
 
 MARKER = "COMMIT"
+PAUSES = (0, 2, 3)
+"""Seconds to wait before each try to write."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
 
 Content = bytes | Callable[[BinaryIO], object]
 """A file's bytes, or what writes them to a stream that cannot seek."""
+
+
+def persistently(write: Callable[[], None]) -> None:
+    """Do it again after a hiccup of the storage.
+
+    Raises:
+        StorageFailed: it was no hiccup.
+    """
+    for pause in PAUSES:
+        time.sleep(pause)
+        try:
+            return write()
+        except StorageFailed as error:
+            failure = error
+    raise failure
 
 
 class Folder:
@@ -56,20 +74,27 @@ class Folder:
         return f"{self.path}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
-        return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
+        return self._info(name).type != pafs.FileType.NotFound
 
     def size(self, name: str) -> int | None:
         """Of a file in bytes; None if there is none."""
-        return self.fs.get_file_info(self.at(name)).size
+        return self._info(name).size
+
+    def _info(self, name: str) -> pafs.FileInfo:
+        with _reported(f"{self}/{name}", "read"):
+            return self.fs.get_file_info(self.at(name))
 
     def names(self) -> list[str]:
         """The names of the files and folders right below, sorted; none if the folder does not exist."""
-        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+        return sorted(info.base_name for info in self._below())
+
+    def _below(self, recursive: bool = False) -> list[pafs.FileInfo]:
+        with _reported(str(self), "read"):
+            return self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
 
     def files(self) -> list[str]:
         """The relative names of all files below, without a set's marker, sorted."""
-        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
+        found = self._below(recursive=True)
         names = [info.path.removeprefix(f"{self.path}/") for info in found if info.type == pafs.FileType.File]
         return sorted(name for name in names if name != MARKER)
 
@@ -140,7 +165,8 @@ class Folder:
 
     def _commit_local(self, name: str, files: dict[str, Content]) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)
-        target, temporary = Path(self.at(name)), Path(self.at(f".tmp-{name}-{uuid.uuid4().hex[:8]}"))
+        target = Path(self.at(name))
+        temporary, older = (target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
 
         @contextlib.contextmanager
         def synced(file: str) -> Iterator[BinaryIO]:
@@ -154,12 +180,14 @@ class Folder:
             temporary.mkdir()
             _write_set(files, synced)
             _sync(temporary)
-            older = target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}")
             if target.exists():
                 os.replace(target, older)
             os.replace(temporary, target)
             shutil.rmtree(older, ignore_errors=True)
         except BaseException:
+            with contextlib.suppress(OSError):
+                if older.exists() and not target.exists():
+                    os.replace(older, target)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(target.parent)
@@ -267,13 +295,13 @@ def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.Abs
 
 
 @contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """What the system says when something cannot be written, as a sentence that lacks only the way on."""
+def _reported(what: str, how: str = "write") -> Iterator[None]:
+    """What the system says when something cannot be written (or read), as a sentence that lacks only the way on."""
     try:
         yield
     except OSError as error:
         remedy = REMEDIES.get(error.errno, "put that right")
-        raise StorageFailed(f"Cannot write {what}: {_reason(error)}; {remedy}") from error
+        raise StorageFailed(f"Cannot {how} {what}: {_reason(error)}; {remedy}") from error
 
 
 def _reason(error: OSError) -> str:

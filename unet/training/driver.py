@@ -36,11 +36,18 @@ def train(
     """
     with run.locked():
         run.summary = Run.load(run.name, run.settings).summary  # another driver may have had it until now
-        return _train(run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), wish)
+        try:
+            return _train(
+                run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), wish
+            )
+        except StorageFailed as error:
+            raise run.after(error) from error
 
 
 def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int, started: float, wish) -> dict:
     settings = run.settings
+    if run.summary.get("status", "finished") != "finished":  # its workers may have outlived their driver
+        run.take_over()
     latest, passed_over = run.checkpoints.resume(settings.model)
     for sentence in passed_over:
         display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
@@ -87,10 +94,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     journal = Journal(run, prepared, parameters, display, as_trial, started)
-    try:
-        return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
-    except StorageFailed as error:
-        raise run.after(error) from error
+    return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
 
 
 def _finished(run: Run, display: Display, as_trial: bool) -> dict:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -31,7 +31,7 @@ from unet.training.resources import Plan
 from unet.training.worker import train_worker
 
 ANSWER_SECONDS = 10
-"""How long a controller may take to hand over itself."""
+"""How long the mailbox may take to answer, and a controller to hand over itself."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Group:
         self.nodes: set[str] = set()
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
-        self._seen, self._announced, self._controller = 0, False, None
+        self._seen, self._announced, self._silent, self._controller = 0, False, False, None
         self._failure: BaseException | None = None
         self._unread: BaseException | None = None
         self._threads: dict[str, threading.Thread] = {}
@@ -161,10 +161,13 @@ class Group:
     def news(self, run: str) -> tuple[Live | None, list[tuple]]:
         """Where the run is, and what has happened since the last call."""
         try:
-            lives, events = ray.get(self.monitor.poll.remote(self._seen))
+            lives, events = ray.get(self.monitor.poll.remote(self._seen), timeout=ANSWER_SECONDS)
         except RayActorError:
             return None, []  # the workers notice as well, and end
-        self._seen += len(events)
+        except GetTimeoutError:
+            self._silent = True
+            return None, []
+        self._silent, self._seen = False, self._seen + len(events)
         for kind, content in events:
             if kind == "controller":
                 self._announced = True
@@ -192,9 +195,9 @@ class Group:
 
     @property
     def begun(self) -> bool:
-        """Whether its data are open and its controller is there."""
+        """Whether its data are open and its controller is there, as far as the mailbox answers."""
         reading = "data" in self._threads and self._threads["data"].is_alive()
-        return self._announced and not reading
+        return self._silent or (self._announced and not reading)
 
     def close(self) -> None:
         """Let go of the mailbox, and of the controller, which would stay for ever: it holds a handle of itself."""

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from unet.data.shards import Prepared
-from unet.errors import StorageFailed
+from unet.errors import InputError, StorageFailed
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
@@ -96,12 +96,20 @@ class Journal:
 
     def epoch(self, record: dict, validation: dict | None) -> None:
         """An epoch that has ended, and the scores of the best one."""
+        self.tracker.open()
         self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
         self.tracker.epoch(self.history[-1])
         self.run.write_summary(
             best_epoch=record["best_epoch"], val=validation, skipped_steps=record.get("skipped_steps", 0)
         )
         self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
+
+    def catch_up(self, state: State | None) -> None:
+        """The epochs whose checkpoint was written, but whose workers were lost before they told of it."""
+        told = self.history[-1]["epoch"] if self.history else 0
+        for record in state.history if state else []:
+            if record["epoch"] > told:
+                self.epoch(record, state.validation)
 
     def _take(self, history: list[dict]) -> None:
         """Write down the epochs so far.
@@ -128,6 +136,7 @@ class Journal:
         self.run.write_summary(status="stopped")
         self.tracker.tags({"status": "stopped"})
         self.tracker.status("stopped")
+        self.tracker.open()
 
     def mark(self, status: str, **facts) -> None:
         """Say how the run ends, if its storage still takes that."""
@@ -139,7 +148,7 @@ class Journal:
     def broken_off(self, status: str, state: State | None, reason: str) -> None:
         """The end of a run that was stopped or failed."""
         self.mark(status, reason=without_secrets(reason), **self._facts(state))
-        with contextlib.suppress(StorageFailed):
+        with contextlib.suppress(StorageFailed, InputError, OSError):  # what is to be sent may be out of reach
             self._send(STOP_SECONDS if status == "stopped" else math.inf)
         if status == "stopped":
             at = f"step {state.step}" if state else "the start"

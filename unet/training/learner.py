@@ -5,6 +5,7 @@ one collective; finiteness, norm, clipping and the loss scale act on the sum, so
 apply the same update. Evaluation runs the float32 graph over the float32 weights whatever the step's precision.
 """
 
+import math
 from dataclasses import dataclass
 
 import keras
@@ -30,8 +31,8 @@ class StepResult:
         grad_norm: global norm of the mean gradient before clipping.
         finite: whether loss and gradients were; if not, nothing was updated.
         control: the sum of what the workers passed as `control`.
-        can_shrink: whether the loss was scaled by more than the least scale: then numbers that are not finite only mean
-            that the scale was too large.
+        overflowed: whether gradients of a finite loss were not finite, and the loss had been scaled by more than the
+            least scale: then that scale was too large, and nothing is wrong.
     """
 
     loss_sum: float
@@ -39,7 +40,7 @@ class StepResult:
     grad_norm: float
     finite: bool
     control: int
-    can_shrink: bool
+    overflowed: bool
 
 
 class Learner:
@@ -84,7 +85,8 @@ class Learner:
         """
         found = self._step(images, masks, step, float(control)).numpy().tolist()
         loss_sum, pixels, norm, finite, control, scale = found
-        return StepResult(loss_sum, pixels, norm, bool(finite), round(control), scale > MIN_LOSS_SCALE)
+        overflowed = not finite and math.isfinite(loss_sum) and scale > MIN_LOSS_SCALE
+        return StepResult(loss_sum, pixels, norm, bool(finite), round(control), overflowed)
 
     def gradients(self, images: np.ndarray, masks: np.ndarray, step: int) -> list[np.ndarray]:
         """The mean gradient over the global batch as a step would apply it, without clipping or update."""

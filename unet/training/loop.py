@@ -17,10 +17,10 @@ from unet.config import CONFIG, TICKET, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
-from unet.errors import StorageFailed
+from unet.errors import StorageFailed, first_line
 from unet.evaluation.score import score
 from unet.packaging.model import package
-from unet.storage import Folder
+from unet.storage import Folder, persistently
 from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State, name_of
 from unet.training.job import Job
@@ -28,10 +28,12 @@ from unet.training.monitor import Clock, Line, Live
 
 SAVE, STOP, LEAVE = 1, 2, 4
 ENDS = {STOP: "stopped", LEAVE: "left"}
-SAVE_PAUSES = (0, 2, 3)
-"""Seconds to wait before each try to save."""
 GALLERY = 8
 """How many validation photos are shown with their masks."""
+
+
+class FirstCannotWrite(StorageFailed):
+    """On every worker but the first, which says why."""
 
 
 class _Ended(Exception):
@@ -197,7 +199,7 @@ class Loop:
     def _pass_over(self, batch: Batch, result) -> bool:
         """After a step whose numbers were not finite (nothing was updated): whether to go on."""
         hopeless = batch.step + 1 == self.plan.steps and not self.state.pixels  # not one step of the epoch was finite
-        if result.can_shrink or (self.settings.training.on_nan == "skip" and not hopeless):
+        if result.overflowed or (self.settings.training.on_nan == "skip" and not hopeless):
             self.state.skipped_steps += 1
             return True
         prepared = Prepared(Folder(self.reader.ingest.folder))
@@ -244,27 +246,34 @@ class Loop:
         """
         failure = self._write() if self.rank == 0 else None
         if self.learner.sum_over_workers(np.array([failure is not None], np.int64)).any():
-            raise failure or StorageFailed("The first worker cannot write")
+            raise failure or FirstCannotWrite
         self.last_save = time.monotonic()
 
     def _write(self) -> StorageFailed | None:
-        """Save and prune, again after a hiccup of the storage; what it says if it does not get over it."""
-        for pause in SAVE_PAUSES:
-            time.sleep(pause)
-            try:
-                self._show_ticket()
-                self.checkpoints.save(self.learner, self.state)
-                self.checkpoints.prune(self.settings.run.keep_checkpoints)
-                return None
-            except StorageFailed as error:
-                failure = error
-        return failure
+        """Save and prune; what the storage says if it cannot be done."""
+
+        def write() -> None:
+            self._show_ticket()
+            self.checkpoints.save(self.learner, self.state)
+            self.checkpoints.prune(self.settings.run.keep_checkpoints)
+
+        try:
+            persistently(write)
+        except StorageFailed as error:
+            return error
+        return None
 
     def _show_ticket(self) -> None:
         """Workers outlive a killed driver by a second or two: where others have taken over they write nothing."""
         run = self.checkpoints.run
         run.require(CONFIG)
-        if self.job.ticket and run.read_text(TICKET) != self.job.ticket:
+        if self.job.ticket is None:
+            return
+        try:
+            ticket = run.read_text(TICKET)
+        except OSError as error:
+            raise StorageFailed(f"Cannot read {run}/{TICKET}: {first_line(error)}; put that right") from error
+        if ticket != self.job.ticket:
             raise RuntimeError("other workers have taken over the run")
 
     def evaluate(self, split: str, batches, heed: Callable[[Batch], None] = lambda batch: None) -> dict:

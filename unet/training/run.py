@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from unet.config import CONFIG, MAY_CHANGE, RunSettings, TrainSettings, flat, read_config
+from unet.config import CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
 from unet.secrets import shown, without_secrets
-from unet.storage import Folder
+from unet.storage import Folder, persistently
 from unet.tracking.store import check_server
 from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
@@ -50,6 +50,8 @@ class Run:
     settings: TrainSettings
     folder: Folder
     summary: dict[str, Any] = field(default_factory=dict)
+    ticket: str | None = None
+    """Of the workers that may write there: those of an earlier one, which may outlive their driver, may not."""
 
     @classmethod
     def load(cls, name: str, settings: TrainSettings) -> "Run":
@@ -76,7 +78,7 @@ class Run:
             for path in Path(self.folder.path).glob(".*"):
                 if path.name.startswith(".tmp-"):
                     shutil.rmtree(path, ignore_errors=True)
-                elif path.name != LOCK and path.is_file():
+                elif path.name not in (LOCK, TICKET) and path.is_file():
                     path.unlink(missing_ok=True)
 
     def write_summary(self, **changes) -> None:
@@ -86,6 +88,11 @@ class Run:
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """This run, for this process alone."""
         return locked(self.folder, self.name)
+
+    def take_over(self) -> None:
+        """Let no workers but those to come write there. Raises StorageFailed."""
+        self.ticket = uuid.uuid4().hex
+        self.write(TICKET, self.ticket.encode())
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
@@ -97,8 +104,15 @@ class Run:
         Raises:
             StorageFailed: it cannot be written, or the run's folder is gone.
         """
-        self.folder.require(CONFIG)
-        self.folder.write_bytes(name, content)
+
+        def write() -> None:
+            self.folder.require(CONFIG)
+            self.folder.write_bytes(name, content)
+
+        if self.summary.get("status") == "failed":  # perhaps for want of this storage
+            write()
+        else:
+            persistently(write)
 
     def after(self, error: StorageFailed) -> StorageFailed:
         """The same with what is left and how to go on."""

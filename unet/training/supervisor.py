@@ -7,12 +7,11 @@ back, or when an elastic run can grow.
 import contextlib
 import threading
 import time
-import uuid
 from dataclasses import dataclass
 
 import ray
 
-from unet.config import TICKET, parse_interval
+from unet.config import parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import Diverged, InputError, RunFailed, StorageFailed
 from unet.training import resources
@@ -100,6 +99,7 @@ class Supervisor:
             journal.wish = wish
             try:
                 journal.open(self.latest and self.latest[1])
+                run.take_over()
                 self._end(self._supervise(wish, lost))
                 return run.summary
             except BaseException as error:
@@ -142,12 +142,17 @@ class Supervisor:
     def _look_for_checkpoint(self) -> bool:
         """Take the last one that verifies; whether the run can go on."""
         try:
+            self.run.take_over()  # first, so that what the workers that ended have written is seen, and nothing after
             self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
         except InputError as error:
             self.failure = RunFailed(str(error))
             return False
+        except StorageFailed as error:
+            self.failure = error
+            return False
         for sentence in passed_over:
             self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
+        self.journal.catch_up(self.latest and self.latest[1])
         return True
 
     def _find_room(self, wish: threading.Event) -> None:
@@ -210,8 +215,7 @@ class Supervisor:
         return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
 
     def _job(self, group: Group, checkpoint: str | None) -> Job:
-        manifest, ticket = self.journal.prepared.manifest, uuid.uuid4().hex
-        self.run.write(TICKET, ticket.encode())
+        manifest = self.journal.prepared.manifest
         return Job(
             settings=self.settings,
             shown=self.run.shown_settings(),
@@ -220,7 +224,7 @@ class Supervisor:
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
             checkpoint=checkpoint,
-            ticket=ticket,
+            ticket=self.run.ticket,
             monitor=group.monitor,
             score_test=not self.journal.as_trial,
         )
@@ -249,9 +253,9 @@ class Supervisor:
                 where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
                 hung = f"nothing has moved for {limit / 60:g} minutes{where}: a worker hangs (--step-timeout)"
             if wish.is_set() and not self.stopped:
+                group.wish("stop")
                 self._mark_stopped()
                 self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
-                group.wish("stop")
             # Before its first step and after its last one a group has nothing that is not saved.
             saved = live is None or (live.phase == "test" and self.package is None)
             if hung or isinstance(self.failure, StorageFailed) or (self.stopped and saved):
@@ -337,6 +341,8 @@ class Supervisor:
             return
         lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
         status = "stopped" if self.stopped and not lost else "failed"
+        with contextlib.suppress(StorageFailed):
+            self.journal.catch_up(state)
         reason = "stopped by the user" if status == "stopped" else str(self.failure or (fault and fault.reason))
         self.journal.broken_off(status, state, reason)
         if status == "failed":

@@ -5,7 +5,7 @@ import ray
 from unet.data.ingest import Shard
 from unet.errors import StepFailed, StorageFailed, first_line
 from unet.network import start_tensorflow
-from unet.training.loop import Loop
+from unet.training.loop import FirstCannotWrite, Loop
 from unet.training.monitor import Line
 
 
@@ -35,6 +35,8 @@ def train_worker(config: dict) -> None:
         loop = Loop(job, learner, shard.reader(), line, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
+    except FirstCannotWrite:
+        pass
     except StorageFailed as error:
         # Told, by whomever, and not raised: the driver ends all of them, and would start them again otherwise.
         ray.get(job.monitor.event.remote("storage_failed", str(error)))
