@@ -42,4 +42,5 @@ bench: setup  ## Every speed claim of the README
 	$(BIN)/python benchmarks/stream_memory.py
 	$(BIN)/python benchmarks/predict_throughput.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/checkpoint_cost.py
 	$(BIN)/python benchmarks/soak.py

@@ -1,6 +1,7 @@
 """Storage that fails under a run: full, read-only, away. The run ends in one sentence, and goes on when it is back."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ import psutil
 import pytest
 from conftest import TINY, job, read_json, train, weights_of
 
+from unet import storage as storage_module
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import StorageFailed
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
+from unet.training.run import Run
 
 PAGE = 4096
 
@@ -67,6 +70,40 @@ def test_wherever_a_full_disk_ends_a_save_the_one_before_stays(disk):
         assert checkpoints.resume(settings.model)[0][0] == "step_00000001"
         assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step_00000001"]
     assert failures > 5 and checkpoints.resume(settings.model)[0][0] == "step_00000002"
+
+
+def test_what_cannot_take_its_place_leaves_what_was_there(tmp_path, monkeypatch):
+    """The disk becomes read-only between the two renamings that replace a set of files."""
+    folder, replace, failures = Folder(tmp_path), os.replace, [OSError(errno.EROFS, "read-only")]
+    folder.commit("one", {"file": b"before"})
+
+    def fails_once(source, target):
+        if Path(target).name == "one" and failures:
+            raise failures.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(StorageFailed, match="make it writable again"):
+        folder.commit("one", {"file": b"after"})
+    assert folder.read_committed("one", "file") == b"before" and folder.names() == ["one"]
+
+
+@pytest.mark.parametrize("hiccups", [0, 2, 3])
+def test_hiccups_are_got_over_and_outages_told(hiccups, tmp_path, monkeypatch):
+    run = Run("run", None, Folder(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    left, write_bytes = [StorageFailed(f"failure {i}") for i in range(hiccups)], Folder.write_bytes
+
+    def write(self, *args):
+        if left:
+            raise left.pop()
+        write_bytes(self, *args)
+
+    monkeypatch.setattr(storage_module, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(Folder, "write_bytes", write)
+    with pytest.raises(StorageFailed, match="failure 0") if hiccups == 3 else contextlib.nullcontext():
+        run.write_summary(status="running")
+    assert (tmp_path / "summary.json").exists() == (hiccups < 3)
 
 
 def whole(run: Path) -> list[str]:
