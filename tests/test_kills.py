@@ -6,6 +6,7 @@ Every draw depends on one number, which is printed: `UNET_KILL_SEED=N make kill-
 import json
 import os
 import random
+import re
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -58,7 +59,9 @@ class Blow:
         kind: of process.
         rank: of a worker.
         step: of the training, after which it comes; where it does not come while workers start or after the last step.
-        phase: "train"; "checkpoint" or "validation", which that step is the last one before; "start"; "end".
+        phase: "train"; "validation" or "checkpoint", those of an epoch's end, which that step is the last one before;
+            "start"; "end".
+        steps: of an epoch.
         delay: 0-1 of the longest time that passed between two steps so far, of the time that workers take to start, or
             of the time that an unbroken run took after its last step.
     """
@@ -68,6 +71,7 @@ class Blow:
     delay: float
     step: int | None = None
     phase: str = "train"
+    steps: int = 1
 
 
 def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
@@ -87,7 +91,7 @@ def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
             job.wait_for_start(known)
             job.wait_for_step(blow.step)
             if blow.phase == "checkpoint":
-                wait_for_a_save(job)
+                wait_for_a_save(job, blow.steps)
             moment = time.time()
         elif blow.phase == "start":
             moment = since + blow.delay * START_SECONDS
@@ -104,11 +108,12 @@ def play(job: Watched, blows: list[Blow], last: int, rest: float = 0.0) -> None:
     assert job.driver.returncode == 0, job.output
 
 
-def wait_for_a_save(job: Watched) -> None:
-    """Until a checkpoint is being written, which takes some hundredths of a second."""
+def wait_for_a_save(job: Watched, steps: int) -> None:
+    """Until the checkpoint of an epoch's end is being written, which takes some hundredths of a second."""
     until = time.monotonic() + 60
     while not job.ended and time.monotonic() < until:
-        if any(name.startswith(".tmp-step_") for name in os.listdir(job.checkpoints)):
+        saves = [re.match(r"\.tmp-step_(\d+)", name) for name in os.listdir(job.checkpoints)]
+        if any(save and int(save[1]) % steps == 0 for save in saves):
             return
         time.sleep(0.001)
 
@@ -245,7 +250,8 @@ def test_a_run_survives_its_workers_its_controller_and_its_driver(
     steps, last = lines[0]["step"], lines[-1]["step"]
     first, second, third = one_of_each(draws, last, 2)
     # One in the save at an epoch's end: that epoch is over, and whoever had to tell of it is gone.
-    second = replace(second, step=second.step - second.step % steps, phase="checkpoint", rank=1)
+    end = second.step - second.step % steps
+    second = replace(second, step=end, phase="checkpoint", rank=1, steps=steps)
     play(job, [first, second, third], last)
     assert len(job.kills) == 3
     assert_ended_alike(job, unbroken)
@@ -312,7 +318,7 @@ def test_at_least_six_kills_of_a_run_on_a_ray_of_its_own(workers, way, unbroken,
                 draws.sample(KINDS, 2), (steps, 2 * steps), draws.sample(["checkpoint", "validation"], 2), strict=True
             )
             later = replace(blows[-1], step=max(blows[-1].step, 2 * steps))
-            blows = [Blow(kind, workers - 1, 0.0, step, phase) for kind, step, phase in aimed] + [later]
+            blows = [Blow(kind, workers - 1, 0.0, step, phase, steps) for kind, step, phase in aimed] + [later]
         fourth = draws.choice(KINDS), draws.randrange(workers), draws.random()
         if number % 2:
             blows.append(Blow(*fourth, phase="end"))
