@@ -190,8 +190,12 @@ def assert_restarts_are_told(job: Watched, summary: dict) -> None:
     log = summary["restart_log"] or []
     words = {"worker": "worker ", "controller": "the controller of Ray Train was lost", "driver": "the driver was lost"}
     for kill, following in zip_longest(job.kills, job.kills[1:]):
-        # None had to follow one after the last step, and one that another follows at once may not have been noticed.
-        if any(line["time"] > kill.time for line in job.applied) and not (following and following.time - kill.time < 5):
+        # None had to follow one after the last step; one that another follows at once may not have been noticed, and a
+        # driver may not have begun the run.
+        felt = any(line["time"] > kill.time for line in job.applied)
+        unseen = following is not None and following.time - kill.time < 5
+        unbegun = kill.kind == "driver" and not any(line["time"] < kill.time for line in job.applied)
+        if felt and not unseen and not unbegun:
             told = [entry for entry in log if words[kill.kind] in entry["reason"]]
             after = [datetime.fromisoformat(entry["time"]).timestamp() - kill.time for entry in told]
             assert any(-1 <= seconds <= 120 for seconds in after), (kill, log)
