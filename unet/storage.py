@@ -74,27 +74,20 @@ class Folder:
         return f"{self.path}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
-        return self._info(name).type != pafs.FileType.NotFound
+        return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 
     def size(self, name: str) -> int | None:
         """Of a file in bytes; None if there is none."""
-        return self._info(name).size
-
-    def _info(self, name: str) -> pafs.FileInfo:
-        with _reported(f"{self}/{name}", "read"):
-            return self.fs.get_file_info(self.at(name))
+        return self.fs.get_file_info(self.at(name)).size
 
     def names(self) -> list[str]:
         """The names of the files and folders right below, sorted; none if the folder does not exist."""
-        return sorted(info.base_name for info in self._below())
-
-    def _below(self, recursive: bool = False) -> list[pafs.FileInfo]:
-        with _reported(str(self), "read"):
-            return self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
 
     def files(self) -> list[str]:
         """The relative names of all files below, without a set's marker, sorted."""
-        found = self._below(recursive=True)
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
         names = [info.path.removeprefix(f"{self.path}/") for info in found if info.type == pafs.FileType.File]
         return sorted(name for name in names if name != MARKER)
 
@@ -132,7 +125,7 @@ class Folder:
 
     def write_bytes(self, name: str, data: bytes | memoryview, durable: bool = True) -> None:
         """Raises StorageFailed."""
-        with _reported(f"{self}/{name}"), self.writing(name, durable) as stream:
+        with reported(f"{self}/{name}"), self.writing(name, durable) as stream:
             stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
@@ -145,7 +138,7 @@ class Folder:
         Raises:
             StorageFailed: it was removed, or its disk is away; writing would make another one in its place.
         """
-        with _reported(str(self)):
+        with reported(str(self)):
             if not self.exists(name):
                 raise StorageFailed(f"{self} is gone, or the disk it was on: bring it back")
 
@@ -155,7 +148,7 @@ class Folder:
         Raises:
             StorageFailed: nothing has changed then.
         """
-        with _reported(f"{self}/{name}"):
+        with reported(f"{self}/{name}"):
             if self.is_local:
                 self._commit_local(name, files)
                 return
@@ -243,7 +236,7 @@ class Folder:
 
     def revoke(self, name: str) -> None:
         """Take the marker away: the sub-folder does not count any more. Raises StorageFailed."""
-        with _reported(f"{self}/{name}"):
+        with reported(f"{self}/{name}"):
             if self.committed(name):
                 self.fs.delete_file(self.at(f"{name}/{MARKER}"))
 
@@ -254,7 +247,7 @@ class Folder:
             StorageFailed: it cannot be removed.
         """
         self.revoke(name)
-        with _reported(f"{self}/{name}"):
+        with reported(f"{self}/{name}"):
             self.fs.delete_dir(self.at(name))
 
 
@@ -295,8 +288,12 @@ def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.Abs
 
 
 @contextlib.contextmanager
-def _reported(what: str, how: str = "write") -> Iterator[None]:
-    """What the system says when something cannot be written (or read), as a sentence that lacks only the way on."""
+def reported(what: object, how: str = "write") -> Iterator[None]:
+    """What the system says when something cannot be written (or read), as a sentence that lacks only the way on.
+
+    Raises:
+        StorageFailed: instead of an OSError.
+    """
     try:
         yield
     except OSError as error:

@@ -17,10 +17,10 @@ from unet.config import CONFIG, TICKET, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
-from unet.errors import StorageFailed, first_line
+from unet.errors import StorageFailed
 from unet.evaluation.score import score
 from unet.packaging.model import package
-from unet.storage import Folder, persistently
+from unet.storage import Folder, persistently, reported
 from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State, name_of
 from unet.training.job import Job
@@ -253,9 +253,10 @@ class Loop:
         """Save and prune; what the storage says if it cannot be done."""
 
         def write() -> None:
-            self._show_ticket()
-            self.checkpoints.save(self.learner, self.state)
-            self.checkpoints.prune(self.settings.run.keep_checkpoints)
+            with reported(self.checkpoints.folder, "use"):
+                self._show_ticket()
+                self.checkpoints.save(self.learner, self.state)
+                self.checkpoints.prune(self.settings.run.keep_checkpoints)
 
         try:
             persistently(write)
@@ -267,13 +268,7 @@ class Loop:
         """Workers outlive a killed driver by a second or two: where others have taken over they write nothing."""
         run = self.checkpoints.run
         run.require(CONFIG)
-        if self.job.ticket is None:
-            return
-        try:
-            ticket = run.read_text(TICKET)
-        except OSError as error:
-            raise StorageFailed(f"Cannot read {run}/{TICKET}: {first_line(error)}; put that right") from error
-        if ticket != self.job.ticket:
+        if self.job.ticket and run.read_text(TICKET) != self.job.ticket:
             raise RuntimeError("other workers have taken over the run")
 
     def evaluate(self, split: str, batches, heed: Callable[[Batch], None] = lambda batch: None) -> dict:

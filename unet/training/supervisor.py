@@ -14,6 +14,7 @@ import ray
 from unet.config import parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import Diverged, InputError, RunFailed, StorageFailed
+from unet.storage import reported
 from unet.training import resources
 from unet.training.checkpoint import State
 from unet.training.faults import Fault, Tries, fault_of, with_nodes
@@ -142,8 +143,10 @@ class Supervisor:
     def _look_for_checkpoint(self) -> bool:
         """Take the last one that verifies; whether the run can go on."""
         try:
-            self.run.take_over()  # first, so that what the workers that ended have written is seen, and nothing after
-            self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
+            with reported(self.run.checkpoints.folder, "use"):
+                # First, so that all that the workers of before have written is seen, and they write nothing after.
+                self.run.take_over()
+                self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
         except InputError as error:
             self.failure = RunFailed(str(error))
             return False
