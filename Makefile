@@ -18,7 +18,7 @@ $(STAMP): requirements.txt pyproject.toml
 train: setup  ## Train on drawn pets with two workers: about three minutes on 2 cores
 	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --base-filters 16 --batch-size 32 --epochs 15 --num-workers 2
 
-test: setup  ## The suite, about fifteen minutes
+test: setup  ## The suite, about ten minutes
 	$(BIN)/python -m pytest -q
 
 test-slow: setup  ## What takes a minute or more each
