@@ -114,7 +114,7 @@ def test_processes_that_hang_are_replaced(kind, trained, storage, packed):
     """All workers are stopped, so that none can notice, or their controller, or the mailbox between driver and workers;
     the run ends bit-equal to the unbroken one."""
     folder, summary = trained
-    name = f"frozen-{kind.strip(':ray')}"
+    name = f"frozen-{kind.rpartition(':')[2]}"
     helper = threading.Thread(target=stop_processes, args=(storage / name, kind))
     helper.start()
     frozen = train(storage, packed, run_name=name, checkpoint_every="3", step_timeout="1m")
