@@ -24,8 +24,12 @@ from unet.training.arrays import optimizer_shapes, weight_shapes
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
 
-SMALL = unflat(TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2})
-OTHER = unflat(TrainSettings, {"image_size": 16, "base_filters": 3, "depth": 1, "batch_size": 2})
+SMALL = unflat(
+    TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2, "precision": "float32"}
+)
+OTHER = unflat(
+    TrainSettings, {"image_size": 16, "base_filters": 3, "depth": 1, "batch_size": 2, "precision": "float32"}
+)
 FIRST, SECOND, THIRD = (f"step_{step:08d}" for step in (1, 2, 3))
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.weights.h5", "optimizer.npz"
 

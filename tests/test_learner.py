@@ -7,7 +7,7 @@ from unet.config import TrainSettings, unflat
 from unet.data.synthetic import draw_pet
 from unet.training.learner import Learner
 
-SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0}
+SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def test_padding_changes_nothing(pets):
         np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.bfloat16
 @pytest.mark.parametrize("classes", [2, 21, 255])
 def test_loss_and_confusion_are_those_of_numpy(pets, classes):
     images, masks = pets[0], np.random.default_rng(0).integers(0, classes, pets[1].shape).astype(np.uint8)
@@ -56,6 +57,7 @@ def test_loss_and_confusion_are_those_of_numpy(pets, classes):
     np.testing.assert_array_equal(one.predict(images[:3]), predicted[:3])
 
 
+@pytest.mark.bfloat16
 def test_evaluation_of_a_mixed_model_runs_in_float32(pets):
     """The same weights give the very numbers of a float32 model, which a bfloat16 graph would not."""
     mixed, plain = learner(precision="mixed_bfloat16"), learner()
@@ -113,7 +115,7 @@ def test_a_restarted_learner_is_a_new_one_bit_for_bit():
     """As a warm process of a sweep uses it: other settings and another width in between, dropout and rate changed."""
     from unet.tuning.trial import Learners
 
-    base = {"image_size": 16, "depth": 2, "batch_size": 4, "base_filters": 4}
+    base = {"image_size": 16, "depth": 2, "batch_size": 4, "base_filters": 4, "precision": "float32"}
     first = unflat(TrainSettings, base | {"dropout": 0.2, "learning_rate": 0.003})
     others = [unflat(TrainSettings, base | o) for o in ({"dropout": 0.4}, {"base_filters": 2}, {"learning_rate": 0.1})]
     rng = np.random.default_rng(0)

@@ -69,6 +69,7 @@ def test_no_dropout_outside_training_and_none_without_a_key():
         KeyedDropout(0.5, 0)(ones, training=True)
 
 
+@pytest.mark.bfloat16
 def test_mixed_precision_keeps_float32_weights_and_logits():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

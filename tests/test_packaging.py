@@ -33,6 +33,7 @@ from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
 
 SETTINGS = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 2, "learning_rate": 0.01}
+pytestmark = pytest.mark.bfloat16
 CLASSES = [ClassInfo(name, (0, 0, 0)) for name in "abcde"]
 
 

@@ -32,7 +32,9 @@ from unet.training.checkpoint import Checkpoints, State
 from unet.training.run import _identify
 from unet.tuning.space import parse_space
 
-SMALL = unflat(TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2})
+SMALL = unflat(
+    TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2, "precision": "float32"}
+)
 SHAPES = weight_shapes(2, 1, 3)
 NAME, KERNEL = "step_00000000", "layers/conv2d/vars/0"
 

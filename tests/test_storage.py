@@ -57,7 +57,9 @@ def fill(place: Path, leave: int = 0) -> Path:
 
 def test_wherever_a_full_disk_ends_a_save_the_one_before_stays(disk):
     """A page more room each time, until a save fits."""
-    settings = unflat(TrainSettings, {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 2})
+    settings = unflat(
+        TrainSettings, {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 2, "precision": "float32"}
+    )
     learner, checkpoints, failures = Learner(settings, 3), Checkpoints(Folder(disk / "run")), 0
     Folder(disk / "run").write_text("config.yaml", "")
     checkpoints.save(learner, State(0, "digest", flat(settings), {}, step=1))

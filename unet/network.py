@@ -23,7 +23,8 @@ def start_tensorflow(threads: int) -> None:
 class Network:
     """The float32 network of a model. Start TensorFlow first.
 
-    On one thread of a CPU an image's numbers are the same bits in a batch of any size.
+    On one thread of a CPU an image's numbers are the same bits in every batch of one size. Another size, another number
+    of threads or another kind of processor may change the last ones.
     """
 
     def __init__(self, trained: "TrainedModel"):

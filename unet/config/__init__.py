@@ -13,11 +13,12 @@ from unet.config.base import (
 )
 from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
 from unet.config.places import StoreSettings
-from unet.config.training import MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
+from unet.config.training import AUTO, MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 
 __all__ = [
+    "AUTO",
     "CONFIG",
     "MAY_CHANGE",
     "SEARCHABLE",

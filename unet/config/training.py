@@ -1,7 +1,7 @@
 """What a run is."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,9 @@ from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 TICKET = ".ticket"
 """What the workers under way may write into a run's folder by."""
 
-Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
+AUTO = "auto"
+"""The precision that is chosen when the run begins, by what its machines have."""
+Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
 
 
 class ModelSettings(Part):
@@ -35,8 +37,9 @@ class TrainingSettings(Part):
     """The global batch, divided among the workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Of Adam."""
-    precision: Precision = "float32"
-    """Of the training step; scores are always taken in float32."""
+    precision: Precision = "auto"
+    """Of the training step; auto: bfloat16 where every worker's processor or GPU computes it fast, float16 where every
+    GPU computes that, else float32. Scores are always taken in float32."""
     clip_norm: Annotated[float | None, Field(gt=0)] = None
     """Clip the summed gradient to this global norm."""
     on_nan: Literal["stop", "skip"] = "stop"
@@ -163,6 +166,11 @@ class TrainSettings(Part):
             )
         return self
 
+    def with_precision(self, precision: str) -> Self:
+        """The same in another precision."""
+        training = self.training.model_copy(update={"precision": precision})
+        return self.model_copy(update={"training": training})
+
     @property
     def worker_counts(self) -> list[int]:
         """How many workers there may be, in growing order: with micro-shards only numbers that divide them."""
@@ -175,7 +183,7 @@ MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout"),
-        *("on_nan", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
+        *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
         *("register", "config", "debug"),
     )
 )

@@ -63,7 +63,7 @@ class TuneSettings(TrainSettings):
         return self
 
 
-SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan"} | {"minutes", "extend"}
+SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan", "precision"} | {"minutes", "extend"}
 """The same of a sweep, whose trials must stay comparable."""
 
 SEARCHABLE = frozenset(ModelSettings.model_fields) | frozenset(TrainingSettings.model_fields) - {

@@ -1,7 +1,8 @@
 """Models over a split on the cluster's CPUs, through Ray Data: a record of each image comes back, no pixels.
 
-Reading tasks bring chunks of the shards, checked; processes of one TensorFlow thread each score them. One thread,
-because then an image's numbers do not depend on the batch it came in, nor on how many processes there are.
+Reading tasks bring chunks of the shards, checked; processes of one TensorFlow thread each score them, in batches of
+one size, so that an image's numbers depend neither on what came with it nor on how many processes there are: which
+kernels TensorFlow takes, and with them the last bits, may follow from threads and batch.
 """
 
 import io
@@ -174,7 +175,8 @@ class Scorer:
 
     def __init__(self, what: Split, models: Sequence[ray.ObjectRef]):
         start_tensorflow(threads=1)
-        self.what, self.networks = what, [Network(ray.get(model)) for model in models]
+        self.what, models = what, [ray.get(model) for model in models]
+        self._networks = [(Network(model), batch_size([model])) for model in models]
         self._judge, self._enlarge = _graphs(what.image_size, what.classes, what.resize)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -188,17 +190,28 @@ class Scorer:
         if "mask_original" in table.column_names:
             originals = [np.asarray(Image.open(io.BytesIO(png))) for png in table["mask_original"].to_pylist()]
         rows = []
-        for number, network in enumerate(self.networks):
-            logits = network.logits(images)
-            judged = [part.numpy() for part in self._judge(logits, masks)]
+        for number, (network, batch) in enumerate(self._networks):
             rows += [
                 self._record(*of_image) | {MODEL: number}
-                for of_image in zip(facts, masks, bands, originals, logits, *judged, strict=True)
+                for of_image in zip(
+                    facts, masks, bands, originals, self._judged(network, batch, images, masks), strict=True
+                )
             ]
         schema = record_schema().append(pa.field(MODEL, pa.int32()))
         return pa.Table.from_pylist(rows, schema)
 
-    def _record(self, facts, mask, band, original, logits, predicted, loss_sum, doubt) -> dict:
+    def _judged(self, network: Network, batch: int, images: np.ndarray, masks: np.ndarray) -> Iterator[tuple]:
+        """Logits, class ids, loss sum and doubt of each image; the last batch is filled with ignored ones."""
+        for first in range(0, len(images), batch):
+            rows = slice(first, first + batch)
+            count = len(images[rows])
+            padding = [(0, batch - count), (0, 0), (0, 0)]
+            logits = network.logits(np.pad(images[rows], [*padding, (0, 0)]))
+            judged = self._judge(logits, np.pad(masks[rows], padding, constant_values=IGNORE))
+            yield from zip(logits[:count], *(part.numpy()[:count] for part in judged), strict=True)
+
+    def _record(self, facts, mask, band, original, judged) -> dict:
+        logits, predicted, loss_sum, doubt = judged
         what, height, width = self.what, facts["original_height"], facts["original_width"]
         own = None
         if original is not None:

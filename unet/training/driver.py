@@ -9,7 +9,7 @@ from unet.errors import InputError, RunFailed, StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
 from unet.tracking.send import send_later
-from unet.training import resources
+from unet.training import precision, resources
 from unet.training.journal import Journal
 from unet.training.run import Run
 from unet.training.supervisor import Supervisor
@@ -89,8 +89,11 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     else:
         plan = resources.take_room(settings, data_bytes)
     resources.check_disk(settings, storage, parameters)
+    run.settings, choice = precision.settled(settings, plan.use_gpu)
 
-    display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan))
+    display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice))
+    if choice.warning:
+        display.say(choice.warning, "yellow")
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
     journal = Journal(run, prepared, parameters, display, as_trial, started)
@@ -107,7 +110,9 @@ def _finished(run: Run, display: Display, as_trial: bool) -> dict:
     return run.summary
 
 
-def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan) -> list[tuple[str, str]]:
+def _overview(
+    run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan, choice: precision.Choice
+) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"
     tracking = s.run.tracking_uri or f"sqlite in {s.run.storage_path}"
@@ -119,8 +124,9 @@ def _overview(run: Run, prepared: Prepared, counts, parameters: int, plan: resou
         (
             "training",
             f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.training.learning_rate:g}, "
-            f"{s.training.precision}, seed {s.training.seed}",
+            f"seed {s.training.seed}",
         ),
+        ("precision", f"{choice.precision}: {choice.reason}"),
         (
             "workers",
             f"{plan.num_workers} x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s) each"

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from unet.config import CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, read_config
+from unet.config import AUTO, CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
@@ -235,11 +235,18 @@ def _identify(settings: TrainSettings) -> Run:
             raise InputError(f"{run.folder} is no run: give another --run-name.")
         return run
     before = read_config(run.folder)
+    run.settings = with_chosen_precision(settings, before)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
     refuse_changes(name, before, flat(settings), MAY_CHANGE)
     run.summary.setdefault("run_name", name)
     return run
+
+
+def with_chosen_precision(settings: TrainSettings, before: dict[str, Any]) -> TrainSettings:
+    """The settings of a run or sweep that goes on, with the precision that it chose at its beginning (`auto`)."""
+    chosen = before.get("precision", AUTO)
+    return settings if settings.training.precision != AUTO else settings.with_precision(chosen)
 
 
 def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:

@@ -20,7 +20,7 @@ from unet.terminal import Display, checks_row
 from unet.tracking.registry import register
 from unet.tracking.store import code_version, default_uri
 from unet.tracking.tracker import Tracker
-from unet.training import resources
+from unet.training import precision, resources
 from unet.training.monitor import Monitor
 from unet.training.run import where
 from unet.training.signals import stop_wish
@@ -78,9 +78,20 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     classes = len(prepared.manifest.classes)
     parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
     resources.check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
+    _settle_precision(sweep, plan.use_gpu, display)
     tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
     session = _Session(sweep, ledger, prepared, counts, plan, together, at_a_time, planned, tracker, display)
     return session.run_to_end()
+
+
+def _settle_precision(sweep: Sweep, use_gpu: bool, display: Display) -> None:
+    """Choose the precision of all trials, or warn about slow ones that the space draws."""
+    sweep.settings, choice = precision.settled(sweep.settings, use_gpu)
+    choices = [choice]
+    if drawn := sweep.space.draws.get("precision"):
+        choices = [precision.settled(sweep.settings.with_precision(p), use_gpu)[1] for p in drawn.categories]
+    for warning in filter(None, (choice.warning for choice in choices)):
+        display.say(warning, "yellow")
 
 
 def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
@@ -387,6 +398,7 @@ class _Session:
             ("data", f"{self.prepared.folder} ({self.plan.data_bytes / 1e6:.0f} MB, {mode})"),
             ("splits", ", ".join(f"{name} {count:,}" for name, count in self.counts.items())),
             *checks_row(self.prepared),
+            *([] if "precision" in self.sweep.space.draws else [("precision", settings.training.precision)]),
             ("space", self.sweep.space.described()),
             ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
             ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),

@@ -13,7 +13,7 @@ import numpy as np
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Integer
 
-from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
+from unet.config import AUTO, SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
 from unet.errors import InputError
 
 SPACES = Path(__file__).resolve().parent.parent.parent / "tune_spaces"
@@ -94,6 +94,10 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
             hint = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(SEARCHABLE))}."
             raise InputError(f"The space {source} cannot search {setting!r}; {hint}")
         draws[setting], values[setting] = _parse_draw(source, setting, draw)
+        if setting == "precision" and AUTO in values[setting]:
+            raise InputError(
+                f"The space {source} draws precision {AUTO}, which no trial could be compared by: name it."
+            )
         for value in values[setting]:
             _settings(settings, {setting: value}, f"The space {source}")
         if isinstance(draws[setting], Categorical):  # as the settings read them: 1e-3 is a text in YAML

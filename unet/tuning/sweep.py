@@ -13,7 +13,7 @@ from unet.secrets import shown
 from unet.storage import Folder
 from unet.tracking.store import check_server
 from unet.training import resources
-from unet.training.run import CONFIG, SUMMARY, refuse_changes
+from unet.training.run import CONFIG, SUMMARY, refuse_changes, with_chosen_precision
 from unet.tuning.schedule import check_schedule
 from unet.tuning.space import Space, parse_space, read_space
 
@@ -69,6 +69,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         before = read_config(folder)
         if "space" not in before:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
+        settings = with_chosen_precision(settings, before)
         # The space may have moved: what it holds is compared.
         refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
         saved, summary = folder.read_text(SPACE), json.loads(folder.read_text(SUMMARY))
