@@ -234,7 +234,7 @@ def test_other_predictions_are_refused(predicted, photos, trained, tmp_path, cap
     (tmp_path / "damaged" / ".predictions").mkdir(parents=True)
     (tmp_path / "damaged" / ".predictions" / "job.json").write_text("[]")
     checkpoints = sorted(p for p in (trained[0] / "checkpoints").glob("step_*"))
-    other = next(p for p in checkpoints if p.name != trained[1]["best_checkpoint"])
+    other = next(p for p in checkpoints if f"checkpoints/{p.name}" != trained[1]["best_checkpoint"])
     for changes, words in (
         (["--tta", "--probabilities"], "tta False there, True here"),
         (["--model", other, "--probabilities"], "weights"),
