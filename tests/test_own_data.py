@@ -1,6 +1,7 @@
 """Own photos and masks: what `dataset.yaml` and the folder say is what is trained, scored and shown."""
 
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -134,7 +135,8 @@ def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, t
     classes = {f"thing {i}": 1000 + i for i in range(21)}
     names = [f"p{i}" for i in range(60)]
     folder = write(tmp_path / "things", names, {"classes": classes, "ignore": 255})
-    summary = train(storage, folder, run_name="things", epochs=1, num_workers=1, resize="letterbox", image_size=48)
+    settings = {"epochs": 1, "num_workers": 1, "resize": "letterbox", "image_size": 48, "precision": "auto"}
+    summary = train(storage, folder, run_name="things", **settings)
     assert summary["status"] == "finished" and list(summary["test"]["iou"]) == list(classes)
     rows = rows_of(next((storage / "data").glob("things-48px-*-letterbox-*")))
     tests = [np.frombuffer(row["mask"], np.uint8) for row in rows.values() if row["split"] == "test"]
@@ -154,3 +156,6 @@ def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, t
     assert answer.shape == (2, 36, 48) and answer.max() < 21
     state = read_json(storage / "things" / summary["best_checkpoint"] / "state.json")
     assert [name for name, _ in state["classes"]] == list(classes)
+    fast = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    fast = fast and os.environ.get("ONEDNN_MAX_CPU_ISA") != "AVX2"
+    assert state["equality"]["precision"] == ("mixed_bfloat16" if fast else "float32") == run.data.params["precision"]
