@@ -25,7 +25,7 @@ def main(rank, ports, output, values, steps, poison):
     from unet.data.synthetic import draw_pet
     from unet.training.learner import Learner
 
-    settings = unflat(TrainSettings, values | {"num_workers": world})
+    settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
     learner = Learner(settings, 3, rank, world, strategy)
     learner.synchronise()
     size, batch = settings.data.image_size, settings.training.batch_size

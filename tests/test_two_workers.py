@@ -12,7 +12,6 @@ from conftest import ROOT
 
 REAL_SIZE = {"image_size": 128, "base_filters": 16, "batch_size": 8}
 SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 8, "learning_rate": 0.01}
-SMALL |= {"precision": "float32"}
 
 
 def train(tmp_path, world, values, steps, poison=-1):
