@@ -1,6 +1,6 @@
 """A peer of two workers joined by TensorFlow alone, without Ray: run by the tests as a script.
 
-python tests/peers.py RANK PORT PORT OUTPUT SETTINGS_JSON STEPS [POISON_STEP]
+python tests/peers.py RANK PORTS_JSON OUTPUT SETTINGS_JSON STEPS POISON_STEP DEVICES
 """
 
 import json
@@ -10,16 +10,34 @@ import sys
 import numpy as np
 
 
-def main(rank, ports, output, values, steps, poison):
+def play_gpus(count):
+    """Let logical CPU devices be GPUs that the process sees, as a strategy takes them (of the installed TensorFlow)."""
+    import tensorflow as tf
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+
+    def devices(self, resolver, worker):
+        by_itself = isinstance(resolver, tf.distribute.cluster_resolver.TFConfigClusterResolver)
+        taken = count if by_itself else resolver.num_accelerators().get("GPU", 0)
+        return tuple(f"{worker}/device:CPU:{i}" for i in range(max(1, taken))), "CPU"
+
+    CollectiveAllReduceExtended._initialize_local_devices = devices
+
+
+def main(rank, ports, output, values, steps, poison, devices):
     world = len(ports)
     if world > 1:
         cluster = {"cluster": {"worker": [f"127.0.0.1:{p}" for p in ports]}, "task": {"type": "worker", "index": rank}}
         os.environ["TF_CONFIG"] = json.dumps(cluster)
-    import tensorflow as tf
+    from unet.network import start_tensorflow
+    from unet.training.backend import join_workers
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if world > 1 else None
+    start_tensorflow(1, deterministic=values.get("deterministic", False))
+    if devices > 1:
+        play_gpus(devices)
+    strategy = join_workers(devices > 1) if world > 1 else None
 
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
@@ -63,5 +81,5 @@ def main(rank, ports, output, values, steps, poison):
 
 
 if __name__ == "__main__":
-    rank, ports, output, values, steps, poison = sys.argv[1:]
-    main(int(rank), json.loads(ports), output, json.loads(values), int(steps), int(poison))
+    rank, ports, output, values, steps, poison, devices = sys.argv[1:]
+    main(int(rank), json.loads(ports), output, json.loads(values), int(steps), int(poison), int(devices))

@@ -161,7 +161,7 @@ def test_records_are_those_of_an_oracle_whatever_the_workers_and_the_batch(stret
 def score_here(model, prepared, batch, split="test"):
     """The records by a scorer in this process, a table a batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorer, "start_tensorflow", lambda threads: None)
+        patch.setattr(scorer, "start_tensorflow", lambda threads, use_gpu: None)
         what = scorer.Split.of(prepared, split, BAND)
         score = scorer.Scorer(what, [ray.put(replace(model, run=None))])
         return [score(table) for table in scorer._read(pa.table({"chunk": [0]}), what, batch)]

@@ -3,12 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from unet.data import ingest
 from unet.data.augment import flips
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import PADDING, epoch_order
+from unet.data.packed import packed, unpacked
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared, pixels
@@ -116,3 +118,10 @@ def test_direct_reading_gives_a_split_in_order(pets):
     assert np.concatenate([b.indices for b in batches])[: len(pets.names("test"))].tolist() == list(range(160))
     images, _ = truth(pets, "test")
     assert np.array_equal(np.concatenate([b.images for b in batches])[: len(images)], images)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_table_comes_back_from_its_row(rows):
+    table = pa.table({"id": pa.array(range(rows), pa.int64()), "bytes": pa.array([b"x" * 9] * rows, pa.large_binary())})
+    row = packed(table)
+    assert len(row) == 1 and unpacked(pa.concat_tables([packed(table), row]).slice(1)).equals(table)

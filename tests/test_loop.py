@@ -96,6 +96,28 @@ def test_the_clock_saves_in_a_validation_too(reading, storage):
     assert saved == [(1, loop.plan.steps)] * batches + [(2, 0)]
 
 
+def test_a_resume_on_another_device_says_so_and_an_older_checkpoint_says_nothing(reading, storage, monkeypatch):
+    """Whose device nobody wrote down has none to differ from."""
+
+    def told(checkpoint, **changes):
+        line = Line()
+        loop_of(storage, "moved", reading, line, checkpoint, **changes)
+        return [content for kind, content in line.events if kind == "changed"]
+
+    first = loop_of(storage, "moved", reading, Line())
+    first._save()
+    (name,) = first.checkpoints.whole()
+    assert first.checkpoints.state(name).equality.items() >= {("device", "cpu"), ("op_determinism", False)}
+    assert not told(name)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("unet.training.loop.device_name", lambda: "NVIDIA A10G 8.6")
+        assert told(name) == [["device"]] and told(name, deterministic=True) == [["device", "op_determinism"]]
+        del first.state.equality["device"]
+        first.state.step += 1
+        first._save()
+        assert not told(first.checkpoints.whole()[-1])
+
+
 class Watcher(Display):
     """Has somebody press Ctrl-C when the workers are in the middle of a validation."""
 

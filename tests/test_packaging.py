@@ -115,6 +115,26 @@ def exported(handed):
     return handed.folder / "export", told
 
 
+def test_the_library_computes_without_tf32_and_leaves_it_as_it_was(handed, monkeypatch):
+    """The process is another's: what it set for itself holds before and after a prediction."""
+    config, states, ids = tf.config.experimental, [], handed.segmenter._ids
+
+    def noting(photos):
+        states.append(config.tensor_float_32_execution_enabled())
+        return ids(photos)
+
+    monkeypatch.setattr(handed.segmenter, "_ids", noting)
+    before = config.tensor_float_32_execution_enabled()
+    try:
+        for chosen in (True, False):
+            config.enable_tensor_float_32_execution(chosen)
+            handed.segmenter.predict(np.zeros((4, 4, 3), np.uint8))
+            assert config.tensor_float_32_execution_enabled() == chosen
+    finally:
+        config.enable_tensor_float_32_execution(before)
+    assert states == [False, False]
+
+
 @pytest.fixture(params=["drawn", "real"])
 def photos(request) -> list[Image.Image]:
     """Photos of odd sizes."""

@@ -279,7 +279,7 @@ def test_nothing_but_bad_photos_is_a_failure(trained, tmp_path):
 @pytest.fixture
 def through(model, tmp_path, monkeypatch):
     """Read, predict and write photos in this process: their masks, by name."""
-    monkeypatch.setattr(stages, "start_tensorflow", lambda threads: None)
+    monkeypatch.setattr(stages, "start_tensorflow", lambda threads, use_gpu: None)
 
     def run(pictures: dict[str, Image.Image], tta=False, probabilities=None, **changes) -> dict[str, np.ndarray]:
         for name, picture in pictures.items():

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.training.resources import Node, check_free, plan, plan_now
+from unet.training.placement import Node
+from unet.training.resources import plan, plan_now
+from unet.training.room import check_free
 
 
 def settings(**changes):

@@ -14,8 +14,8 @@ REAL_SIZE = {"image_size": 128, "base_filters": 16, "batch_size": 8}
 SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 8, "learning_rate": 0.01}
 
 
-def train(tmp_path, world, values, steps, poison=-1):
-    """The results of every rank after `steps`, from processes of one thread each."""
+def train(tmp_path, world, values, steps, poison=-1, devices=1):
+    """The results of every rank after `steps`, from processes of one thread each that see so many devices."""
     sockets = [socket.socket() for _ in range(world)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -34,6 +34,7 @@ def train(tmp_path, world, values, steps, poison=-1):
                 json.dumps(values),
                 str(steps),
                 str(poison),
+                str(devices),
             ],
             env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
@@ -64,7 +65,9 @@ def test_fifty_steps_with_grad_shards_agree_at_real_size(tmp_path):
 
 
 def test_first_gradients_agree_without_grad_shards(tmp_path):
-    (one,), two = train(tmp_path, 1, REAL_SIZE, 1), train(tmp_path, 2, REAL_SIZE, 1)
+    """Also where workers see more devices than they were given (each is one replica), and with op determinism."""
+    (one,) = train(tmp_path, 1, REAL_SIZE | {"deterministic": True}, 1)
+    two = train(tmp_path, 2, REAL_SIZE, 1, devices=2)
     for a, b in zip(part(one, "gradient/"), part(two[0], "gradient/"), strict=True):
         assert np.abs(a - b).max() <= 1e-4 * max(np.abs(a).max(), 1e-3)
     assert max(np.abs(g).max() for g in part(one, "gradient/")) > 1e-3

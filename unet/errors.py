@@ -1,5 +1,7 @@
 """Errors that are sentences for a person. `unet.cli` prints them without a traceback."""
 
+import re
+
 
 class InputError(Exception):
     """Settings, data or a place that cannot work, found before anything started. Exit code 2."""
@@ -23,6 +25,16 @@ class StorageFailed(RunFailed):
 
 class Damaged(RunFailed):
     """A checkpoint that is not what was written: its name, the file and what is wrong with it."""
+
+
+class NoGpu(RunFailed):
+    """A process that was given a GPU cannot use it: no other process, nor the same once more, could."""
+
+
+def own_words(text: str) -> str | None:
+    """What an error of this module says in the words of Ray, which gives on some of what was raised as text only."""
+    own = re.search(r"^unet\.errors\.(?!StepFailed|Damaged)\w+: (.+)$", text, re.MULTILINE)
+    return own and own[1]
 
 
 def first_line(error: BaseException) -> str:

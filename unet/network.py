@@ -1,23 +1,80 @@
 """A trained network in this process, in float32, and TensorFlow's start."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from unet.errors import NoGpu
 
 if TYPE_CHECKING:
     from unet.trained import TrainedModel
 
 
-def start_tensorflow(threads: int) -> None:
-    """Import TensorFlow with its threads set, before anything runs in it."""
+def start_tensorflow(threads: int, use_gpu: bool = False, deterministic: bool = False) -> None:
+    """Import TensorFlow and set it up, before anything runs in it, for a process that is all ours.
+
+    It sees the one GPU that the process was given, or none: Ray hides no GPU from those that it gave none. Float32
+    is float32, and not TF32, which is TensorFlow's default on GPUs that have it. With `deterministic` only
+    operations that repeat bit for bit are used.
+
+    Raises:
+        NoGpu: the GPU is not to be seen, or others are too.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    for gpu in tf.config.list_physical_devices("GPU"):
+    tf.config.set_visible_devices(_given(tf.config.list_physical_devices("GPU")) if use_gpu else [], "GPU")
+    for gpu in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+
+
+def _given(gpus: list) -> list:
+    """The GPUs that are seen, if they are the one that was given."""
+    if not gpus:
+        raise NoGpu(
+            "A process was given a GPU and TensorFlow sees none: install the `gpu` extra with its dependencies where "
+            "it runs (pip install -e '.[gpu]', without --no-deps, beside NVIDIA's driver), or give --device cpu."
+        )
+    if len(gpus) > 1:
+        raise NoGpu(
+            f"A process was given one GPU and TensorFlow sees {len(gpus)}: unset "
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES and RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES where Ray is "
+            "started, or give --device cpu."
+        )
+    return gpus
+
+
+def device_name() -> str:
+    """What TensorFlow computes on in this process: "cpu", or the GPU's name and its compute capability."""
+    import tensorflow as tf
+
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus:
+        return "cpu"
+    details = tf.config.experimental.get_device_details(gpus[0])
+    capability = ".".join(map(str, details.get("compute_capability", ())))
+    return f"{details.get('device_name', 'GPU')} {capability}".strip()
+
+
+@contextlib.contextmanager
+def float32_exactly() -> Iterator[None]:
+    """Without TF32 for the time of the block, in a process whose TensorFlow is not ours to set up."""
+    import tensorflow as tf
+
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 class Network:

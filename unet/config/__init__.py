@@ -2,6 +2,7 @@
 
 from unet.config.base import (
     CONFIG,
+    Device,
     Part,
     flat,
     load_yaml,
@@ -26,6 +27,7 @@ __all__ = [
     "SWEEP_MAY_CHANGE",
     "TICKET",
     "DataSettings",
+    "Device",
     "EvaluateSettings",
     "ExportSettings",
     "ModelSettings",

@@ -24,6 +24,9 @@ warnings.filterwarnings("ignore", message='Field name "register" in ')
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
+Device = Literal["auto", "cpu", "gpu"]
+"""What processes with TensorFlow compute on."""
+
 
 class Part(BaseModel):
     """A group of settings: unknown names are refused, and nothing changes after the door."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Part, parse_interval
+from unet.config.base import Device, Part, parse_interval
 from unet.config.data import DataSettings
 from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
@@ -61,6 +61,11 @@ class ComputeSettings(Part):
     workers that are lost, take more when there is room."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """TensorFlow threads a worker. Default: the cores it really has."""
+    device: Device = "auto"
+    """auto: a GPU for each worker where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
+    GPU."""
+    deterministic: bool = False
+    """Let TensorFlow use only operations that repeat bit for bit: GPUs need it for that and are slower, CPUs do not."""
     max_failures: Annotated[int, Field(ge=0)] = 5
     """Start lost workers again at most so often in a row without a new checkpoint."""
     step_timeout: str = "10m"
@@ -182,7 +187,7 @@ class TrainSettings(Part):
 MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
-        *("max_failures", "step_timeout"),
+        *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
         *("register", "config", "debug"),
     )

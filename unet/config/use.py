@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from unet.config.base import Part
+from unet.config.base import Device, Part
 from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
 
@@ -22,7 +22,10 @@ class EvaluatePart(Part):
     output: str | None = None
     """Folder of metrics.json, per_image.parquet and report.html. Default: evaluations/ in the run's folder."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
-    """Processes that score, of one thread each. Default: as many as the cluster has CPUs."""
+    """Processes that score, of one thread each. Default: as many as the cluster has GPUs, or CPUs where it has none."""
+    device: Device = "auto"
+    """auto: a GPU for each process where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
+    GPU."""
     band: Annotated[int, Field(ge=1, le=64)] = 3
     """Width in pixels, at the network's size and to either side, of the band around borders that is scored apart."""
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
@@ -62,6 +65,9 @@ class PredictPart(Part):
     """Folder of masks/, overlays/ and predictions.csv; may be s3://… The same command goes on where it was."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
     """Processes that predict. Default: one for two CPUs, or for each GPU."""
+    device: Device = "auto"
+    """auto: a GPU for each process where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
+    GPU."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Photos that the network takes at a time."""
     tile: bool = False

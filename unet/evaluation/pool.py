@@ -2,11 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from unet.config import Device
 from unet.data.ingest import DATA_CPUS
 from unet.errors import InputError
-from unet.training.resources import Node, cluster_nodes, cpus_per_worker
+from unet.training.placement import (
+    Node,
+    check_enough,
+    cpus_for_each,
+    fits_now,
+    most_processes,
+    on_device,
+    with_cpus,
+)
+from unet.training.resources import cluster_nodes
+from unet.training.room import check_free_gpus
 
 
 @dataclass(frozen=True)
@@ -18,51 +29,55 @@ class Pool:
         cpus: what each asks of Ray.
         use_gpu: whether each gets one.
         readers: reading tasks at a time, which ask for `DATA_CPUS` each.
+        why_cpus: why they get no GPU, where there are some and they might have had them.
     """
 
     processes: int
     cpus: float
     use_gpu: bool
     readers: int
+    why_cpus: str = ""
 
 
-def plan_pool(nodes: list[Node], wanted: int | None, process_bytes: float) -> Pool:
+def plan_pool(nodes: list[Node], wanted: int | None, process_bytes: float, device: Device = "auto") -> Pool:
     """As many processes as the nodes have CPUs (or GPUs), or as are wanted, with room for the reading tasks.
 
     Raises:
         InputError: the cluster could never hold what is wanted.
     """
-    cores, gpus = int(sum(n.cpus for n in nodes)), int(sum(n.gpus for n in nodes))
-    if not any(n.cpus > 0 for n in nodes):
-        raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
-    memory = sum(int(n.memory // process_bytes) if n.memory < float("inf") else cores for n in nodes if n.cpus > 0)
-    most = max(1, min(gpus or cores, cores))
-    if wanted and wanted > most:
-        raise InputError(f"--num-workers {wanted} is more than the cluster holds: at most {most} fit.")
+    pool, why = on_device(device, nodes, lambda use_gpu: _plan_pool(nodes, wanted, process_bytes, use_gpu))
+    return replace(pool, why_cpus=why)
+
+
+def _plan_pool(nodes: list[Node], wanted: int | None, process_bytes: float, use_gpu: bool) -> Pool:
+    hosts = with_cpus(nodes)
+    check_enough(hosts, wanted or 1, use_gpu)
+    most = most_processes(hosts, use_gpu)
+    memory = sum(_held_by(node, process_bytes, int(node.gpus) if use_gpu else most) for node in hosts)
     if memory < (wanted or 1):
         raise InputError(
             f"{wanted or 1} processes need about {process_bytes / 1e9:.1f} GB each, and the cluster has room for "
             f"{memory}: " + (f"give --num-workers {memory}." if memory else "use machines with more memory.")
         )
     processes = wanted or min(most, memory)
-    return Pool(processes, cpus_per_worker([n.cpus for n in nodes], processes), gpus > 0, 2 * len(nodes))
+    return Pool(processes, cpus_for_each(hosts, processes, use_gpu), use_gpu, 2 * len(nodes))
+
+
+def _held_by(node: Node, process_bytes: float, most: int) -> int:
+    """How many processes a node's memory holds, at most `most`."""
+    return int(min(node.memory / process_bytes, most))
 
 
 def reduced(pool: Pool, nodes: list[Node]) -> Pool | None:
     """The pool that what nobody holds now has room for, with a reading task; None if there is none."""
-    count = sum(_places(node, pool) for node in nodes)
+    count = sum(fits_now(node, pool.cpus, pool.use_gpu) for node in nodes)
     free = sum(node.free_cpus for node in nodes)
     while count and free - count * pool.cpus < DATA_CPUS - 1e-6:
         count -= 1
-    return Pool(min(count, pool.processes), pool.cpus, pool.use_gpu, pool.readers) if count else None
+    return replace(pool, processes=min(count, pool.processes)) if count else None
 
 
-def _places(node: Node, pool: Pool) -> int:
-    cpus = int((node.free_cpus + 1e-6) // pool.cpus)
-    return min(cpus, int(node.free_gpus)) if pool.use_gpu else cpus
-
-
-def take_pool(wanted: int | None, process_bytes: float, say: Callable[[str], None]) -> Pool:
+def take_pool(wanted: int | None, process_bytes: float, say: Callable[[str], None], device: Device = "auto") -> Pool:
     """The pool for now, giving what just ended a moment to hand back its CPUs; `say` hears that it is a smaller one.
 
     Raises:
@@ -70,16 +85,19 @@ def take_pool(wanted: int | None, process_bytes: float, say: Callable[[str], Non
     """
     for _ in range(40):
         nodes = cluster_nodes()
-        pool = plan_pool(nodes, wanted, process_bytes)
+        pool = plan_pool(nodes, wanted, process_bytes, device)
         found = reduced(pool, nodes)
         if found == pool:
             return pool
         time.sleep(0.25)
     free = sum(node.free_cpus for node in nodes)
     if found is None:
+        if pool.use_gpu:
+            check_free_gpus(1, nodes)
         raise InputError(
             f"A process that scores needs {pool.cpus:g} CPUs and {DATA_CPUS:g} to read, and other jobs on the cluster "
             f"leave {free:g}: wait for them, or stop them (`ray job stop`)."
         )
-    say(f"Other jobs leave {free:g} CPUs: {found.processes} instead of {pool.processes} processes.")
+    gpus = f" and {sum(int(node.free_gpus) for node in nodes)} GPUs" if pool.use_gpu else ""
+    say(f"Other jobs leave {free:g} CPUs{gpus}: {found.processes} instead of {pool.processes} processes.")
     return found

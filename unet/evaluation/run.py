@@ -18,6 +18,7 @@ from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.trained import TrainedModel
+from unet.training.placement import in_words
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     ]
     for place in places:
         check_place(place)
-    pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"))
+    pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"), part.device)
     display.go_on_unread()
+    if pool.why_cpus:
+        display.say(f"On {in_words(pool.use_gpu, pool.why_cpus)}.")
     display.waiting(f"starting {pool.processes} processes")
     rates: list[float] = []
 
@@ -81,7 +84,8 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     with silenced(settings.door.debug):  # Ray warns of arguments that might get lost; this process keeps them
         tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
-    display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of one thread.")
+    each = "one thread and a GPU" if pool.use_gpu else "one thread"
+    display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of {each}.")
     names = prepared.manifest.classes
     comparison = compare(labels, tables, names, part.bootstrap) if len(models) > 1 else None
     found = []

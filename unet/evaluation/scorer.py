@@ -19,12 +19,13 @@ from PIL import Image
 from unet.classes import IGNORE
 from unet.config import Resize
 from unet.data.ingest import DATA_CPUS
+from unet.data.packed import packed, unpacked
 from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
 from unet.data.sources.archives import species_of
 from unet.data.sources.drawn import is_drawn
 from unet.data.sources.find import TFDS
-from unet.errors import InputError, RunFailed, first_line
+from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.network import Network, start_tensorflow
@@ -135,12 +136,12 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
     dataset = ray.data.from_items([{"chunk": chunk} for chunk in range(chunks)], override_num_blocks=max(1, chunks))
     context = dataset.context
     context.enable_progress_bars = False
-    # A block is a batch: it is what a process takes at a time, and what progress counts.
+    # A block is a row, which is a batch: what a process takes at a time, and what progress counts.
     context.target_max_block_size = batch * what.image_size**2 * 4
     context.wait_for_min_actors_s = START_SECONDS
     context.raise_original_map_exception = True  # else it comes wrapped in a page about Ray's logs
     read = dataset.map_batches(
-        _read,
+        _read_batches,
         fn_args=(what, batch),
         batch_size=1,
         batch_format="pyarrow",
@@ -148,15 +149,20 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
         compute=ray.data.TaskPoolStrategy(min(chunks, pool.readers)),
     )
     return read.map_batches(
-        Scorer,
-        fn_constructor_args=(what, kept),
-        batch_size=None,
+        _BatchScorer,
+        fn_constructor_args=(what, kept, pool.use_gpu),
+        batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=pool.processes),
         num_cpus=pool.cpus,
         num_gpus=1 if pool.use_gpu else 0,
     )
+
+
+def _read_batches(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
+    for table in _read(rows, what, batch):
+        yield packed(table)
 
 
 def _read(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
@@ -173,8 +179,8 @@ def _read(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
 class Scorer:
     """A process that scores batches: the networks, and what follows from what they say."""
 
-    def __init__(self, what: Split, models: Sequence[ray.ObjectRef]):
-        start_tensorflow(threads=1)
+    def __init__(self, what: Split, models: Sequence[ray.ObjectRef], use_gpu: bool = False):
+        start_tensorflow(1, use_gpu)
         self.what, models = what, [ray.get(model) for model in models]
         self._networks = [(Network(model), batch_size([model])) for model in models]
         self._judge, self._enlarge = _graphs(what.image_size, what.classes, what.resize)
@@ -236,6 +242,11 @@ class Scorer:
         }
 
 
+class _BatchScorer(Scorer):
+    def __call__(self, row: pa.Table) -> pa.Table:
+        return super().__call__(unpacked(row))
+
+
 def _species(breed: str, source: str) -> str:
     """cat or dog where the source tells; a drawn pet's breed is its species."""
     if source in ("archives", TFDS):
@@ -283,4 +294,6 @@ def _explained(error: ray.exceptions.RayError) -> Exception:
             f"The processes that score did not start within {START_SECONDS} s: another job may have taken the "
             "cluster's CPUs (`ray status` shows them); wait for it, or give fewer --num-workers."
         )
+    if own := own_words(str(error)):  # of a process that could not start
+        return RunFailed(own)
     return RunFailed(f"Scoring failed: {first_line(cause)}")

@@ -10,16 +10,17 @@ import ray
 
 from unet.config import PredictSettings
 from unet.data.sources import shown
-from unet.errors import InputError, RunFailed, first_line
+from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.prediction.photos import Photos, find_photos, output_names
 from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
-from unet.prediction.stream import plan, predicted
+from unet.prediction.stream import check_room, plan, predicted
 from unet.secrets import without_secrets
 from unet.session import cause_of
 from unet.storage import Folder
 from unet.terminal import Display, duration
 from unet.trained import TrainedModel
+from unet.training.placement import in_words
 from unet.training.resources import check_writable, cluster_nodes
 
 SHOWN_PROBLEMS = 20
@@ -138,7 +139,10 @@ def _run(
         probabilities=part.probabilities,
         first_part=results.next_part,
     )
-    fitted = plan(cluster_nodes(), part.num_workers)
+    fitted = plan(cluster_nodes(), part.num_workers, part.device)
+    check_room(fitted)
+    if fitted.why_cpus:
+        display.say(f"On {in_words(fitted.use_gpu, fitted.why_cpus)}.")
     display.waiting(f"starting {fitted.workers} × TensorFlow")
     first = done = 0
     first_at = last_at = begun
@@ -153,7 +157,7 @@ def _run(
             pace = f" · {speed:.1f} images/s · {duration((len(todo) - done) / speed)} left" if speed else ""
             display.waiting(f"{done:,}/{len(todo):,} photos{pace}")
     except ray.exceptions.RayError as error:
-        reason = first_line(cause_of(error)).rstrip(".")
+        reason = (own_words(str(error)) or first_line(cause_of(error))).rstrip(".")
         raise RunFailed(f"Predicting failed: {reason}. The same command goes on from here.") from error
     if done != len(todo):
         raise RunFailed(f"{done:,} photos came back of {len(todo):,}: the same command does the rest.")

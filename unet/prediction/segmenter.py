@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from unet.network import Network
+from unet.network import Network, float32_exactly
 from unet.trained import TrainedModel
 
 PIXELS = 2**22
@@ -14,6 +14,8 @@ PIXELS = 2**22
 
 class Segmenter:
     """A trained model in this process, in float32; what `unet.load` gives.
+
+    TensorFlow is the process' own: its threads, its GPUs. TF32 is off while the model computes, and as before after it.
 
     Attributes:
         trained: the model as it was found.
@@ -67,5 +69,6 @@ class Segmenter:
             )
         batch = photos if photos.ndim == 4 else photos[None]
         at_a_time = max(1, PIXELS // (batch.shape[1] * batch.shape[2]))
-        parts = [graph(batch[i : i + at_a_time]).numpy() for i in range(0, len(batch), at_a_time)]
+        with float32_exactly():  # until the numbers are there
+            parts = [graph(batch[i : i + at_a_time]).numpy() for i in range(0, len(batch), at_a_time)]
         return np.concatenate(parts) if photos.ndim == 4 else parts[0][0]

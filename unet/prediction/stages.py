@@ -99,8 +99,8 @@ def read(rows: pa.Table, group: int, work: Work) -> pa.Table:
 class Predictor:
     """A process with the network: `squares` in, `probabilities` out, float32 (n, C, S, S) of each photo."""
 
-    def __init__(self, trained: TrainedModel, threads: int, batch_size: int, tta: bool):
-        start_tensorflow(threads)
+    def __init__(self, trained: TrainedModel, threads: int, batch_size: int, tta: bool, use_gpu: bool = False):
+        start_tensorflow(threads, use_gpu)
         self._network, self._batch_size, self._tta = Network(trained), batch_size, tta
         self._shape = (trained.image_size, trained.image_size, 3)
         self._probabilities(np.zeros((1, *self._shape), np.uint8))  # traced before the first photo

@@ -4,18 +4,21 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from unet.config import Device
 from unet.config.use import PredictPart
-from unet.errors import InputError
+from unet.data.packed import packed, unpacked
 from unet.prediction.stages import Predictor, Work, read, write
 from unet.session import silenced
 from unet.trained import TrainedModel
-from unet.training.resources import Node, check_free, free_cpus
+from unet.training.placement import Node, check_enough, cpus_for_each, fits, most_processes, on_device, with_cpus
+from unet.training.resources import cluster_nodes
+from unet.training.room import check_free, check_free_gpus, free_cpus
 
 GROUP_PHOTOS, GROUP_BYTES, GROUP_OUTPUT_BYTES = 32, 2**23, 2**26
 """What a task takes at a time, at most: photos, bytes of their files, bytes that the network says of them."""
@@ -29,31 +32,51 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How many processes predict, with how many threads, and what of the cluster each holds."""
+    """How many processes predict, with how many threads, and what of the cluster each holds.
+
+    `why_cpus` says why they get no GPU, where there are some and they might have had them.
+    """
 
     workers: int
     threads: int
     cpus: float
-    gpus: int
+    use_gpu: bool
+    why_cpus: str = ""
 
 
-def plan(nodes: list[Node], asked: int | None) -> Plan:
+def plan(nodes: list[Node], asked: int | None, device: Device = "auto") -> Plan:
     """Fit the processes that predict to the nodes: they hold half of the CPUs, tasks that read and write the rest.
 
     Raises:
-        InputError: more are asked for than there are CPUs, or others hold them.
+        InputError: more are asked for than there are CPUs or GPUs.
     """
-    nodes = [node for node in nodes if node.cpus > 0]
-    if not nodes:
-        raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
-    cores, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
-    workers = asked or gpus or max(1, cores // THREADS)
-    if workers > max(1, cores):
-        raise InputError(f"--num-workers {workers} is more than the cluster's {cores} CPUs: at most {cores} fit.")
-    on_node, cpus = math.ceil(workers / len(nodes)), min(node.cpus for node in nodes)
-    each = math.floor(cpus / 2 / on_node * 1e4) / 1e4  # Ray counts in ten-thousandths
-    check_free(workers, each, free_cpus(workers * each + TASK_CPUS) - TASK_CPUS)
-    return Plan(workers, max(1, int(cpus) // on_node), each, int(gpus >= workers))
+    found, why = on_device(device, nodes, lambda use_gpu: _plan(nodes, asked, use_gpu))
+    return replace(found, why_cpus=why)
+
+
+def _plan(nodes: list[Node], asked: int | None, use_gpu: bool) -> Plan:
+    hosts = with_cpus(nodes)
+    most = most_processes(hosts, use_gpu)
+    workers = asked or max(1, most if use_gpu else most // THREADS)
+    check_enough(hosts, workers, use_gpu)
+    cpus = cpus_for_each(hosts, workers, use_gpu, _half)
+    on_host = [(node, min(count, workers)) for node in hosts if (count := fits(node, cpus, use_gpu, _half))]
+    return Plan(workers, max(1, int(min(node.cpus // count for node, count in on_host))), cpus, use_gpu)
+
+
+def _half(node: Node) -> float:
+    return node.cpus / 2
+
+
+def check_room(fitted: Plan) -> None:
+    """Refuse what would wait for another job, giving what just ended a moment.
+
+    Raises:
+        InputError: with how many would fit.
+    """
+    check_free(fitted.workers, fitted.cpus, free_cpus(fitted.workers * fitted.cpus + TASK_CPUS) - TASK_CPUS)
+    if fitted.use_gpu:
+        check_free_gpus(fitted.workers, cluster_nodes())
 
 
 def groups(sizes: np.ndarray, most: int) -> list[int]:
@@ -79,13 +102,16 @@ def predicted(
 
     def read_group(block: pa.Table) -> pa.Table:
         group = block["id"][0].as_py()
-        return read(ray.get(listed).slice(starts[group], ends[group] - starts[group]), group, work)
+        return packed(read(ray.get(listed).slice(starts[group], ends[group] - starts[group]), group, work))
 
     class Predicting(Predictor):
         def __init__(self):
-            super().__init__(ray.get(model), fitted.threads, part.batch_size, part.tta)
+            super().__init__(ray.get(model), fitted.threads, part.batch_size, part.tta, fitted.use_gpu)
 
-    how = {"batch_size": None, "batch_format": "pyarrow"}
+        def __call__(self, row: pa.Table) -> pa.Table:
+            return packed(super().__call__(unpacked(row)))
+
+    how = {"batch_size": 1, "batch_format": "pyarrow"}
     tasks = how | {"num_cpus": TASK_CPUS, "max_retries": RETRIES}
     pool = ray.data.ActorPoolStrategy(size=fitted.workers)
     with warnings.catch_warnings():
@@ -94,8 +120,8 @@ def predicted(
         dataset = (
             ray.data.range(len(starts), override_num_blocks=len(starts))
             .map_batches(read_group, **tasks)
-            .map_batches(Predicting, compute=pool, num_cpus=fitted.cpus, num_gpus=fitted.gpus, **how)
-            .map_batches(lambda rows: write(rows, work), **tasks)
+            .map_batches(Predicting, compute=pool, num_cpus=fitted.cpus, num_gpus=int(fitted.use_gpu), **how)
+            .map_batches(lambda row: write(unpacked(row), work), **tasks)
         )
     dataset.context.target_max_block_size = None  # a group stays a block, whatever its size
     dataset.context.enable_progress_bars = False

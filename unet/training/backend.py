@@ -1,4 +1,4 @@
-"""Tells the workers of Ray Train where their peers are, as TensorFlow expects it.
+"""Tells the workers of Ray Train where their peers are, as TensorFlow expects it, and joins them.
 
 Ray's own `TensorflowConfig` does the same, but imports TensorFlow in the driver and in the controller (5-9 s each
 before the first step) and sets TF_USE_LEGACY_KERAS, with which anything that touches `tf.keras` fails.
@@ -28,6 +28,24 @@ class _TensorflowBackend(Backend):
         ray.get(
             [worker_group.execute_single_async(rank, _set_tf_config, addresses, rank) for rank in range(len(addresses))]
         )
+
+
+def join_workers(use_gpu: bool):
+    """The strategy over the workers of TF_CONFIG, of one device each, before anything else runs in TensorFlow.
+
+    By itself it would take every GPU that the process sees, and a replica for each.
+    """
+    import tensorflow as tf
+
+    told = json.loads(os.environ["TF_CONFIG"])
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(told["cluster"]),
+        task_type=told["task"]["type"],
+        task_id=told["task"]["index"],
+        num_accelerators={"GPU": int(use_gpu)},
+        rpc_layer="grpc",
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
 def _free_address() -> str:

@@ -55,7 +55,7 @@ class State:
         history: the lines of `metrics.jsonl` so far.
         seed, data_digest, settings: what the run is.
         classes: what the network's outputs mean, as [name, [red, green, blue]]; at first they were always the pets'.
-        equality: what bit-equal continuation depends on (workers, threads, precision, versions, processor).
+        equality: what bit-equal continuation depends on (workers, threads, precision, device, versions, …).
     """
 
     seed: Count

@@ -11,6 +11,8 @@ from unet.terminal import Display, checks_row
 from unet.tracking.send import send_later
 from unet.training import precision, resources
 from unet.training.journal import Journal
+from unet.training.placement import in_words
+from unet.training.room import take_room
 from unet.training.run import Run
 from unet.training.supervisor import Supervisor
 
@@ -84,10 +86,8 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     classes = len(prepared.manifest.classes)
     parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, classes)
-    if as_trial:  # the sweep has asked for its room
-        plan = resources.plan(settings, nodes, data_bytes, together)
-    else:
-        plan = resources.take_room(settings, data_bytes)
+    # The sweep of a trial has asked for its room.
+    plan = resources.plan(settings, nodes, data_bytes, together) if as_trial else take_room(settings, data_bytes)
     resources.check_disk(settings, storage, parameters)
     run.settings, choice = precision.settled(settings, plan.use_gpu)
 
@@ -130,9 +130,9 @@ def _overview(
         (
             "workers",
             f"{plan.num_workers} x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s) each"
-            + (", a GPU each" if plan.use_gpu else "")
             + (f"; {s.compute.least_workers} to {s.compute.most_workers}" if s.compute.is_elastic else ""),
         ),
+        ("device", in_words(plan.use_gpu, plan.why_cpus) + (", deterministic" if s.compute.deterministic else "")),
         ("results", str(run.folder)),
         ("tracking", f"{tracking}, experiment {s.run.experiment}"),
     ]

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from unet.errors import first_line
+from unet.errors import first_line, own_words
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
 OF_PEERS = ("UnavailableError", "AbortedError", "CancelledError", "InternalError", "DeadlineExceededError")
@@ -34,7 +34,7 @@ def fault_of(error: BaseException) -> Fault:
         if found := [fault for fault in faults if fault.kind == kind]:
             return max(found, key=lambda fault: "connection" not in fault.reason)
     text = str(error)
-    if own := _own_words(text):
+    if own := own_words(text):
         return Fault(own, "final")
     if "startup timed out" in text:
         return Fault("there was no place for the workers")
@@ -52,7 +52,7 @@ def with_nodes(fault: Fault, lost: int, nodes: int) -> Fault:
 
 def _of_worker(rank: int, error: BaseException) -> Fault:
     text = str(error)
-    if own := _own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
+    if own := own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
         return Fault(own, "final")
     if "OutOfMemory" in text or "memory usage threshold" in text:
         return Fault(f"worker {rank} was ended because its node ran out of memory (a smaller --batch-size needs less)")
@@ -68,12 +68,6 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
     if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
         return Fault(f"the connection of worker {rank} to the others broke")
     return Fault(f"worker {rank}: {_last_line(error)}", "raised")
-
-
-def _own_words(text: str) -> str | None:
-    """What an error of `unet.errors` says; Ray Data gives on what its tasks raised as text only."""
-    own = re.search(r"^unet\.errors\.(?!StepFailed|Damaged)\w+: (.+)$", text, re.MULTILINE)
-    return own and own[1]
 
 
 def _last_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ class Job:
             no other group can be (a trial of a sweep).
         monitor: handle of the `Monitor`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
+        use_gpu: whether this worker was given a GPU.
     """
 
     settings: TrainSettings
@@ -36,3 +37,4 @@ class Job:
     ticket: str | None
     monitor: ray.actor.ActorHandle
     score_test: bool = True
+    use_gpu: bool = False

@@ -19,6 +19,7 @@ from unet.data.resize import ignore_padding
 from unet.data.shards import Prepared, pixels
 from unet.errors import StorageFailed
 from unet.evaluation.score import score
+from unet.network import device_name
 from unet.packaging.model import package
 from unet.storage import Folder, persistently, reported
 from unet.trained import TrainedModel
@@ -76,7 +77,8 @@ class Loop:
             self.checkpoints.load(job.checkpoint, self.learner)
             self.learner.set_rates()
             self.state.score = None  # of that step only
-            changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
+            # Older checkpoints do not have all of the keys, and so say nothing about them.
+            changed = [key for key, value in equality.items() if self.state.equality.get(key, value) != value]
             self.state.equality, self.state.settings = equality, job.shown
             if changed and not self.is_done:
                 self.line.event("changed", changed)
@@ -90,6 +92,8 @@ class Loop:
             "threads": self.job.threads,
             "precision": self.settings.training.precision,
             "processor": _processor(),
+            "device": device_name(),
+            "op_determinism": self.settings.compute.deterministic,
             "python": platform.python_version(),
             "tensorflow": tf.__version__,
             "keras": keras.__version__,

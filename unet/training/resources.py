@@ -1,38 +1,34 @@
 """What a run asks of the cluster, compared with what there is, before anything starts."""
 
+import contextlib
 import math
 import os
 import shutil
 import socket
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unet.config import TrainSettings, parse_bytes
+from unet.config import Device, TrainSettings, parse_bytes
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.training.arrays import weight_shapes
+from unet.training.placement import (
+    Node,
+    check_enough,
+    cpus_for_each,
+    fits,
+    fits_now,
+    most_processes,
+    on_device,
+    with_cpus,
+)
 
 READERS = 2
-RESERVED_CPUS = 0.5
-"""Left on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`)."""
 ANSWER_SECONDS = 1.0
 """How long a node has to take a connection."""
 WORKER_BYTES = 0.8e9
 """A worker with TensorFlow loaded, before its first step (measured: 0.6 GB)."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """What Ray says a node has in all, and what of it nobody holds."""
-
-    cpus: float
-    gpus: float = 0
-    memory: float = math.inf
-    object_store: float = math.inf
-    free_cpus: float = 0
-    free_gpus: float = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class Plan:
         kept: whether training and validation are held in memory, else streamed.
         data_bytes: their size in memory.
         stream_bytes: object store that streaming may use.
+        why_cpus: why workers get no GPU, where there are some and they might have had them.
     """
 
     num_workers: int
@@ -55,6 +52,7 @@ class Plan:
     kept: bool
     data_bytes: int
     stream_bytes: int
+    why_cpus: str = ""
 
 
 def cluster_nodes() -> list[Node]:
@@ -111,107 +109,102 @@ def free_abandoned_places() -> None:
 
 
 def plan_now(
-    settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1, held: int = 0
+    settings: TrainSettings,
+    nodes: list[Node],
+    data_bytes: int,
+    together: int = 1,
+    held: int = 0,
+    device: Device | None = None,
 ) -> Plan | None:
     """The plan for as many workers as there is room for now; None if not even the least find room.
 
     Elastic or not, a worker gets what it would have beside the most that the nodes could hold, so that others can
-    join it. `held` workers have their places already.
+    join it. `held` workers have their places already. `device` is that of the settings, if no other is given.
 
     Raises:
         InputError: not even empty nodes would hold the least.
     """
     counts = settings.worker_counts
-    while True:
-        try:
-            most = plan(settings, nodes, data_bytes, together, counts[-1])
-            break
-        except InputError:
-            if len(counts) == 1:
-                raise
-            counts = counts[:-1]
-    places = sum(_places(node, most) for node in nodes) + held
-    fit = [workers for workers in counts if workers <= places]
-    return replace(most, num_workers=fit[-1]) if fit else None
+
+    def largest(use_gpu: bool) -> Plan:
+        for workers in reversed(counts[1:]):
+            with contextlib.suppress(InputError):
+                return _plan(settings, nodes, data_bytes, together, workers, use_gpu)
+        return _plan(settings, nodes, data_bytes, together, counts[0], use_gpu)
+
+    most, why = on_device(device or settings.compute.device, nodes, largest)
+    places = sum(fits_now(node, most.cpus_per_worker, most.use_gpu) for node in nodes) + held
+    fit = [workers for workers in counts if workers <= min(places, most.num_workers)]
+    return replace(most, num_workers=fit[-1], why_cpus=why) if fit else None
 
 
-def take_room(settings: TrainSettings, data_bytes: int) -> Plan:
-    """The plan for now, giving what just ended a moment to hand back its CPUs.
-
-    Raises:
-        InputError: others hold them; with how many workers would fit.
-    """
-    for _ in range(40):
-        nodes = cluster_nodes()
-        if found := plan_now(settings, nodes, data_bytes):
-            return found
-        time.sleep(0.25)
-    least = plan(settings, nodes, data_bytes)
-    check_free(least.num_workers, least.cpus_per_worker, sum(node.free_cpus for node in nodes))
-    raise InputError(
-        f"No node has {least.cpus_per_worker:g} free CPUs for each of {least.num_workers} workers: wait for other "
-        "jobs, or give fewer --num-workers."
-    )
-
-
-def _places(node: Node, plan: Plan) -> int:
-    # What is free may hold the reserve, and may lack it where readers are at work.
-    cpus = min(int((node.free_cpus + 1e-6) // plan.cpus_per_worker), _fits(node.cpus, plan.cpus_per_worker))
-    return min(cpus, int(node.free_gpus)) if plan.use_gpu else cpus
-
-
-def plan(
-    settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1, workers: int | None = None
-) -> Plan:
-    """Fit the settings to the nodes, where `together` such trainings run at a time (trials of a sweep).
-
-    `workers` is their number, by default the least that the settings allow.
+def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1) -> Plan:
+    """Fit the settings, with their least workers, to the nodes, where `together` such trainings run at a time.
 
     Raises:
         InputError: it would not fit or would wait for ever; with the settings that would fit.
     """
-    workers = workers or settings.compute.least_workers
-    cores = int(sum(n.cpus for n in nodes))
-    if not any(n.cpus > 0 for n in nodes):
-        raise InputError("The cluster has no CPUs yet: wait until its workers have joined (`ray status` shows them).")
-    if workers > max(1, cores):
-        raise InputError(f"--num-workers {workers} is more than the cluster's {cores} CPUs: at most {cores} fit.")
-    processes = workers * together
-    cpus = cpus_per_worker([n.cpus for n in nodes], processes)
-    hosts = [n for n in nodes if _fits(n.cpus, cpus)]
-    on_host = max(min(_fits(n.cpus, cpus), processes) for n in hosts)
-    cores = int(min(n.cpus // min(_fits(n.cpus, cpus), processes) for n in hosts))
-    threads = settings.compute.threads or max(1, cores)
+    compute = settings.compute
+
+    def planned(use_gpu: bool) -> Plan:
+        return _plan(settings, nodes, data_bytes, together, compute.least_workers, use_gpu)
+
+    found, why = on_device(compute.device, nodes, planned)
+    return replace(found, why_cpus=why)
+
+
+def _plan(
+    settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int, workers: int, use_gpu: bool
+) -> Plan:
+    """`plan` for so many workers a training, on nodes with GPUs or on CPUs."""
+    hosts, processes = with_cpus(nodes), workers * together
+    check_enough(hosts, processes if use_gpu else workers, use_gpu)
+    cpus = cpus_for_each(hosts, processes, use_gpu)
+    on_host = {node: min(count, processes) for node in hosts if (count := fits(node, cpus, use_gpu))}
+    cores = int(min(node.cpus // count for node, count in on_host.items()))
     share = math.ceil(settings.training.batch_size / workers)
-    need, memory = on_host * worker_bytes(settings, share), min(n.memory for n in hosts)
-    if need > memory:
-        fits = int(settings.training.batch_size * memory / need * 0.8)
-        raise InputError(
-            f"{on_host} workers of a node need about {need / 1e9:.1f} GB, the node has {memory / 1e9:.1f} GB: "
-            f"try --batch-size {max(1, fits)}."
-        )
-    store = min(n.object_store for n in hosts)
+    _check_memory(settings, on_host, worker_bytes(settings, share, use_gpu))
+    memory, store = min(n.memory for n in on_host), min(n.object_store for n in on_host)
     limit = settings.data.memory_budget
-    budget = parse_bytes(limit) if limit else min(n.memory for n in hosts) / 4
+    budget = parse_bytes(limit) if limit else memory / 4
     return Plan(
         num_workers=workers,
         cpus_per_worker=cpus,
-        threads=threads,
-        use_gpu=sum(int(n.gpus) for n in nodes) >= processes,
+        threads=settings.compute.threads or max(1, cores),
+        use_gpu=use_gpu,
         kept=data_bytes <= min(budget, 0.6 * store),
         data_bytes=data_bytes,
         stream_bytes=int(min(max(budget, 256e6), 0.5 * store)),
     )
 
 
-def worker_bytes(settings: TrainSettings, share: int) -> float:
-    """An estimate of a worker's peak memory: TensorFlow, four copies of the weights, activations of its share."""
+def _check_memory(settings: TrainSettings, on_host: dict[Node, int], each: float) -> None:
+    """Refuse workers of so many bytes each that would not fit into a node's memory.
+
+    Raises:
+        InputError: with a batch that would fit.
+    """
+    node, workers = max(on_host.items(), key=lambda item: item[1] * each / item[0].memory)
+    need = workers * each
+    if need > node.memory:
+        batch = int(settings.training.batch_size * node.memory / need * 0.8)
+        raise InputError(
+            f"{workers} workers of a node need about {need / 1e9:.1f} GB, the node has {node.memory / 1e9:.1f} GB: "
+            f"try --batch-size {max(1, batch)}."
+        )
+
+
+def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> float:
+    """An estimate of a worker's peak memory: TensorFlow, four copies of the weights, activations of its share.
+
+    The activations of a GPU are in a memory of its own, of which Ray knows nothing.
+    """
     model, side = settings.model, settings.data.image_size
     filters = [model.base_filters * 2**level for level in range(model.depth + 1)]
     weights = sum(27 * f * f for f in filters) * 4  # both paths of a level hold about 27 f² numbers
     # About 12 maps of a level's size and filters live until the backward pass (measured at 16 and 64 filters).
     activations = sum(12 * f * (side / 2**level) ** 2 for level, f in enumerate(filters)) * 4
-    return WORKER_BYTES + 4 * weights + share * activations
+    return WORKER_BYTES + 4 * weights + (0 if use_gpu else share * activations)
 
 
 def plan_trials(
@@ -222,50 +215,24 @@ def plan_trials(
     Raises:
         InputError: not even one fits; with the settings that would.
     """
-    workers, cpus, gpus = (
-        settings.compute.least_workers,
-        int(sum(n.cpus for n in nodes)),
-        int(sum(n.gpus for n in nodes)),
-    )
-    together = max(1, (gpus if gpus >= workers else cpus) // workers)
-    together = min(together, at_most or together)
-    while True:
-        try:
-            found = plan(settings, nodes, data_bytes, together)
-            if found.kept or together <= READERS * len(nodes):
-                return found, together
-            together = READERS * len(nodes)  # each trial that streams has readers of its own
-        except InputError:
-            if together == 1:
-                raise
-            together -= 1
+    workers = settings.compute.least_workers
 
+    def planned(use_gpu: bool) -> tuple[Plan, int]:
+        together = max(1, most_processes(with_cpus(nodes), use_gpu) // workers)
+        together = min(together, at_most or together)
+        while True:
+            try:
+                found = _plan(settings, nodes, data_bytes, together, workers, use_gpu)
+                if found.kept or together <= READERS * len(nodes):
+                    return found, together
+                together = READERS * len(nodes)  # each trial that streams has readers of its own
+            except InputError:
+                if together == 1:
+                    raise
+                together -= 1
 
-def free_cpus(need: float) -> float:
-    """CPUs that nobody holds, giving what just ended a moment to hand back its own."""
-    import ray
-
-    for _ in range(40):
-        free = ray.available_resources().get("CPU", 0)
-        if free + 1e-6 >= need:
-            break
-        time.sleep(0.25)
-    return free
-
-
-def check_free(num_workers: int, cpus_per_worker: float, available_cpus: float) -> None:
-    """Refuse what would wait for another job's CPUs.
-
-    Raises:
-        InputError: with how many workers would fit now.
-    """
-    fits = int((available_cpus + 1e-6) // cpus_per_worker)
-    if fits < num_workers:
-        raise InputError(
-            f"{num_workers} workers need {num_workers * cpus_per_worker:g} CPUs, but other jobs on the cluster leave "
-            f"{available_cpus:g} free: wait for them"
-            + (f", or give --num-workers {fits}." if fits else ", or stop them (`ray job stop`).")
-        )
+    (found, together), why = on_device(settings.compute.device, nodes, planned)
+    return replace(found, why_cpus=why), together
 
 
 def check_writable(storage: Folder, flag: str = "--storage-path") -> None:
@@ -325,22 +292,3 @@ def _existing(storage: Folder) -> Path | None:
     if not storage.is_local:
         return None
     return next(p for p in [Path(storage.path), *Path(storage.path).parents] if p.exists())
-
-
-def cpus_per_worker(node_cpus: list[float], workers: int) -> float:
-    """The most that each of `workers` can have, with the reserve of every node left alone."""
-    candidates = {
-        math.floor((cpus - _reserve(cpus)) / k * 1e4) / 1e4  # Ray counts in ten-thousandths
-        for cpus in node_cpus
-        for k in range(1, workers + 1)
-        if cpus > 0
-    }
-    return max(c for c in candidates if c > 0 and sum(_fits(cpus, c) for cpus in node_cpus) >= workers)
-
-
-def _fits(node_cpus: float, cpus_per_worker: float) -> int:
-    return int((node_cpus - _reserve(node_cpus) + 1e-9) // cpus_per_worker)
-
-
-def _reserve(node_cpus: float) -> float:
-    return min(RESERVED_CPUS, node_cpus / 2)

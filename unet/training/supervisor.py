@@ -13,7 +13,7 @@ import ray
 
 from unet.config import parse_interval
 from unet.data.ingest import Ingest
-from unet.errors import Diverged, InputError, RunFailed, StorageFailed
+from unet.errors import Diverged, InputError, NoGpu, RunFailed, StorageFailed
 from unet.storage import reported
 from unet.training import resources
 from unet.training.checkpoint import State
@@ -165,11 +165,12 @@ class Supervisor:
         while not wish.is_set():
             waited = time.monotonic() - began
             try:
-                plan = resources.plan_now(self.settings, resources.cluster_nodes(), self.plan.data_bytes, self.together)
+                plan = self._plan_now()
             except InputError as error:  # what is left of the cluster is too small
                 plan, why = None, str(error)
             else:
                 why = f"{self.settings.compute.least_workers} workers need {self.plan.cpus_per_worker:g} free CPUs each"
+                why += " and a free GPU each" if self.plan.use_gpu else ""
             if plan is not None and (plan.num_workers >= before or waited > SETTLE_SECONDS):
                 self.plan = plan
                 return
@@ -182,6 +183,12 @@ class Supervisor:
             if waited > SETTLE_SECONDS:
                 self.display.waiting(f"waiting for room: {why}")
             wish.wait(POLL_SECONDS)
+
+    def _plan_now(self, held: int = 0) -> resources.Plan | None:
+        """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""
+        device = "gpu" if self.plan.use_gpu else "cpu"
+        nodes, data_bytes = resources.cluster_nodes(), self.plan.data_bytes
+        return resources.plan_now(self.settings, nodes, data_bytes, self.together, held, device)
 
     def _one_group(self, wish: threading.Event, reason: str | None) -> Fault | None:
         """Workers from their start to their end; what ended them if it was not themselves.
@@ -224,6 +231,7 @@ class Supervisor:
             shown=self.run.shown_settings(),
             run=self.run.folder.uri,
             threads=self.plan.threads,
+            use_gpu=self.plan.use_gpu,
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
             checkpoint=checkpoint,
@@ -261,7 +269,7 @@ class Supervisor:
                 self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
             # Before its first step and after its last one a group has nothing that is not saved.
             saved = live is None or (live.phase == "test" and self.package is None)
-            if hung or isinstance(self.failure, StorageFailed) or (self.stopped and saved):
+            if hung or isinstance(self.failure, StorageFailed | NoGpu) or (self.stopped and saved):
                 group.abort()
             ending = self.stopped or self.leaving or (live and live.phase == "test")
             if now - looked > LOOK_SECONDS and not ending:
@@ -281,8 +289,8 @@ class Supervisor:
             reason = f"{len(called_back)} of {len(group.nodes)} nodes called back"
         elif may_grow:
             with contextlib.suppress(InputError):
-                held, nodes = self.plan.num_workers, resources.cluster_nodes()
-                found = resources.plan_now(self.settings, nodes, self.plan.data_bytes, self.together, held)
+                held = self.plan.num_workers
+                found = self._plan_now(held)
                 room = found is not None and found.num_workers > held
                 if room and roomy:
                     self.promised = found.num_workers
@@ -334,6 +342,9 @@ class Supervisor:
 
     def _on_storage_failed(self, reason: str) -> None:
         self.failure = StorageFailed(reason)
+
+    def _on_no_gpu(self, reason: str) -> None:
+        self.failure = NoGpu(reason)
 
     def _end(self, fault: Fault | None) -> None:
         latest = self.run.checkpoints.latest()

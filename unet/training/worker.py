@@ -3,8 +3,9 @@
 import ray
 
 from unet.data.ingest import Shard
-from unet.errors import StepFailed, StorageFailed, first_line
+from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
 from unet.network import start_tensorflow
+from unet.training.backend import join_workers
 from unet.training.loop import FirstCannotWrite, Loop
 from unet.training.monitor import Line
 
@@ -18,14 +19,11 @@ def train_worker(config: dict) -> None:
     ray.get(job.monitor.event.remote("worker", ray.get_runtime_context().get_node_id()))
     line.event("start", world_size)
     try:
-        start_tensorflow(job.threads)
-
-        import tensorflow as tf
+        start_tensorflow(job.threads, job.use_gpu, job.settings.compute.deterministic)
+        strategy = join_workers(job.use_gpu) if world_size > 1 else None
 
         from unet.training.learner import Learner
 
-        # Before anything else runs in TensorFlow.
-        strategy = tf.distribute.MultiWorkerMirroredStrategy() if world_size > 1 else None
         learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
         if config["streamed"]:
             shard = ray.train.get_dataset_shard("train")
@@ -37,9 +35,10 @@ def train_worker(config: dict) -> None:
             loop.test()
     except FirstCannotWrite:
         pass
-    except StorageFailed as error:
+    except (StorageFailed, NoGpu) as error:
         # Told, by whomever, and not raised: the driver ends all of them, and would start them again otherwise.
-        ray.get(job.monitor.event.remote("storage_failed", str(error)))
+        kind = "no_gpu" if isinstance(error, NoGpu) else "storage_failed"
+        ray.get(job.monitor.event.remote(kind, str(error)))
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow"):
             raise

@@ -22,6 +22,8 @@ from unet.tracking.store import code_version, default_uri
 from unet.tracking.tracker import Tracker
 from unet.training import precision, resources
 from unet.training.monitor import Monitor
+from unet.training.placement import in_words
+from unet.training.room import take_places
 from unet.training.run import where
 from unet.training.signals import stop_wish
 from unet.tuning import outcome
@@ -40,6 +42,8 @@ DEFAULT_TRIALS = 10
 TUNE_STATE = ".tune"
 IDLE_SECONDS = 600
 """How long a sweep waits for a place to run any trial, where others took what was free when it began."""
+HEAR_SECONDS = 1.0
+"""How often the trials are asked whether one of them has found that none can go on."""
 SAVE_SECONDS = 120
 """How long the trials under way have to end their step and save."""
 BY_USER, TIME_OVER = "stopped by the user", "the time was over"
@@ -71,10 +75,7 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     counts = resources.check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     plan, together = resources.plan_trials(largest, nodes, data_bytes, planned)
-    cpus = plan.num_workers * plan.cpus_per_worker
-    free = resources.free_cpus(together * cpus)
-    resources.check_free(plan.num_workers, plan.cpus_per_worker, free)
-    at_a_time = min(together, int((free + 1e-6) // cpus))
+    at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
     classes = len(prepared.manifest.classes)
     parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
     resources.check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
@@ -146,6 +147,8 @@ class _Stopper(tune.Stopper):
             session.stop(TIME_OVER)
         elif session.recorder.idle_seconds > IDLE_SECONDS:
             session.stop(NO_PLACE)
+        elif reason := session.hopeless():
+            session.stop(reason)
         if session.stopped is None:
             return False
         saving = session.plan.num_workers == 1 and session.recorder.running & session.stopping
@@ -169,6 +172,7 @@ class _Session:
     stopped: str | None = None
     stopped_at: float = 0.0
     stopping: set[str] = field(default_factory=set)
+    heard: float = 0.0
     search: Search | None = None
 
     def run_to_end(self) -> dict:
@@ -222,6 +226,8 @@ class _Session:
             self.display.say("MLflow did not take everything; the same command sends the rest.", "yellow")
         if self.stopped == NO_PLACE:
             raise RunFailed(f"The sweep ended because {NO_PLACE}: see `ray status`; the same command continues it.")
+        if self.stopped not in (None, BY_USER, TIME_OVER):
+            raise RunFailed(f"{self.stopped} The same command continues the sweep.")
         return self._stop() if wish.is_set() else self._conclude(shared, wish)
 
     def _shared(self, shown: dict) -> Shared:
@@ -247,6 +253,7 @@ class _Session:
             folder=self.sweep.folder.uri,
             reading=reading,
             threads=self.plan.threads,
+            use_gpu=self.plan.use_gpu,
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
             monitor=self.monitor,
@@ -328,6 +335,14 @@ class _Session:
             left.append(max([*rest, (sum(rest) + waiting) / self.at_a_time]))
         return min(left, default=None)
 
+    def hopeless(self) -> str | None:
+        """Why no trial can go on, as one of them has said."""
+        if time.monotonic() - self.heard < HEAR_SECONDS:
+            return None
+        self.heard = time.monotonic()
+        _, events = ray.get(self.monitor.poll.remote())
+        return next((reason for kind, reason in events if kind == "no_gpu"), None)
+
     def stop(self, reason: str) -> None:
         """Mark the runs first, since a submitted job may have few seconds left, then tell the trials."""
         if self.stopped is not None:
@@ -402,6 +417,7 @@ class _Session:
             ("space", self.sweep.space.described()),
             ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
             ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),
+            ("device", in_words(self.plan.use_gpu, self.plan.why_cpus)),
             ("results", str(self.sweep.folder)),
             ("tracking", f"{without_secrets(self.tracker.uri)}, experiment {settings.run.experiment}"),
         ]

@@ -4,10 +4,11 @@ Trials of one worker run in warm processes: TensorFlow is imported once, a trace
 traced for, and the data are mapped from the object store. Trials of several workers go through Ray Train.
 """
 
+import contextlib
 import gc
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import psutil
@@ -17,7 +18,7 @@ from ray import tune
 from unet.classes import Classes
 from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
-from unet.errors import Diverged
+from unet.errors import Diverged, NoGpu
 from unet.network import start_tensorflow
 from unet.storage import Folder
 from unet.training.checkpoint import FILES, Checkpoints
@@ -39,6 +40,7 @@ class Shared:
         folder: URI of the sweep's folder, where the trials' runs are.
         reading: the data, read once and kept; each trial sets its own batch, seed and start.
         threads: TensorFlow threads of a trial of one worker.
+        use_gpu: whether it was given a GPU.
         data_digest: of the prepared data.
         classes: of the prepared data.
         monitor: handle of the sweep's `Monitor`.
@@ -49,6 +51,7 @@ class Shared:
     folder: str
     reading: Ingest
     threads: int
+    use_gpu: bool
     data_digest: str
     classes: Classes
     monitor: ray.actor.ActorHandle
@@ -57,6 +60,15 @@ class Shared:
     def settings(self, trial: str, draw: dict) -> TrainSettings:
         return unflat(TrainSettings, self.base | draw | {"run_name": trial})
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tells the sweep of what no trial can do anything about."""
+        try:
+            yield
+        except NoGpu as error:
+            ray.get(self.monitor.event.remote("no_gpu", str(error)))
+            raise
+
 
 class WarmTrial(tune.Trainable):
     """A trial of one worker in a process that outlives it."""
@@ -64,7 +76,8 @@ class WarmTrial(tune.Trainable):
     def setup(self, config: dict, shared: Shared) -> None:
         self._shared, self._learners, self._loop = shared, None, None
         self._watch = Watch(parse_interval(shared.base["step_timeout"])[1])
-        start_tensorflow(shared.threads)
+        with shared.telling():
+            start_tensorflow(shared.threads, shared.use_gpu, shared.base["deterministic"])
 
     def reset_config(self, config: dict) -> bool:
         # The trial begins with its first task, which Tune tries again after a failure, unlike this one.
@@ -96,6 +109,7 @@ class WarmTrial(tune.Trainable):
             shown=self._run.shown_settings(),
             run=self._run.folder.uri,
             threads=shared.threads,
+            use_gpu=shared.use_gpu,
             data_digest=shared.data_digest,
             classes=shared.classes,
             checkpoint=latest and latest[0],
@@ -207,7 +221,8 @@ def group_trial(config: dict, shared: Shared) -> None:
     run = open_run(settings, tracked=False)
     with ray_session():
         try:
-            train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
+            with shared.telling():
+                train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
         except Diverged as error:
             run.write_summary(reason=str(error))
             latest = run.checkpoints.latest()
