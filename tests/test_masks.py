@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from unet.data.decode import load
-from unet.data.pictures import Unusable
+from unet.data.masks import understand
+from unet.data.pictures import Unusable, open_picture
 from unet.data.sources import Sample
 from unet.data.sources.description import Description
 
@@ -96,7 +97,7 @@ READ = {
     "said to be alpha": (channels(255, 255, 255, 255 * BITS), BINARY | {"masks": "alpha"}, BITS),
     "said to be grey beside alpha": (channels(IDS, 255 * BITS[::-1]), THREE | {"masks": "grey"}, IDS),
     "only alpha fits": (channels(77 * BITS, 255 * BITS), BINARY, BITS),
-    "said to be red": (channels(IDS, 0, 0), THREE | {"masks": "red"}, IDS),
+    "said to be red": (channels(IDS, 0, 0, 255), THREE | {"masks": "red"}, IDS),
     "painted": (saved(Image.fromarray(RED_AND_GREEN)), PAINTED, IDS),
     "painted through a palette": (palette(2 - IDS, *COLOURS[::-1]), PAINTED, IDS),
 }
@@ -106,6 +107,27 @@ READ = {
 def test_ids_come_through_every_form(tmp_path, form):
     content, description, expected = READ[form]
     assert np.array_equal(read(tmp_path, content, description), expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("palette, grey values fit", ["mask: grey values read, not palette indices or stored numbers"]),
+        ("1 bit, stored numbers", ["mask: palette indices or stored numbers read, not grey values"]),
+        ("only alpha fits", ["mask: alpha channel read, not grey values"]),
+        ("opaque", ["mask: alpha dropped", "mask: RGB of equal channels to grey"]),
+        ("grey", []),
+        ("coloured palette", []),
+        ("painted", []),
+        ("painted through a palette", []),
+        ("said to be red", ["mask: alpha dropped"]),
+    ],
+)
+def test_what_could_have_been_read_otherwise_is_said(tmp_path, form, said):
+    content, description, _ = READ[form]
+    (tmp_path / "mask.png").write_bytes(content)
+    mask = open_picture(str(tmp_path / "mask.png"))
+    assert list(understand(mask, mask.image, Description(**description).labels("")).repairs) == said
 
 
 ASKED = "write `masks: {}` or `masks: {}` in dataset.yaml, whichever is meant"
@@ -156,7 +178,7 @@ LOSSY = {
     "JPEG": ("JPEG", {"quality": 100, "subsampling": 0}),
     "WebP": ("WEBP", {}),
     "WebP with EXIF": ("WEBP", {"exif": EXIF}),
-    "animated WebP": ("WEBP", {"save_all": True, "append_images": [Image.new("L", (64, 48))]}),
+    "animated WebP": ("WEBP", {"save_all": True, "append_images": [Image.new("L", (64, 48), 200)]}),
     "JPEG in TIFF": ("TIFF", {"compression": "jpeg"}),
     "JPEG 2000": ("JPEG2000", {"irreversible": True, "quality_layers": [30]}),
     "JPEG 2000 that leaves layers out": ("JPEG2000", {"irreversible": False, "quality_layers": [30]}),
@@ -165,6 +187,7 @@ LOSSY = {
 LOSSLESS = {
     "WebP": ("WEBP", {"lossless": True}),
     "WebP with EXIF": ("WEBP", {"lossless": True, "exif": EXIF}),
+    "animated WebP": ("WEBP", {"lossless": True, "save_all": True, "append_images": [Image.new("L", (64, 48), 200)]}),
     **{f"TIFF, {kind}": ("TIFF", {"compression": kind}) for kind in ("tiff_lzw", "tiff_deflate", "packbits", "zstd")},
     **{format: (format, {}) for format in ("TIFF", "PNG", "BMP", "GIF", "TGA", "PPM")},
 }

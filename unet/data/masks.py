@@ -92,7 +92,9 @@ def understand(mask: Picture, image: Image.Image, labels: Labels) -> Mask:
         raise Unusable("nothing_labelled", "every pixel of the mask is ignored")
     table = np.full(codes.used.max() + 1, IGNORE, np.uint8)
     table[codes.used] = ids
-    others = [name for name, other in _others(codes, reading) if name != "colour" and (other != values).any()]
+    # Nobody takes numbers for colours, or colours for numbers.
+    kinds = [(name, other) for name, other in _others(codes, reading) if "colour" not in (name, reading)]
+    others = [name for name, other in kinds if (other != values).any()]
     if others:
         repairs.append(f"mask: {WORDS[reading]} read, not {' or '.join(WORDS[name] for name in others)}")
     present = tuple(sorted(set(ids) - {IGNORE}))
