@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, job
 
 from unet.cli import parse
-from unet.config import TrainSettings, flat, parse_bytes, parse_interval, unflat
+from unet.config import TrainSettings, flat, parse_bytes, parse_interval, parse_yaml, unflat
 from unet.errors import InputError
 
 
@@ -90,6 +90,20 @@ def test_a_mistyped_flag_or_name_meets_its_nearest(tmp_path):
     (tmp_path / "some.yaml").write_text("dropuot: 0.1\n")
     done = job("train", "--config", tmp_path / "some.yaml")
     assert done.returncode == 2 and "did you mean dropout?" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["dropout: 0.1\nepochs: 7\ndropout: 0.2\n", "{dropout: 0.1, dropout: 0.1}"])
+def test_a_setting_given_twice_is_refused(tmp_path, text):
+    (tmp_path / "some.yaml").write_text(text)
+    with pytest.raises(
+        InputError, match=r"--config .*some.yaml is not valid YAML: dropout is given twice, in lines 1 and"
+    ):
+        parse(TrainSettings, "", ["--config", str(tmp_path / "some.yaml")])
+
+
+def test_keys_may_be_merged_from_an_anchor():
+    text = "a: &a {no: 1, on: 2}\nb: {<<: *a, on: 3}"
+    assert parse_yaml(text, "it") == {"a": {"no": 1, "on": 2}, "b": {"no": 1, "on": 3}}
 
 
 def test_debug_shows_the_traceback():

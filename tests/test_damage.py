@@ -138,7 +138,7 @@ def mask_of_another_size(pet):
     pet.resave(pet.trimap, lambda i: i.resize((20, 30), Image.Resampling.NEAREST))
 
 
-@shows("left_out", "colour_mask", "RGB")
+@shows("left_out", "colour_mask", "painted in colours (#010301, #020602, #030903)")
 def colour_mask(pet):
     pet.resave(pet.trimap, lambda i: Image.merge("RGB", [i, i.point(lambda v: 3 * v), i]))
 
@@ -371,9 +371,9 @@ def test_file_that_may_not_be_read(tmp_path):
         place.chmod(place.stat().st_mode | 0o011)
     path.chmod(0)
     code = (
-        "import os, sys; from unet.data import decode; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        f"try: decode._read(decode._open, {str(path)!r})\n"
-        "except decode.Unusable as error: print(error.problem, error.detail)"
+        "import os, sys; from unet.data import decode, pictures; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        f"try: decode.photo({str(path)!r}, pictures.file_content)\n"
+        "except pictures.Unusable as error: print(error.problem, error.detail)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.startswith("no_permission secret.jpg may not be read"), done.stderr

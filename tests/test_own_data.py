@@ -16,6 +16,8 @@ from tests.conftest import read_json, train
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
+from unet.data.sources.description import describe
+from unet.data.sources.own import own
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -93,6 +95,86 @@ def test_lists_say_the_splits(ray_cluster, tmp_path, lists):
     assert (stray, "in_no_split") in {(row["name"], row["problem"]) for row in manifest.warnings}
 
 
+LINES = {
+    "names": "{}",
+    "photos": "{}.jpg",
+    "relative paths": "./images/{}.jpg",
+    "paths of masks": "masks/{}.png",
+    "absolute paths": "/somebody's/data/images/{}.jpg",
+    "paths of Windows": "C:\\data\\images\\{}.jpg",
+    "pairs": "images/{0}.jpg masks/{0}.png",
+    "pairs with commas": "{0}.jpg,{0}.png",
+    "quoted": '"{}.jpg"',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("form", LINES)
+def test_lists_of_other_programs_are_read(tmp_path, form, encoding):
+    names = ["é 1" if "pairs" not in form else "é1", "b.2", "c", "d"]
+    folder = write(tmp_path / "roads", names, ROADS, formats=("jpg",))
+    for split, members in (("train", names[:2]), ("test", names[2:])):
+        lines = ["# made by a program", "", *(LINES[form].format(name) + "  " for name in members), "nobody.jpg"]
+        (folder / f"{split}.txt").write_bytes("\r\n".join(lines).encode(encoding))
+    source = own(folder, 1e-9)
+    assert {sample.name: sample.split for sample in source.samples} == dict(
+        zip(names, ["train", "train", "test", "test"], strict=True)
+    )
+    assert {problem.detail for problem in source.left_out} == {
+        "line 5 of train.txt names no photo in images/",
+        "line 5 of test.txt names no photo in images/",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "test.txt",
+            b"x\ny",
+            "No line of .*test.txt names a photo that is there: line 1 is `x`, and a name in images/, ",
+        ),
+        ("test.txt", "é".encode("latin-1"), "test.txt is no utf-8 text .line 1.: save it as UTF-8"),
+        ("test.txt", "b\r\nc\r\n".encode("utf-16-le"), "test.txt looks like UTF-16 without the mark"),
+        ("test.txt", "b".encode("utf-16") + b"x", "test.txt is no utf-16 text"),
+        ("valid.txt", b"b", "valid.txt is not read: call it val.txt"),
+        ("Test.txt", b"b", "Test.txt is not read: call it test.txt"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_one_sentence(tmp_path, file, content, words):
+    folder = write(tmp_path / "roads", ["a", "b"], ROADS)
+    (folder / "train.txt").write_text("a")
+    (folder / "test.txt").write_text("b")
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        own(folder, 0.1)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_called_after_splits_are_the_splits(tmp_path):
+    names = ["train/x/a", "train/y/a", "valid/x/a", "test/y/a"]
+    samples = own(write(tmp_path / "roads", names, ROADS), 0.5).samples
+    assert {s.name: (s.split, s.breed) for s in samples} == {
+        "train/x/a": ("train", "x"),
+        "train/y/a": ("train", "y"),
+        "valid/x/a": ("val", "x"),
+        "test/y/a": ("test", "y"),
+    }
+    with pytest.raises(InputError, match=r"the photos are in the folders train/, val/: give trainval/ and test/, "):
+        own(write(tmp_path / "two", ["train/a", "val/a"], ROADS), 0.5)
+
+
+def test_names_of_masks_may_be_longer(tmp_path):
+    folder = write(tmp_path / "roads", ["a", "b"], ROADS)
+    for mask in (folder / "masks").iterdir():
+        mask.rename(mask.with_stem(f"{mask.stem}_mask"))
+    with pytest.raises(InputError, match=r"but `a_mask` is there: write `mask_suffix: _mask` in .*dataset.yaml"):
+        own(folder, 0.1)
+    with open(folder / "dataset.yaml", "a") as file:
+        file.write("mask_suffix: _mask\n")
+    assert {sample.name for sample in own(folder, 0.1).samples} == {"a", "b"}
+
+
 def test_lists_that_do_not_fit_together_are_refused(ray_cluster, tmp_path):
     folder = write(tmp_path / "roads", ["a", "b"], ROADS)
     (folder / "train.txt").write_text("a")
@@ -115,7 +197,22 @@ def test_lists_that_do_not_fit_together_are_refused(ray_cluster, tmp_path):
         ({"classes": {"road": True, "car": 2}}, "road"),
         ({"classes": {"road": 1, "car": 2}, "colours": {"cat": [1, 2, 3]}}, "cat is not among the classes"),
         ({"clases": {"road": 1, "car": 2}}, "must hold `classes:`"),
-        ({"classes": {"road": 1, "car": 2}, "ignroe": 3}, "ignroe"),
+        ({"classes": {"road": 1, "car": 2}, "ignroe": 3}, "no key `ignroe`; did you mean ignore?"),
+        ({"classes": {"road": 1, "Road": 2}}, " differ in case only"),
+        ({"classes": {"": 1, "car": 2}}, "a class cannot be called ''"),
+        ({"classes": {"Straße": 1, "car": 2}}, "a class cannot be called 'Straße'"),
+        ({"classes": {"road ": 1, "car": 2}}, "a class cannot be called 'road '"),
+        ({"classes": {"r" * 61: 1, "car": 2}}, "and have 60 at most"),
+        ({"classes": {0: "road", 1: "car"}}, "write the name first, as in `road: 0`"),
+        ({"classes": {"road": 1.0, "car": 2}}, "1.0 is no mask value"),
+        ({"classes": {"road": [], "car": 2}}, "[] is no mask value"),
+        ({"classes": {"road": "#80408", "car": 2}}, "'#80408' is no mask value"),
+        ({"classes": {"road": "#804080", "car": 2}}, "numbers or colours, not both"),
+        ({"classes": {"road": "#804080", "car": "#804080"}}, "the mask value #804080 is given twice"),
+        ({"classes": {"road": 1, "car": 2}, "masks": "gray"}, "masks: input should be 'index', 'grey'"),
+        ({"classes": {"road": 1, "car": 2}, "exif_orientation": True}, "exif_orientation: input should be 'applied'"),
+        ("classes: {road: 1, road: 2, car: 3}", "road is given twice, in lines 1 and 1"),
+        ("classes: {a: 1, b: 2}\nignore: 3\nclasses: {a: 2, b: 1}", "classes is given twice, in lines 1 and 3"),
     ],
 )
 def test_description_that_does_not_fit_is_one_sentence(tmp_path, description, words):
@@ -123,11 +220,113 @@ def test_description_that_does_not_fit_is_one_sentence(tmp_path, description, wo
 
     folder = write(tmp_path / "roads", ["a", "b"], ROADS)
     (folder / "dataset.yaml").unlink() if description is None else (folder / "dataset.yaml").write_text(
-        yaml.safe_dump(description)
+        description if isinstance(description, str) else yaml.safe_dump(description)
     )
     with pytest.raises(InputError) as error:
         check_source(str(folder))
     assert words in str(error.value) and "dataset.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_yaml_takes_for_other_things(tmp_path):
+    text = "classes:\n  no: 0\n  Yes: 1\n  3: 2\n  1.50: 3\n  null: 4\n  2020-01-01: 5\nignore: 255\n"
+    (tmp_path / "dataset.yaml").write_text(text)
+    labels = describe(tmp_path).labels("")
+    assert [c.name for c in labels.classes] == ["no", "Yes", "3", "1.50", "null", "2020-01-01"]
+    assert labels.values == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 255: 255}
+
+
+def test_colours_of_painted_masks_are_those_of_pictures(tmp_path):
+    (tmp_path / "dataset.yaml").write_text(
+        "classes: {a: '#804080', b: ['#000000', '#010203']}\ncolours: {b: [9, 8, 7]}"
+    )
+    labels = describe(tmp_path).labels("")
+    assert [c.colour for c in labels.classes] == [(128, 64, 128), (9, 8, 7)]
+
+
+def two_colours(path: Path, place: int) -> None:
+    """A mask whose palette has place `place` for grey 2, and the other for grey 0."""
+    mask = np.where(np.asarray(Image.open(path)) == 2, place, 1 - place).astype(np.uint8)
+    image = Image.fromarray(mask)
+    image.putpalette([2, 2, 2, 0, 0, 0] if place == 0 else [0, 0, 0, 2, 2, 2])
+    image.save(path)
+
+
+def test_masks_that_can_be_read_in_two_ways_are_settled_in_dataset_yaml(ray_cluster, tmp_path):
+    """The same masks through another storage give the same data, once it is said what they mean."""
+    three = {"classes": {"a": 0, "b": 1, "c": 2}}
+    folder = write(tmp_path / "roads", [f"p{i}" for i in range(30)], {"classes": {"a": 0, "c": 2}})
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(three))
+    plain = prepare(str(folder), Folder(tmp_path / "plain"), Recipe(32))
+    for i, path in enumerate(sorted((folder / "masks").iterdir())):
+        two_colours(path, i % 2)
+    with pytest.raises(InputError) as error:
+        prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
+    assert f"write `masks: index` or `masks: grey` in {folder}/dataset.yaml, whichever is meant." in str(error.value)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*out*"))
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(three | {"masks": "grey"}))
+    settled = prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
+    assert settled.data_digest == plain.data_digest and settled.counts == plain.counts
+    assert {row["repair"] for row in settled.repaired} == {
+        "mask: grey values read, not palette indices or stored numbers"
+    }
+
+
+def test_masks_that_need_different_readings_are_refused(ray_cluster, tmp_path):
+    """A palette whose greys fit beside one whose places fit: each alone would be read, and one of them by chance."""
+    folder = write(tmp_path / "roads", [f"p{i}" for i in range(12)], {"classes": {"a": 0, "c": 2}})
+    (folder / "dataset.yaml").write_text(yaml.safe_dump({"classes": {"a": 0, "c": 2, "d": 3}}))
+    for i, path in enumerate(sorted((folder / "masks").iterdir())):
+        two_colours(path, 1)
+        if i % 2:
+            image = Image.fromarray(2 + np.asarray(Image.open(path)))
+            image.putpalette([0, 0, 0] * 2 + [7, 7, 7, 9, 9, 9])
+            image.save(path)
+    with pytest.raises(
+        InputError, match=r"of the mask of p\d+ fit the classes, and only the .* write `masks: grey` or"
+    ):
+        prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
+
+
+def sparse(folder: Path, labelled: int, names) -> Path:
+    """Masks of 300 x 300 with so many labelled pixels of `road`, off the places that a smaller size looks at."""
+    write(folder, names, ROADS, formats=("png",), size=(300, 300))
+    random = np.random.default_rng(0)
+    for path in (folder / "masks").iterdir():
+        mask = np.full((300, 300), 255, np.uint8)
+        mask[0, random.choice(300, labelled, replace=False)] = 10
+        Image.fromarray(mask).save(path)
+    return folder
+
+
+def test_what_vanishes_at_the_networks_size_is_told(ray_cluster, tmp_path):
+    names = [f"p{i}" for i in range(24)]
+    folder = write(tmp_path / "roads", names, ROADS, size=(300, 300))
+    for name, value in ((names[0], 255), (names[1], 255), *((name, 0) for name in names[2:])):
+        mask = np.asarray(Image.open(folder / "masks" / f"{name}.png")).copy()
+        mask[mask == 20], mask[mask == 21] = 0, 0
+        mask = np.full_like(mask, 255) if value == 255 else mask
+        mask[0, 0] = 20 if name != names[0] else 10
+        Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
+    (folder / "train.txt").write_text("\n".join(names[:12]))
+    (folder / "test.txt").write_text("\n".join(names[12:]))
+    manifest = prepare(str(folder), Folder(tmp_path / "out"), Recipe(32, val_fraction=1e-9))
+    told = {(w["name"], w["problem"]): w["detail"] for w in manifest.warnings}
+    assert told[names[0], "nothing_labelled_at_size"] == "no labelled pixel of the mask is left at 32 px"
+    assert (names[1], "nothing_labelled_at_size") in told
+    vanished = [w["detail"] for w in manifest.warnings if w["problem"] == "class_vanishes"]
+    assert vanished == [f"{s} has no pixel left at 32 px of what its masks hold: car" for s in ("test", "train")]
+    large = prepare(str(folder), Folder(tmp_path / "large"), Recipe(304, val_fraction=1e-9))
+    assert not [w for w in large.warnings if w["problem"] in ("class_vanishes", "nothing_labelled_at_size")]
+
+
+def test_a_split_without_labels_at_the_networks_size_is_refused(ray_cluster, tmp_path):
+    folder = sparse(tmp_path / "roads", 6, [f"p{i}" for i in range(24)])
+    with pytest.raises(
+        InputError, match=r"No pixel of the test split has a label at 32 px: give a larger --image-size"
+    ):
+        prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
+    lacking = [w["detail"] for w in prepare(str(folder), Folder(tmp_path / "out"), Recipe(304)).warnings]
+    assert "train lacks 2 of 3 classes: car, other" in lacking
 
 
 def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, tmp_path):

@@ -46,6 +46,10 @@ def test_every_space_of_the_folder_is_valid(name):
         ("batch_size: {randint: [4, 32]}", "draws what does not fit together: --grad-shards 4"),
         ("dropout", "needs lines such as"),
         ("dropout: [", "not valid YAML"),
+        (
+            "depth: {choice: [2]}\ndropout: {choice: [0]}\ndepth: {choice: [3]}",
+            "depth is given twice, in lines 1 and 3",
+        ),
     ],
 )
 def test_a_space_that_cannot_work_is_refused(text, words):

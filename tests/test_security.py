@@ -19,11 +19,12 @@ from conftest import ROOT, read_json
 
 from unet import cli
 from unet.config import TrainSettings, TuneSettings, flat, unflat
-from unet.data.decode import Unusable, photo
+from unet.data.decode import photo
+from unet.data.pictures import Unusable
 from unet.data.pieces import read_table
 from unet.data.shards import MANIFEST, Manifest, Prepared
 from unet.data.sources.archives import extract
-from unet.data.sources.own import describe
+from unet.data.sources.description import describe
 from unet.data.verify import verify
 from unet.errors import InputError
 from unet.storage import Folder

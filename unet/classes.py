@@ -6,10 +6,7 @@ data set's own README (1 foreground, 2 background, 3 not classified: the outline
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
-
-import numpy as np
+from typing import Literal, NamedTuple
 
 
 class ClassInfo(NamedTuple):
@@ -25,6 +22,14 @@ IGNORE = 255
 """A pixel with this id has no class: it is left out of the loss and of every metric."""
 UNKNOWN = -1
 """The "id" of a mask value that means nothing."""
+COLOUR = 1 << 24
+"""A colour as a mask value: this plus red * 65536 + green * 256 + blue, so that it is no number of another kind."""
+
+Reading = Literal["index", "grey", "colour", "alpha", "red", "green", "blue"]
+"""What of a mask's pixel is its value: its palette's index or the number that is stored, its grey value, its colour, or
+one channel."""
+Orientation = Literal["applied", "ignored"]
+"""Whether masks lie over photos as displayed, their EXIF orientation applied, or over the pixels as stored."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,17 @@ class Labels:
 
     Attributes:
         classes: the classes, in the order of their ids.
-        values: mask value (0-65535) to class id, or to `IGNORE`.
+        values: mask value (0-65535, or a colour) to class id, or to `IGNORE`.
+        masks: what of a mask's pixel is its value; None where that has to follow from the values.
+        exif_orientation: what masks lie over; None where that has to follow from the sizes.
+        described_in: the file where both can be settled, if there is one.
     """
 
     classes: Classes
     values: Mapping[int, int]
-
-    @cached_property
-    def table(self) -> np.ndarray:
-        """uint8 (65536,): the class id of each mask value, `IGNORE` where it has none."""
-        table = np.full(65536, IGNORE, np.uint8)
-        table[list(self.values)] = list(self.values.values())
-        return table
+    masks: Reading | None = None
+    exif_orientation: Orientation | None = None
+    described_in: str = ""
 
 
 # Orange, blue and yellow stay apart for colour-blind readers.

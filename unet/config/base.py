@@ -80,14 +80,33 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Keys are texts as they are written (YAML takes `no` for a truth value), and stand once."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag in _OF_PLAIN_KEYS:
+                key.tag, line = _OF_TEXTS, key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(f"{key.value} is given twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return node
+
+
+_OF_TEXTS = "tag:yaml.org,2002:str"
+_OF_PLAIN_KEYS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "int", "float", "null", "timestamp")}
+
+
 def parse_yaml(content: bytes | str, what: str) -> Any:
-    """YAML of plain values; a tag that would make an object of them is refused.
+    """YAML of plain values; a tag that would make an object of them is refused, and so is a key given twice.
 
     Raises:
         InputError: it is not that.
     """
     try:
-        return yaml.safe_load(content)
+        return _Loader(content).get_single_data()
     except Exception as error:  # beside its own, PyYAML lets out whatever the values of odd tags lead to
         raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -131,23 +131,56 @@ def _groups(samples: pa.Table, key: str) -> list[list[dict]]:
     return [[wanted.slice(i, 1).to_pylist()[0] for i in rows] for rows in found.values() if len(rows) > 1]
 
 
-def suspects(samples: pa.Table, classes: list[str]) -> list[Problem]:
-    """Masks of one class only, masks that do not fit their photo, and breeds that a split lacks."""
+def suspects(samples: pa.Table, classes: list[str], image_size: int) -> list[Problem]:
+    """Masks of one class or, at the network's size, of none, or that do not fit their photo, and what splits lack."""
     found = []
     columns = [samples[c].to_pylist() for c in ("name", "split", "pixels", "mask_fit")]
     for name, split, pixels, fit in zip(*columns, strict=True):
         present = [c for c, count in zip(classes, pixels, strict=True) if count]
         if len(present) == 1:
             found.append(Problem(name, "one_class_only", f"the mask holds nothing but {present[0]}", split))
+        elif not present:
+            words = f"no labelled pixel of the mask is left at {image_size} px"
+            found.append(Problem(name, "nothing_labelled_at_size", words, split))
         elif fit < MISFIT:
             words = f"the mask explains the photo no better than its mirror images do (fit {fit:.2f})"
             found.append(Problem(name, "mask_does_not_fit", words, split))
-    return found + _empty_splits(samples) + _missing_breeds(samples)
+    return found + _empty_splits(samples) + _missing_classes(samples, classes, image_size) + _missing_breeds(samples)
 
 
 def _empty_splits(samples: pa.Table) -> list[Problem]:
     empty = sorted(KEPT_FIRST.keys() - set(samples["split"].to_pylist()))
     return [Problem("", "empty_split", f"{split} has no sample", split) for split in empty]
+
+
+def _missing_classes(samples: pa.Table, classes: list[str], image_size: int) -> list[Problem]:
+    """Classes that a split lacks, and those that its masks hold but have no pixel of at the network's size."""
+    found = []
+    for split in sorted(set(samples["split"].to_pylist())):
+        rows = samples.filter(pa.compute.equal(samples["split"], split))
+        pixels = np.sum(rows["pixels"].to_pylist(), axis=0)
+        held = set(pa.compute.list_flatten(rows["present"]).to_pylist())
+        gone = [name for i, name in enumerate(classes) if not pixels[i] and i in held]
+        absent = [name for i, name in enumerate(classes) if not pixels[i] and i not in held]
+        if gone:
+            words = f"{split} has no pixel left at {image_size} px of what its masks hold: {_listed(gone)}"
+            found.append(Problem("", "class_vanishes", words, split))
+        if absent:
+            words = f"{split} lacks {len(absent)} of {len(classes)} classes: {_listed(absent)}"
+            found.append(Problem("", "class_missing", words, split))
+    return found
+
+
+def unlabelled_split(samples: pa.Table) -> str | None:
+    """The first split whose samples have no labelled pixel at the network's size."""
+    pixels = np.array(samples["pixels"].to_pylist()).sum(axis=1)
+    splits = np.array(samples["split"].to_pylist())
+    return next((split for split in KEPT_FIRST if (splits == split).any() and not pixels[splits == split].any()), None)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _missing_breeds(samples: pa.Table) -> list[Problem]:
@@ -159,7 +192,6 @@ def _missing_breeds(samples: pa.Table) -> list[Problem]:
     for split in sorted(breeds):
         lacking = sorted(every - breeds[split])
         if lacking:
-            more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
-            words = f"{split} lacks {len(lacking)} of {len(every)} breeds: {', '.join(lacking[:LISTED])}{more}"
+            words = f"{split} lacks {len(lacking)} of {len(every)} breeds: {_listed(lacking)}"
             found.append(Problem("", "breed_missing", words, split))
     return found

@@ -7,31 +7,23 @@ import errno
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from unet.classes import IGNORE, UNKNOWN, Labels
+from unet.classes import Labels
 from unet.config import Resize
 from unet.data import synthetic
+from unet.data.masks import check_storage, understand
+from unet.data.pictures import Picture, Unusable, open_picture
 from unet.data.resize import ignore_padding, to_square
 from unet.data.sources import Sample
-from unet.data.sources.own import SUFFIXES
 from unet.errors import first_line
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
-# A photo of this many pixels is decoded without a warning; twice as many are refused (Pillow's own rule).
-Image.MAX_IMAGE_PIXELS = 200_000_000
-
-
-class Unusable(Exception):
-    """A sample that cannot be used: `problem` is a short name, `detail` says it in words."""
-
-    def __init__(self, problem: str, detail: str):
-        super().__init__(detail)
-        self.problem, self.detail = problem, detail
+ASKED = ("ambiguous_mask", "ambiguous_orientation")
+"""The problems that a line in `dataset.yaml` settles for all samples."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,8 @@ class Decoded:
         image: uint8 (S, S, 3).
         mask: uint8 (S, S) class ids and `IGNORE`.
         height, width: of the photo, in pixels.
+        present: the ids of the classes in the mask at the photo's own size.
+        reading: how the mask was read, where another way would have given other values.
         repairs: what was mended.
         original_mask: PNG of the class ids at the photo's own size, if asked for.
     """
@@ -50,6 +44,8 @@ class Decoded:
     mask: np.ndarray
     height: int
     width: int
+    present: tuple[int, ...] = ()
+    reading: str = ""
     repairs: tuple[str, ...] = ()
     original_mask: bytes = b""
 
@@ -62,19 +58,24 @@ def load(sample: Sample, labels: Labels, size: int, resize: Resize, original_mas
     """
     if sample.index >= 0:
         image, ids = synthetic.draw_pet(sample.index, size)
-        return Decoded(image, ids, size, size, (), _png(ids) if original_mask else b"")
-    mask, mask_repairs = _read(_mask, sample.mask)
-    photo, repairs = _read(_photo, sample.image, mask.size)
-    if photo.size != mask.size:
-        raise Unusable("size_mismatch", f"the mask is {_by(mask.size)}, its photo {_by(photo.size)}")
-    _check_labels(mask, labels)
+        drawn = tuple(np.unique(ids).tolist())
+        return Decoded(image, ids, size, size, drawn, original_mask=_png(ids) if original_mask else b"")
+    mask_file = _read(open_picture, sample.mask)
+    check_storage(mask_file)
+    photo_file = _read(open_picture, sample.image)
+    photo, stored_mask, turned = _aligned(photo_file, mask_file, labels)
+    if photo.size != stored_mask.size:
+        raise Unusable("size_mismatch", f"the mask is {_by(stored_mask.size)}, its photo {_by(photo.size)}")
+    mask = _read(understand, sample.mask, mask_file, stored_mask, labels)
+    photo, repairs = _read(_in_rgb, sample.image, photo)
     # Looked up after resizing: there are fewer pixels then.
-    ids = np.take(labels.table, to_square(mask, size, resize, NEAREST, fill=0))
+    ids = np.take(mask.table, to_square(mask.pixels, size, resize, NEAREST, fill=0))
     if resize == "letterbox":
-        ids = ignore_padding(ids, mask.height, mask.width)
-    kept = _png(np.take(labels.table, np.asarray(mask))) if original_mask else b""
+        ids = ignore_padding(ids, stored_mask.height, stored_mask.width)
+    kept = _png(np.take(mask.table, np.asarray(mask.pixels))) if original_mask else b""
     image = to_square(photo, size, resize, BILINEAR, fill=0)
-    return Decoded(image, ids, photo.height, photo.width, (*repairs, *mask_repairs), kept)
+    repairs = (*_named_otherwise(photo_file), *turned, *repairs, *mask.repairs)
+    return Decoded(image, ids, photo.height, photo.width, mask.present, mask.reading, repairs, kept)
 
 
 def photo(name: str, read: Callable[[str], bytes]) -> Image.Image:
@@ -83,14 +84,15 @@ def photo(name: str, read: Callable[[str], bytes]) -> Image.Image:
     Raises:
         Unusable: with the reason.
     """
-    return _read(_photo, name, None, read)[0]
+    picture = _read(open_picture, name, name, read)
+    return _read(_in_rgb, name, picture.upright)[0]
 
 
-def _read(read: Callable, path: str, *more):
-    """What `read` makes of a file, or why it cannot be used."""
+def _read(read: Callable, path: str, *arguments):
+    """What `read` makes of a file (without arguments: of its path), or why the file cannot be used."""
     name = Path(path).name
     try:
-        return read(path, *more)
+        return read(*(arguments or (path,)))
     except (Unusable, MemoryError):
         raise
     except PermissionError as error:
@@ -104,55 +106,62 @@ def _read(read: Callable, path: str, *more):
         raise Unusable("damaged", f"{name} cannot be decoded: {what}") from error
 
 
-def _content(path: str) -> bytes:
-    return Path(path).read_bytes()
+def _aligned(photo: Picture, mask: Picture, labels: Labels) -> tuple[Image.Image, Image.Image, list[str]]:
+    """Photo and mask turned so that they lie over each other, as far as that can be told, and what was done.
+
+    Masks are drawn over the photo as it is displayed or, by programs that know no EXIF, as it is stored.
+    """
+    if photo.orientation == mask.orientation == 1:
+        return photo.image, mask.image, []
+    applied = photo.upright, mask.upright
+    over_stored = photo.image.size == mask.image.size
+    if photo.orientation != mask.orientation and over_stored:
+        over_displayed = applied[0].size == applied[1].size
+        if over_displayed and labels.exif_orientation is None:
+            raise _orientation_asked(photo, mask, labels)
+        if not over_displayed or labels.exif_orientation == "ignored":
+            return photo.image, mask.image, ["EXIF rotation not applied: the mask lies over the stored pixels"]
+    words = "turned upright as its EXIF says"
+    turned = [words] * (photo.orientation > 1) + [f"mask: {words}"] * (mask.orientation > 1)
+    return *applied, turned
 
 
-def _photo(
-    path: str, mask_size: tuple[int, int] | None, read: Callable[[str], bytes] = _content
-) -> tuple[Image.Image, list[str]]:
-    """An RGB photo, and what was done to make it one."""
-    photo = _open(path, read)
-    repairs = []
-    suffix = path.rpartition(".")[2].lower()
-    if Image.registered_extensions().get(f".{suffix}") not in (photo.format, None):
-        repairs.append(f"{photo.format} named .{suffix}")
-    if getattr(photo, "n_frames", 1) > 1:
-        repairs.append(f"first of {photo.n_frames} frames")
-    if is_turned(photo):
-        upright = ImageOps.exif_transpose(photo)
-        # A mask drawn over the stored pixels says so by its size.
-        if upright.size == mask_size or photo.size != mask_size:
-            repairs.append("turned upright as its EXIF says")
-            photo = upright
-        else:
-            repairs.append("EXIF rotation not applied: the mask lies over the stored pixels")
+def _orientation_asked(photo: Picture, mask: Picture, labels: Labels) -> Unusable:
+    turned = photo if photo.orientation > 1 else mask
+    words = (
+        f"{turned.name} is to be turned as its EXIF says (orientation {turned.orientation}), and sizes do not tell "
+        "whether the mask lies over the photo as displayed or as stored"
+    )
+    if labels.described_in:
+        words += f": write `exif_orientation: applied` (displayed) or `ignored` (stored) in {labels.described_in}"
+    return Unusable("ambiguous_orientation", words)
+
+
+def _named_otherwise(photo: Picture) -> list[str]:
+    """What is odd about a photo's file."""
+    suffix = photo.name.rpartition(".")[2].lower()
+    named = Image.registered_extensions().get(f".{suffix}") not in (photo.format, None)
+    found = [f"{photo.format} named .{suffix}"] if named else []
+    return found + ([f"first of {photo.frames} frames"] if photo.frames > 1 else [])
+
+
+def _in_rgb(photo: Image.Image) -> tuple[Image.Image, list[str]]:
+    """A photo in RGB, and what was done to make it so."""
     if photo.mode == "RGB":
-        return photo, repairs
+        return photo, []
     if photo.mode in ("F", "I") or photo.mode.startswith("I;16"):
         photo, repair = _eight_bits(photo)
-        return photo.convert("RGB"), [*repairs, repair]
-    repairs.append(_MODES.get(photo.mode, f"{photo.mode} to RGB"))
+        return photo.convert("RGB"), [repair]
+    repair = _MODES.get(photo.mode, f"{photo.mode} to RGB")
     if photo.mode == "P" and "transparency" in photo.info:
         photo = photo.convert("RGBA")  # else Pillow warns about the transparency it drops
-    return photo.convert("RGB"), repairs
+    return photo.convert("RGB"), [repair]
 
 
 _MODES = {
     **{"L": "grey to RGB", "1": "grey to RGB", "P": "palette to RGB"},
     **{"RGBA": "alpha dropped", "PA": "alpha dropped", "LA": "grey to RGB, alpha dropped"},
 }
-
-
-def is_turned(picture: Image.Image) -> bool:
-    """Whether the EXIF says that the picture is to be turned or mirrored; an EXIF that cannot be read says nothing."""
-    # Asking for the EXIF of each JPEG that has none would take a tenth of its decoding.
-    if picture.format == "JPEG" and "exif" not in picture.info:
-        return False
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except Exception:  # whatever its damaged bytes lead Pillow to
-        return False
 
 
 def _eight_bits(photo: Image.Image) -> tuple[Image.Image, str]:
@@ -165,59 +174,6 @@ def _eight_bits(photo: Image.Image) -> tuple[Image.Image, str]:
     if values.max() < 256:
         return Image.fromarray(values.astype(np.uint8)), "16-bit grey that holds 8 bits to RGB"
     return Image.fromarray((values >> 8).astype(np.uint8)), "16-bit grey to RGB"
-
-
-def _mask(path: str) -> tuple[Image.Image, list[str]]:
-    """A mask of one band, whose pixels are values (of a palette: the indices)."""
-    mask, repairs = _open(path), []
-    if mask.format in ("JPEG", "MPO"):
-        raise Unusable("lossy_mask", f"{Path(path).name} is a JPEG, which changes values: save masks as PNG")
-    if is_turned(mask):
-        mask, repairs = ImageOps.exif_transpose(mask), ["mask: turned upright as its EXIF says"]
-    if mask.mode in ("L", "P", "I;16", "I"):
-        return mask, repairs
-    if mask.mode == "1":
-        return mask.convert("L").point(lambda value: value and 1), repairs
-    if mask.mode == "LA":
-        return mask.getchannel("L"), [*repairs, "mask: alpha dropped"]
-    if mask.mode in ("RGB", "RGBA"):
-        bands = [np.asarray(mask.getchannel(band)) for band in "RGB"]
-        if all(np.array_equal(bands[0], band) for band in bands[1:]):
-            return mask.getchannel("R"), [*repairs, "mask: RGB of equal channels to grey"]
-    raise Unusable("colour_mask", f"the mask holds {mask.mode} pixels; it must hold one value a pixel")
-
-
-def _check_labels(mask: Image.Image, labels: Labels) -> None:
-    if mask.mode in ("L", "P"):
-        values = [value for value, pixels in enumerate(mask.histogram()) if pixels]
-    else:
-        values = np.unique(np.asarray(mask)).tolist()
-    ids = [labels.values.get(value, UNKNOWN) for value in values]
-    if UNKNOWN in ids:
-        unknown = [value for value, i in zip(values, ids, strict=True) if i == UNKNOWN]
-        names = {i: info.name for i, info in enumerate(labels.classes)} | {IGNORE: "ignored"}
-        known = ", ".join(f"{value} ({names[i]})" for value, i in list(labels.values.items())[:12])
-        pixels = int(np.isin(np.asarray(mask), unknown).sum())
-        shown = ", ".join(map(str, unknown[:5]))
-        raise Unusable("unknown_label", f"the mask holds label {shown} in {pixels:,} pixels; known are {known}")
-    if set(ids) == {IGNORE}:
-        raise Unusable("nothing_labelled", "every pixel of the mask is ignored")
-
-
-def _open(path: str, read: Callable[[str], bytes] = _content) -> Image.Image:
-    content = read(path)
-    if not content:
-        raise Unusable("empty_file", f"{Path(path).name} is empty")
-    image = Image.open(io.BytesIO(content), formats=_formats())
-    image.load()
-    return image
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Pillow's names of the kinds that samples may be of: others start programs, as EPS does Ghostscript."""
-    known = Image.registered_extensions()
-    return tuple(sorted({known[suffix] for suffix in SUFFIXES if suffix in known}))
 
 
 def _png(ids: np.ndarray) -> bytes:

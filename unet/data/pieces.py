@@ -18,9 +18,11 @@ from unet.data import decode
 from unet.data.checks import mask_fit, without_padding
 from unet.data.decode import BILINEAR, NEAREST
 from unet.data.order import CHUNK
+from unet.data.pictures import Unusable
 from unet.data.resize import letterbox_box
 from unet.data.shards import check_plain, sample_digest, shard_schema
 from unet.data.sources import Sample
+from unet.errors import InputError
 from unet.storage import Folder
 
 PIECE_SAMPLES, PIECE_BYTES = 128, 2**25
@@ -74,14 +76,18 @@ def cut(samples: Sequence[Sample], image_size: int) -> list[Piece]:
 
 
 def facts_schema(classes: int) -> pa.Schema:
-    """What is known of each sample: `problem` is empty for a good one; `photo` and `mask_hash` tell equal pixels."""
+    """What is known of each sample: `problem` is empty for a good one; `photo` and `mask_hash` tell equal pixels.
+
+    `present` are the ids of the classes in the mask at the photo's own size, `reading` how the mask was read.
+    """
     return pa.schema(
         [
-            *((name, pa.string()) for name in ("name", "split", "breed", "problem", "detail")),
+            *((name, pa.string()) for name in ("name", "split", "breed", "problem", "detail", "reading")),
             *((name, pa.binary(32)) for name in ("digest", "photo", "mask_hash")),
             *((name, pa.int32()) for name in ("original_height", "original_width")),
             ("pixels", pa.list_(pa.int64(), classes)),
             ("ignored", pa.int64()),
+            ("present", pa.list_(pa.uint8())),
             ("repairs", pa.list_(pa.string())),
             ("mask_fit", pa.float64()),
         ]
@@ -89,7 +95,11 @@ def facts_schema(classes: int) -> pa.Schema:
 
 
 def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> None:
-    """Decode a piece's samples and write them with what is known of them below the folder `work`."""
+    """Decode a piece's samples and write them with what is known of them below the folder `work`.
+
+    Raises:
+        InputError: a mask can be read in two ways, and there is a file where the way can be settled.
+    """
     size, count = recipe.image_size, len(piece.samples)
     images, masks = np.zeros((count, size, size, 3), np.uint8), np.full((count, size, size), IGNORE, np.uint8)
     facts, originals = [], []
@@ -99,7 +109,9 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
             images[i], masks[i] = decoded.image, decoded.mask
             facts.append(_facts(sample, decoded, images[i], masks[i], labels))
             originals.append(decoded.original_mask)
-        except decode.Unusable as error:
+        except Unusable as error:
+            if error.problem in decode.ASKED and labels.described_in:
+                raise InputError(f"{sample.name}: {error.detail}.") from error
             facts.append(_unusable(sample, error, labels))
             originals.append(b"")
     for row, fit in zip(facts, _mask_fits(images, masks, facts, recipe), strict=True):
@@ -131,6 +143,8 @@ def _facts(sample: Sample, decoded: decode.Decoded, image: np.ndarray, mask: np.
         "original_width": decoded.width,
         "pixels": pixels[: len(labels.classes)].tolist(),
         "ignored": int(pixels[IGNORE]),
+        "present": list(decoded.present),
+        "reading": decoded.reading,
         "repairs": list(decoded.repairs),
     }
 
@@ -141,14 +155,21 @@ def _content(decoded: decode.Decoded, pixels: np.ndarray) -> bytes:
     return found.digest()
 
 
-def _unusable(sample: Sample, error: decode.Unusable, labels: Labels) -> dict:
+def _unusable(sample: Sample, error: Unusable, labels: Labels) -> dict:
     nothing = {"digest": bytes(32), "photo": bytes(32), "mask_hash": bytes(32), "original_height": 0}
-    nothing |= {"original_width": 0, "pixels": [0] * len(labels.classes), "ignored": 0, "repairs": []}
+    nothing |= {"original_width": 0, "pixels": [0] * len(labels.classes), "ignored": 0, "present": [], "repairs": []}
     return _identity(sample) | nothing | {"problem": error.problem, "detail": error.detail}
 
 
 def _identity(sample: Sample) -> dict:
-    return {"name": sample.name, "split": sample.split, "breed": sample.breed, "problem": "", "detail": ""}
+    return {
+        "name": sample.name,
+        "split": sample.split,
+        "breed": sample.breed,
+        "problem": "",
+        "detail": "",
+        "reading": "",
+    }
 
 
 def _fixed(pixels: np.ndarray) -> pa.Array:

@@ -17,6 +17,7 @@ import ray
 from unet.config import Resize, is_source_name
 from unet.data import checks
 from unet.data.look import data_report
+from unet.data.masks import WORDS
 from unet.data.order import CHUNK
 from unet.data.pieces import (
     Piece,
@@ -24,6 +25,7 @@ from unet.data.pieces import (
     Shard,
     cut,
     decode_piece,
+    facts_schema,
     read_table,
     samples_of_a_piece,
     sha256_of,
@@ -118,7 +120,7 @@ def prepare(
     place = Place.of(target)
     version = version_of(source)
     wanted = asdict(recipe) | {"source": source, "source_version": version, "schema_version": SCHEMA_VERSION}
-    wanted["samples_of_a_piece"] = samples_of_a_piece(recipe.image_size)
+    wanted |= {"samples_of_a_piece": samples_of_a_piece(recipe.image_size), "facts": facts_schema(1).names}
     if place.target.exists(MANIFEST):
         return _existing(place, recipe, version, strict)
     with place.locked(progress):
@@ -168,12 +170,16 @@ class _Preparation:
         facts = self._decode(source)
         if version_of(self.source) != self.version:
             raise InputError(f"{self.source} was changed while it was read: prepare it again.")
-        kept, left_out, warnings = _check(facts, source)
+        _refuse_mixed(facts, source)
+        kept, left_out, warnings = _check(facts, source, self.recipe.image_size)
         if not len(kept):
             first = left_out[0]
             raise InputError(f"None of the {len(left_out)} samples can be used. {first.name}: {first.detail}.")
         if strict and left_out:
             raise _refused(left_out)
+        if split := checks.unlabelled_split(kept):
+            size = self.recipe.image_size
+            raise InputError(f"No pixel of the {split} split has a label at {size} px: give a larger --image-size.")
         manifest = self._manifest(source, kept, left_out, warnings, self._write(kept))
         self.place.publish()
         return manifest
@@ -238,7 +244,21 @@ class _Preparation:
         return manifest
 
 
-def _check(facts: pa.Table, source: Source) -> tuple[pa.Table, list[Problem], list[Problem]]:
+def _refuse_mixed(facts: pa.Table, source: Source) -> None:
+    """Refuse masks that were read in different ways, each in the only one that fits it: then one of them is chance."""
+    rows = zip(facts["name"].to_pylist(), facts["reading"].to_pylist(), strict=True)
+    found = {reading: name for name, reading in rows if reading}
+    if len(found) > 1:
+        (first, name), (second, other) = sorted(found.items())[:2]
+        where = source.labels.described_in
+        remedy = f"write `masks: {first}` or `masks: {second}` in {where}" if where else "save all masks alike"
+        raise InputError(
+            f"Only the {WORDS[first]} of the mask of {name} fit the classes, and only the {WORDS[second]} of that of "
+            f"{other}: {remedy}."
+        )
+
+
+def _check(facts: pa.Table, source: Source, image_size: int) -> tuple[pa.Table, list[Problem], list[Problem]]:
     """The samples that stay, what is left out and why, and what only looks wrong."""
     bad = facts.filter(pa.compute.not_equal(facts["problem"], ""))
     left_out = [
@@ -253,7 +273,7 @@ def _check(facts: pa.Table, source: Source) -> tuple[pa.Table, list[Problem], li
     # The samples came by split and hash; what is left to do is the splits' own order.
     places = np.array([order[split] for split in kept["split"].to_pylist()])
     kept = kept.take(pa.array(np.argsort(places, kind="stable")))
-    suspects = checks.suspects(kept, [c.name for c in source.labels.classes])
+    suspects = checks.suspects(kept, [c.name for c in source.labels.classes], image_size)
     return kept, left_out + across, [*source.warnings, *warnings, *suspects]
 
 
@@ -301,4 +321,9 @@ def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
 
 def _next(running: dict) -> tuple[int, object]:
     (done,), _ = ray.wait(list(running))
-    return running.pop(done), ray.get(done)
+    try:
+        return running.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from error
+        raise

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from unet.config import Resize
-from unet.data.decode import BILINEAR, Unusable, photo
+from unet.data.decode import BILINEAR, photo
+from unet.data.pictures import Unusable
 from unet.data.resize import to_square
-from unet.data.sources.own import SUFFIXES
+from unet.data.sources import SUFFIXES
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.packaging.forms import Run

@@ -16,6 +16,7 @@ from PIL import Image
 from unet.classes import Classes
 from unet.config import Resize
 from unet.data import decode
+from unet.data.pictures import Unusable
 from unet.data.resize import box_of, to_square
 from unet.network import Network, start_tensorflow
 from unet.prediction import tiles
@@ -77,7 +78,7 @@ def read(rows: pa.Table, group: int, work: Work) -> pa.Table:
         greys.append(b"")
         try:
             photo = decode.photo(file, folder.read_bytes)
-        except decode.Unusable as error:
+        except Unusable as error:
             facts.append((error.problem, error.detail, None, None))
             continue
         square = to_square(photo, size, work.resize, decode.BILINEAR, fill=0)

@@ -10,6 +10,11 @@ from pathlib import Path
 from unet.classes import PETS, Labels
 from unet.data.shards import name_hash
 
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+}
+"""What the names of pictures that can be read end with."""
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, how far, out of how much; 0 where that is not known)."""
 
@@ -86,12 +91,6 @@ def shown(name: str) -> str:
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         return name.encode("unicode_escape").decode()
     return name
-
-
-def listed(listing: Path) -> list[str]:
-    """The lines of a split's list that name a sample."""
-    lines = listing.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip() and not line.startswith("#")]
 
 
 def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:

@@ -6,7 +6,8 @@
 import tarfile
 from pathlib import Path
 
-from unet.data.sources import Problem, Progress, Sample, Source, canonical, is_plain, listed, shown, split_of
+from unet.data.sources import Problem, Progress, Sample, Source, canonical, is_plain, shown, split_of
+from unet.data.sources.lists import listed, refuse_unmatched
 from unet.errors import InputError
 
 ARCHIVES = ("images.tar.gz", "annotations.tar.gz")
@@ -62,7 +63,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
     """The samples that the official lists name, from an extracted folder.
 
     Raises:
-        InputError: a list is missing, or none names a sample.
+        InputError: a list is missing, cannot be read, or names no sample.
     """
     source = Source("archives", [])
     seen: dict[str, str] = {}
@@ -70,7 +71,8 @@ def archives(folder: Path, val_fraction: float) -> Source:
         listing = folder / "annotations" / f"{official}.txt"
         if not listing.is_file():
             raise InputError(f"{listing} is missing: the folder is not in the layout of the official archives.")
-        for line in listed(listing):
+        lines, before = listed(listing), len(seen)
+        for _, line in lines:
             name = line.split()[0]
             split = split_of(name, official, val_fraction)
             if problem := _problem(folder, name, seen):
@@ -78,8 +80,10 @@ def archives(folder: Path, val_fraction: float) -> Source:
                 continue
             seen[name] = official
             source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
+        if lines and len(seen) == before:
+            refuse_unmatched(listing, lines, [path.stem for path in (folder / "images").glob("*.jpg")], "images/")
     if not seen:
-        raise InputError(f"The lists in {folder / 'annotations'} name no sample that is there.")
+        raise InputError(f"The lists in {folder / 'annotations'} name no sample.")
     source.samples = canonical(source.samples)
     known = seen.keys() | {problem.name for problem in source.left_out}
     source.warnings += [

@@ -8,11 +8,14 @@ from unet.config import SOURCES
 from unet.data.shards import MANIFEST
 from unet.data.sources import Progress, Source, fingerprint, tfds
 from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
+from unet.data.sources.description import DESCRIPTION, describe
 from unet.data.sources.drawn import count_of, drawn, is_drawn
-from unet.data.sources.own import DESCRIPTION, FILES, describe, is_own_folder, own
+from unet.data.sources.own import FILES, is_own_folder, own
 from unet.errors import InputError
 
 TFDS = "oxford_iiit_pet"
+RULES = "r2"
+"""How own masks and lists are read; what was prepared by other rules is prepared again."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -60,7 +63,9 @@ def version_of(source: str) -> str:
     if source == TFDS:
         return f"tensorflow-datasets {version('tensorflow-datasets')}"
     folder = Path(source)
-    return fingerprint(folder, FILES if kind_of(folder) == "folder" else (*ARCHIVES, *FOLDERS))
+    if kind_of(folder) == "folder":
+        return f"{fingerprint(folder, FILES)}-{RULES}"
+    return fingerprint(folder, (*ARCHIVES, *FOLDERS))
 
 
 def open_source(
