@@ -18,8 +18,9 @@ from unet.data import decode
 from unet.data.checks import mask_fit, without_padding
 from unet.data.decode import BILINEAR, NEAREST
 from unet.data.order import CHUNK
+from unet.data.plain import check_plain
 from unet.data.resize import letterbox_box
-from unet.data.shards import check_plain, sample_digest, shard_schema
+from unet.data.shards import sample_digest, shard_schema
 from unet.data.sources import Sample
 from unet.storage import Folder
 

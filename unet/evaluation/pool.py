@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unet.data.ingest import DATA_CPUS
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError
 from unet.training.resources import Node, cluster_nodes, cpus_per_worker
 

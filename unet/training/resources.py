@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unet.config import TrainSettings, parse_bytes
 from unet.data.shards import Prepared
+from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.training.arrays import weight_shapes
@@ -46,6 +47,7 @@ class Plan:
         kept: whether training and validation are held in memory, else streamed.
         data_bytes: their size in memory.
         stream_bytes: object store that streaming may use.
+        stream_tasks: streaming tasks at a time.
     """
 
     num_workers: int
@@ -55,6 +57,7 @@ class Plan:
     kept: bool
     data_bytes: int
     stream_bytes: int
+    stream_tasks: int = STREAM_TASKS
 
 
 def cluster_nodes() -> list[Node]:
@@ -193,14 +196,17 @@ def plan(
     store = min(n.object_store for n in hosts)
     limit = settings.data.memory_budget
     budget = parse_bytes(limit) if limit else min(n.memory for n in hosts) / 4
+    kept = data_bytes <= min(budget, 0.6 * store)
+    task = task_bytes(settings.data.image_size, settings.training.batch_size)
     return Plan(
         num_workers=workers,
         cpus_per_worker=cpus,
         threads=threads,
         use_gpu=sum(int(n.gpus) for n in nodes) >= processes,
-        kept=data_bytes <= min(budget, 0.6 * store),
+        kept=kept,
         data_bytes=data_bytes,
         stream_bytes=int(min(max(budget, 256e6), 0.5 * store)),
+        stream_tasks=STREAM_TASKS if kept else tasks_beside(need, memory, together * task),
     )
 
 
