@@ -1,20 +1,25 @@
 """The same samples in the same order: kept or streamed, by any number of workers, from any step."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from unet.config import TrainSettings, flat
 from unet.data import ingest
 from unet.data.augment import flips
 from unet.data.ingest import Ingest, keep, shards
-from unet.data.order import PADDING, epoch_order
+from unet.data.order import CHUNK, PADDING, epoch_order
 from unet.data.packed import packed, unpacked
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared, pixels
 from unet.storage import Folder
+from unet.training.checkpoint import State
+from unet.training.reading import Reading
+from unet.training.resources import Plan
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +30,9 @@ def pets(ray_cluster, tmp_path_factory) -> Prepared:
     return Prepared(target)
 
 
-def reading(pets, epochs=2, start=(1, 0), batch_size=48) -> Ingest:
+def reading(pets, epochs=2, start=(1, 0), batch_size=48, window=None) -> Ingest:
     counts = pets.manifest.counts
-    return Ingest(pets.folder.uri, 16, counts, batch_size, 11, epochs, start, int(256e6))
+    return Ingest(pets.folder.uri, 16, counts, batch_size, 11, epochs, start, int(256e6), window=window)
 
 
 def readers(plan: Ingest, workers: int):
@@ -81,7 +86,7 @@ def test_a_run_reads_every_sample_once_an_epoch_in_order(pets, mode, workers):
     plan = reading(pets)
     seen = check(pets, keep(plan) if mode == "kept" else plan, workers)
     for epoch in (1, 2):
-        assert seen["train", epoch] == epoch_order(plan.samples["train"], 11, epoch).tolist()
+        assert seen["train", epoch] == epoch_order(plan.samples["train"], 11, epoch, 1024).tolist()
         assert seen["val", epoch] == list(range(plan.samples["val"]))
 
 
@@ -89,14 +94,29 @@ def test_a_run_reads_every_sample_once_an_epoch_in_order(pets, mode, workers):
 def test_a_run_continues_at_any_step(pets, mode):
     plan = reading(pets, start=(2, 5))
     seen = check(pets, keep(plan) if mode == "kept" else plan, 2, first=(2, 5))
-    assert seen["train", 2] == epoch_order(plan.samples["train"], 11, 2).tolist()[5 * 48 :]
+    assert seen["train", 2] == epoch_order(plan.samples["train"], 11, 2, 1024).tolist()[5 * 48 :]
     assert set(seen) == {("train", 2), ("val", 2)}
 
 
-def test_windows_smaller_than_an_epoch_stream_alike(pets, monkeypatch):
-    """Batches that straddle windows need samples of two of them."""
-    monkeypatch.setattr(ingest, "WINDOW", 1)
-    check(pets, reading(pets, epochs=1, batch_size=50), 2)
+@pytest.mark.parametrize("mode", ["kept", "streamed"])
+def test_windows_smaller_than_an_epoch_give_their_own_order(pets, mode):
+    """Batches that straddle windows need samples of two of them. A run that began with another window keeps it."""
+    plan = reading(pets, epochs=1, batch_size=50, window=1)
+    seen = check(pets, keep(plan) if mode == "kept" else plan, 2)
+    assert seen["train", 1] == epoch_order(plan.samples["train"], 11, 1, 1).tolist()
+    assert seen["train", 1] != epoch_order(plan.samples["train"], 11, 1, 1024).tolist()
+
+
+def test_a_streaming_task_holds_a_window_and_lets_go_of_it(pets):
+    plan = reading(pets, epochs=1, batch_size=50, window=1)
+    for unit in (unit for unit in ingest._units(plan, 2) if unit["split"] == "train"):
+        wanted = plan.order("train", 1)[unit["first"] * 50 : unit["last"] * 50]
+        chunks, held = ingest._LazyChunks(pets, "train", wanted), []
+        for index in wanted.tolist():
+            chunks[index // CHUNK]
+            held.append(len(chunks._read))
+        # Of the window before, the first batch may miss a few; of the next, the last may need a few.
+        assert max(held) <= 2 and held[len(held) // 2] == 1 and not chunks._read
 
 
 def test_a_block_out_of_place_is_refused(pets):
@@ -112,16 +132,37 @@ def test_a_block_out_of_place_is_refused(pets):
         assert all(pool.map(refused, (first, second)))
 
 
-def test_direct_reading_gives_a_split_in_order(pets):
-    (reader,) = readers(keep(reading(pets)), 1)
-    batches = list(reader.direct("test"))
-    assert np.concatenate([b.indices for b in batches])[: len(pets.names("test"))].tolist() == list(range(160))
-    images, _ = truth(pets, "test")
-    assert np.array_equal(np.concatenate([b.images for b in batches])[: len(images)], images)
-
-
 @pytest.mark.parametrize("rows", [0, 3])
 def test_a_table_comes_back_from_its_row(rows):
     table = pa.table({"id": pa.array(range(rows), pa.int64()), "bytes": pa.array([b"x" * 9] * rows, pa.large_binary())})
     row = packed(table)
     assert len(row) == 1 and unpacked(pa.concat_tables([packed(table), row]).slice(1)).equals(table)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_workers_share_the_chunks_of_a_split_that_is_read_once(pets, workers, monkeypatch):
+    """Each sample comes to one worker, and no worker reads all chunks: of 634 training samples, in three chunks."""
+    read, whole = [], Prepared.read_chunk
+    monkeypatch.setattr(Prepared, "read_chunk", lambda self, *place: read.append(place) or whole(self, *place))
+    plan, found, images = reading(pets), [], []
+    for reader in readers(keep(plan), workers):
+        for batch in reader.direct("train"):
+            assert batch.images.shape == (plan.plan("train", workers).share, 16, 16, 3)
+            padding = batch.indices == PADDING
+            assert (batch.masks[padding] == 255).all()
+            found += batch.indices[~padding].tolist()
+            images.append(batch.images[~padding])
+    assert found == list(range(plan.samples["train"]))
+    assert len(read) <= len(pets.chunks["train"]) + workers - 1
+    assert np.array_equal(np.concatenate(images), truth(pets, "train")[0])
+
+
+def test_a_run_goes_on_in_the_windows_that_it_began_with(pets):
+    """States of before do not tell: theirs had 16 chunks, whatever the size of the pictures."""
+    state = State(0, "digest", flat(TrainSettings()), {}, epoch=2, window=3)
+    before = {key: value for key, value in asdict(state).items() if key != "window"}
+    plan = Plan(2, 0.75, 1, False, False, 10**9, 10**8, stream_tasks=1)
+    run = Reading(reading(pets))
+    assert run.begin(None, plan).chunks_of_window == 1024
+    assert (run.begin(state, plan).chunks_of_window, run.ingest.tasks, run.ingest.start) == (3, 1, (2, 0))
+    assert run.begin(State(**before), plan).chunks_of_window == 16

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet.data.augment import flips, mirror
-from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order
+from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
 
 sizes, seeds, epochs = st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(1, 10_000)
 
@@ -15,26 +15,27 @@ def test_every_sample_once_and_near_its_window(samples, seed, epoch, window):
     order = epoch_order(samples, seed, epoch, window)
     assert sorted(order) == list(range(samples))
     assert np.array_equal(order, epoch_order(samples, seed, epoch, window))
-    # A window in hand is enough to stream: each stretch of `window` chunks holds whole chunks only.
-    start, full = 0, -(-samples // CHUNK)
-    seen = 0
-    while start < samples:
-        chunks = min(window, full - seen)
-        count = next(
-            n for n in range(1, window * CHUNK + 1) if _whole_chunks(order[start : start + n], samples, chunks)
-        )
-        start, seen = start + count, seen + chunks
+    # A window in hand is enough to stream: each stretch up to its end holds whole chunks only, `window` of them.
+    ends, left = window_ends(samples, seed, epoch, window), -(-samples // CHUNK)
+    for start, end in zip([0, *ends], ends, strict=False):
+        touched = set((order[start:end] // CHUNK).tolist())
+        assert len(touched) == min(window, left)
+        assert end - start == sum(min((chunk + 1) * CHUNK, samples) - chunk * CHUNK for chunk in touched)
+        left -= len(touched)
+    assert left == 0 and ends[-1] == samples
 
 
-def _whole_chunks(indices, samples, chunks):
-    touched = set((indices // CHUNK).tolist())
-    size = sum(min((c + 1) * CHUNK, samples) - c * CHUNK for c in touched)
-    return len(touched) == chunks and size == len(indices)
+def test_a_window_is_one_of_bytes():
+    """4,096 samples at 128 px, as ever; at any size of at most 512 px no more than 268 MB, and not half of it."""
+    assert window_of(128) == 16 and window_of(512) == 1 and window_of(2048) == 1
+    for size in range(16, 513, 16):
+        taken = window_of(size) * CHUNK * sample_bytes(size)
+        assert 2**27 < taken <= 2**28
 
 
 def test_epochs_and_seeds_differ():
-    assert not np.array_equal(epoch_order(1000, 0, 1), epoch_order(1000, 0, 2))
-    assert not np.array_equal(epoch_order(1000, 0, 1), epoch_order(1000, 1, 1))
+    assert not np.array_equal(epoch_order(1000, 0, 1, 16), epoch_order(1000, 0, 2, 16))
+    assert not np.array_equal(epoch_order(1000, 0, 1, 16), epoch_order(1000, 1, 1, 16))
     # Chunks move too, not only the samples inside a window.
     firsts = {int(epoch_order(5000, 0, e, window=1)[0]) // CHUNK for e in range(1, 30)}
     assert len(firsts) > 5
@@ -43,7 +44,7 @@ def test_epochs_and_seeds_differ():
 @given(sizes, st.integers(1, 70), st.integers(1, 5), st.data())
 def test_shares_of_any_number_of_workers_make_the_same_batches(samples, batch_size, workers, data):
     workers = min(workers, batch_size)
-    order = epoch_order(samples, 3, 1)
+    order = epoch_order(samples, 3, 1, 16)
     plan = BatchPlan(samples, batch_size, workers)
     first = data.draw(st.integers(0, plan.steps))
     batches = dict(plan.shares(order, first))

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet.config import TrainSettings, unflat
+from unet.data.streaming import task_bytes
 from unet.errors import InputError
 from unet.training.placement import Node
-from unet.training.resources import plan, plan_now
+from unet.training.resources import plan, plan_now, worker_bytes
 from unet.training.room import check_free
 
 
@@ -48,6 +49,18 @@ def test_too_little_memory_is_refused_with_a_batch_that_fits():
         plan(settings(base_filters=64, image_size=128, batch_size=256), laptop(memory=8e9), 0)
     fitting = int(str(error.value).split("--batch-size ")[1].rstrip("."))
     plan(settings(base_filters=64, image_size=128, batch_size=fitting), laptop(memory=8e9), 0)
+
+
+def test_what_streams_the_data_counts_in_the_memory_of_a_node():
+    """At 512 px a window is a chunk of 268 MB; two tasks that read such are planned, or one, or the run is refused."""
+    large = settings(image_size=512, batch_size=4, num_workers=2)
+    workers, task = 2 * worker_bytes(large, 2), task_bytes(512, 4)
+    assert 0.75e9 < task < 1e9 and 0.45e9 < task_bytes(128, 64) < 0.6e9
+    found = [plan(large, laptop(memory=workers + room * task), 10**13).stream_tasks for room in (1.1, 2.1, 9)]
+    assert found == [1, 2, 2]
+    with pytest.raises(InputError, match=r"the task that streams the data to them 0\.8 GB, the node has"):
+        plan(large, laptop(memory=workers + 0.9 * task), 10**13)
+    assert plan(large, laptop(memory=workers + 0.9 * task), 10**6).kept
 
 
 def test_gpus_are_taken_when_there_is_one_for_each():

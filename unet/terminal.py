@@ -6,7 +6,6 @@ Without a terminal the same as plain lines, no control codes.
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -66,10 +65,10 @@ class Display:
 
     def problems(self, manifest) -> None:
         """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""
-        kinds = (("left out", "problem", manifest.left_out, "red"), ("mended", "repair", manifest.repaired, None))
-        for title, key, rows, style in (*kinds, ("looks wrong", "problem", manifest.warnings, "yellow")):
-            for kind, count in Counter(row[key] for row in rows).most_common():
-                of_kind = [row for row in rows if row[key] == kind]
+        lists = ("left out", "left_out", "red"), ("mended", "repaired", None), ("looks wrong", "warnings", "yellow")
+        for title, found, style in lists:
+            for kind, count in manifest.kinds(found).most_common():
+                of_kind = [row for row in getattr(manifest, found) if kind in (row.get("problem"), row.get("repair"))]
                 names = [row["name"] or row["detail"] for row in of_kind]
                 more = f", and {count - SHOWN} more" if count > SHOWN else ""
                 apart = ", " if of_kind[0]["name"] else "; "
@@ -128,8 +127,9 @@ def names_in_line(classes: Classes) -> list[str]:
 def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
     """The row of an overview that says how much the checks of the data found; none where they found nothing."""
     manifest = prepared.manifest
-    counts = ("left out", manifest.left_out), ("mended", manifest.repaired), ("look wrong", manifest.warnings)
-    found = ", ".join(f"{len(rows):,} {what}" for what, rows in counts if rows)
+    lists = ("left out", "left_out"), ("mended", "repaired"), ("look wrong", "warnings")
+    counts = [(what, manifest.kinds(found).total()) for what, found in lists]
+    found = ", ".join(f"{count:,} {what}" for what, count in counts if count)
     return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []
 
 

@@ -8,6 +8,7 @@ ways give the same samples in the same order; a streamed block says where it bel
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +16,12 @@ import ray
 
 from unet.classes import IGNORE
 from unet.data.augment import flips, mirror
-from unet.data.order import CHUNK, PADDING, WINDOW, BatchPlan, epoch_order
-from unet.data.shards import Prepared, pixels
-from unet.storage import Folder
+from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
+from unet.data.shards import Prepared, opened, pixels
+from unet.data.streaming import DATA_CPUS, STREAM_TASKS
 
-DATA_CPUS = 0.2
-"""What a reading task asks of Ray: reading hardly computes, and the workers need the cores."""
-STREAM_TASKS = 2
-"""Streaming tasks at a time: the one whose blocks are used and the next. Each holds a window in memory."""
+KEEP_BYTES = 2**26
+"""What a task reads at least of data that are kept: the start of one takes longer than reading a small chunk."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Ingest:
         kept: by split, references to the chunks held in the object store; None when streaming.
         start: (epoch, step in the epoch) to start at.
         memory: bytes of object store that streaming may use.
+        window: chunks of a window of the order; None: as `unet.data.order` has it for the image size.
+        tasks: streaming tasks at a time.
     """
 
     folder: str
@@ -69,6 +70,12 @@ class Ingest:
     start: tuple[int, int]
     memory: int
     kept: dict[str, list[ray.ObjectRef]] | None = None
+    window: int | None = None
+    tasks: int = STREAM_TASKS
+
+    @property
+    def chunks_of_window(self) -> int:
+        return self.window or window_of(self.image_size)
 
     def plan(self, split: str, world_size: int) -> BatchPlan:
         return BatchPlan(self.samples[split], self.batch_size, world_size)
@@ -76,7 +83,7 @@ class Ingest:
     def order(self, split: str, epoch: int) -> np.ndarray:
         """Training is shuffled by (seed, epoch); an evaluation takes the canonical order."""
         if split == "train":
-            return epoch_order(self.samples[split], self.seed, epoch)
+            return epoch_order(self.samples[split], self.seed, epoch, self.chunks_of_window)
         return np.arange(self.samples[split], dtype=np.int64)
 
 
@@ -125,9 +132,18 @@ class Reader:
         return self._one_ahead(self._batches("val", epoch, 0))
 
     def direct(self, split: str) -> Iterator[Batch]:
-        """A split straight from its shards: for one pass, starting an execution would cost more than reading."""
-        chunks = _LazyChunks(Prepared(Folder(self.ingest.folder)), split)
-        return self._one_ahead(self._gathered(split, 1, 0, chunks))
+        """This worker's part of a split straight from its shards: for one pass, an execution would cost more to start.
+
+        The parts are stretches of the canonical order, of equal length but for one sample, so nobody reads all chunks,
+        and a worker may have a batch less than another.
+        """
+        samples, size = self.ingest.samples[split], self.ingest.image_size
+        part = np.arange(self.rank * samples // self.world_size, (self.rank + 1) * samples // self.world_size)
+        plan = BatchPlan(len(part), self.ingest.plan(split, self.world_size).share, 1)
+        chunks = _LazyChunks(opened(self.ingest.folder), split, part)
+        return self._one_ahead(
+            Batch(1, step, indices, *_gather(indices, chunks, size)) for step, (indices,) in plan.shares(part)
+        )
 
     def _one_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Prepare the next batch in the thread while the current one is used."""
@@ -192,24 +208,30 @@ def keep(ingest: Ingest) -> Ingest:
 
     The caller's process owns them, so they outlive the workers.
     """
-    chunks = [
-        {"split": split, "chunk": chunk}
-        for split in ("train", "val")
-        for chunk in range(-(-ingest.samples[split] // CHUNK))
+    chunk_bytes = CHUNK * sample_bytes(ingest.image_size)
+    together = max(1, KEEP_BYTES // chunk_bytes)
+    chunks = {split: -(-ingest.samples[split] // CHUNK) for split in ("train", "val")}
+    tasks = [
+        {"split": split, "first": first, "last": min(count, first + together)}
+        for split, count in chunks.items()
+        for first in range(0, count, together)
     ]
 
-    def read(row: dict) -> pa.Table:
-        return Prepared(Folder(ingest.folder)).read_checked(row["split"][0], int(row["chunk"][0]))
+    def read(row: dict) -> Iterator[pa.Table]:
+        for chunk in range(int(row["first"][0]), int(row["last"][0])):
+            yield opened(ingest.folder).read_checked(str(row["split"][0]), chunk)
 
-    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks))
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     _in_order(dataset)
-    dataset.context.target_max_block_size = None  # a chunk is a block, whatever its size
+    # A chunk is a block: it has more bytes than this, or is the last of its task, which alone may be short.
+    dataset.context.target_max_block_size = chunk_bytes - 1
     blocks = dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS).materialize().to_arrow_refs()
-    if len(blocks) != len(chunks):
-        raise RuntimeError(f"Ray Data gave {len(blocks)} blocks for {len(chunks)} chunks.")
-    kept = {"train": [], "val": []}
-    for block, chunk in zip(blocks, chunks, strict=True):
-        kept[chunk["split"]].append(block)
+    numbers = [task["last"] - task["first"] for task in tasks]
+    if len(blocks) != sum(numbers):
+        raise RuntimeError(f"Ray Data gave {len(blocks)} blocks for {sum(numbers)} chunks.")
+    kept, blocks = {"train": [], "val": []}, iter(blocks)
+    for task, number in zip(tasks, numbers, strict=True):
+        kept[task["split"]] += islice(blocks, number)
     return replace(ingest, kept=kept)
 
 
@@ -225,10 +247,11 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
 
     def read(unit: dict) -> Iterator[pa.Table]:
         split, (epoch, first, last) = str(unit["split"][0]), (int(unit[k][0]) for k in ("epoch", "first", "last"))
-        plan, prepared = ingest.plan(split, world_size), Prepared(Folder(ingest.folder))
+        plan, order = ingest.plan(split, world_size), ingest.order(split, epoch)
+        wanted = order[first * plan.batch_size : last * plan.batch_size]
         # Once a run the pixels are compared with their digests; after that the pages' checksums must do.
-        chunks = _LazyChunks(prepared, split, keep=split == "train", check=epoch == first_epoch)
-        for step, shares in plan.shares(ingest.order(split, epoch), first):
+        chunks = _LazyChunks(opened(ingest.folder), split, wanted, check=epoch == first_epoch)
+        for step, shares in plan.shares(order, first):
             if step == last:
                 return
             for rank, indices in enumerate(shares):
@@ -237,19 +260,18 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
 
-    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=ray.data.TaskPoolStrategy(STREAM_TASKS))
+    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=ray.data.TaskPoolStrategy(ingest.tasks))
 
 
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
-    """The reading tasks: runs of steps that begin in one window, and each epoch's validation."""
+    """The reading tasks: the steps that begin in one window, and each epoch's validation."""
     first_epoch, first_step = ingest.start
     for epoch in range(first_epoch, ingest.epochs + 1):
-        steps = ingest.plan("train", world_size).steps
-        window_steps = max(1, WINDOW * CHUNK // ingest.batch_size)
-        while first_step < steps:
-            last = min(steps, (first_step // window_steps + 1) * window_steps)
-            yield {"split": "train", "epoch": epoch, "first": first_step, "last": last}
-            first_step = last
+        for end in window_ends(ingest.samples["train"], ingest.seed, epoch, ingest.chunks_of_window):
+            last = -(-end // ingest.batch_size)
+            if first_step < last:
+                yield {"split": "train", "epoch": epoch, "first": first_step, "last": last}
+                first_step = last
         first_step = 0
         if val_steps := ingest.plan("val", world_size).steps:
             yield {"split": "val", "epoch": epoch, "first": 0, "last": val_steps}
@@ -261,22 +283,24 @@ def _in_order(dataset: ray.data.Dataset) -> None:
 
 
 class _LazyChunks:
-    """Chunks read when first asked for: the latest only, or all of a window where `keep` is set.
+    """Chunks read when a row is first asked for, and let go of when all the rows of them that are wanted were.
 
-    With `check`, their pixels are compared with the digests of when they were prepared.
+    `wanted` are canonical indices, each to be asked for once. With `check`, the chunks' pixels are compared with the
+    digests of when they were prepared.
     """
 
-    def __init__(self, prepared: Prepared, split: str, keep: bool = False, check: bool = True):
-        self._prepared, self._split, self._keep, self._read = prepared, split, keep, {}
+    def __init__(self, prepared: Prepared, split: str, wanted: np.ndarray, check: bool = True):
+        self._split, self._size, self._read = split, prepared.manifest.image_size, {}
         self._load = prepared.read_checked if check else prepared.read_chunk
+        self._left = dict(
+            zip(*(found.tolist() for found in np.unique(wanted // CHUNK, return_counts=True)), strict=True)
+        )
 
     def __getitem__(self, chunk: int):
         if chunk not in self._read:
-            if not self._keep:
-                self._read.clear()
-            table = self._load(self._split, chunk)
-            self._read[chunk] = _arrays(table, self._prepared.manifest.image_size)
-        return self._read[chunk]
+            self._read[chunk] = _arrays(self._load(self._split, chunk), self._size)
+        self._left[chunk] -= 1
+        return self._read[chunk] if self._left[chunk] else self._read.pop(chunk)
 
 
 def _arrays(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ a contact sheet, the samples most likely to be wrong, and what was left out, rep
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from PIL import Image
 
 from unet.classes import Classes
 from unet.data.resize import Resize, box_of
-from unet.data.shards import SPLITS, Prepared
+from unet.data.shards import SPLITS, Manifest, Prepared
 from unet.pages.pictures import data_uri, outlines, relative
 from unet.pages.render import percent, render, signed
 
@@ -51,8 +50,9 @@ def data_report(prepared: Prepared) -> str:
         groups=groups,
         edges=edge_histogram(samples.mask_fit),
         pictures=_pictures(prepared, samples, shown),
-        left_out_kinds=Counter(item["problem"] for item in manifest.left_out).most_common(),
-        repairs=_repairs(manifest.repaired),
+        found={name: manifest.kinds(name).total() for name in ("left_out", "repaired", "warnings")},
+        left_out_kinds=manifest.kinds("left_out").most_common(),
+        repairs=_repairs(manifest),
         warnings=sorted(manifest.warnings, key=lambda item: item["name"] != ""),
         longest=LONGEST,
     )
@@ -259,9 +259,9 @@ def _picture(image: np.ndarray, mask: np.ndarray, box: np.ndarray, classes: Clas
     }
 
 
-def _repairs(repaired: Sequence[dict]) -> list[tuple[str, list[str]]]:
-    """The names of the samples that each repair mended, the most frequent repair first."""
-    found = defaultdict(list)
-    for item in repaired:
-        found[item["repair"]].append(item["name"])
-    return sorted(found.items(), key=lambda pair: -len(pair[1]))
+def _repairs(manifest: Manifest) -> list[tuple[str, int, list[str]]]:
+    """Each repair, the most frequent first: how many samples it mended, and the names of those that are listed."""
+    names = defaultdict(list)
+    for item in manifest.repaired:
+        names[item["repair"]].append(item["name"])
+    return [(repair, count, names[repair]) for repair, count in manifest.kinds("repaired").most_common()]

@@ -1,9 +1,9 @@
 """The order of training: which sample stands where in an epoch, a pure function of (seed, epoch).
 
 The canonical order of a split is by the hash of the sample's name; a chunk is 256 samples of it, one Parquet row
-group. An epoch shuffles the chunks, then the samples inside windows of `WINDOW` chunks, so the same order can be
-held in memory or streamed from disk with one window in hand. A global batch is a slice of the order; worker r
-takes its consecutive share of it. Nothing here knows of files, Ray or TensorFlow.
+group. An epoch shuffles the chunks, then the samples inside windows of so many chunks as `WINDOW_BYTES` hold, so the
+same order can be held in memory or streamed from disk with one window in hand. A global batch is a slice of the order;
+worker r takes its consecutive share of it. Nothing here knows of files, Ray or TensorFlow.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,52 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK = 256
-WINDOW = 16
+WINDOW_BYTES = 2**28
+"""What a window of pixels may take in memory."""
+FIRST_WINDOW = 16
+"""The chunks of a window in runs that do not tell: they began when it was one for all sizes of pictures."""
 PADDING = -1
 """The index that fills up a short last batch; its pixels count nowhere."""
 
 
-def epoch_order(samples: int, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
-    """The canonical indices 0..samples-1 in the order of training of one epoch: int64 (samples,)."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    chunks = generator.permutation(-(-samples // CHUNK))
+def sample_bytes(image_size: int) -> int:
+    """What the pixels of a sample take in memory: a photo of three bands and a mask, uint8."""
+    return image_size**2 * 4
+
+
+def window_of(image_size: int) -> int:
+    """The chunks of a window: 16 at 128 px, and at least one, which is more than `WINDOW_BYTES` beyond 512 px."""
+    return max(1, WINDOW_BYTES // (CHUNK * sample_bytes(image_size)))
+
+
+def epoch_order(samples: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The canonical indices 0..samples-1 in the order of training of one epoch: int64 (samples,).
+
+    `window` is in chunks.
+    """
+    generator = _generator(seed, epoch)
+    chunks = generator.permutation(_chunks(samples))
     pieces = []
     for first in range(0, len(chunks), window):
         indices = np.concatenate([chunk_indices(chunk, samples) for chunk in chunks[first : first + window]])
         pieces.append(generator.permutation(indices))
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+def window_ends(samples: int, seed: int, epoch: int, window: int) -> list[int]:
+    """Where the windows of that order end in it, in samples; the last at `samples`."""
+    chunks = _generator(seed, epoch).permutation(_chunks(samples))
+    # The split's last chunk may be short, and stands anywhere.
+    ends = np.cumsum(np.minimum(CHUNK, samples - chunks * CHUNK))
+    return [*ends[window - 1 : -1 : window].tolist(), samples]
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
+
+
+def _chunks(samples: int) -> int:
+    return -(-samples // CHUNK)
 
 
 def chunk_indices(chunk: int, samples: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import ray
 
 from unet.config import Resize, is_source_name
 from unet.data import checks
+from unet.data.findings import FINDINGS, Findings
 from unet.data.look import data_report
 from unet.data.masks import WORDS
 from unet.data.order import CHUNK
@@ -144,14 +145,13 @@ def _existing(place: Place, recipe: Recipe, version: str, strict: bool) -> Manif
         words = ", ".join(f"{key} {found[key]} there, {wanted[key]} here" for key in differing)
         raise InputError(f"{place.target} holds other data ({words}): give another --output, or remove it.")
     if strict and manifest.left_out:
-        raise _refused([Problem(**row) for row in manifest.left_out])
+        raise _refused(Problem(**manifest.left_out[0]), manifest.kinds("left_out").total())
     place.clear()  # a kill may have come between the last step and this one
     return manifest
 
 
-def _refused(left_out: list[Problem]) -> InputError:
-    first, more = left_out[0], len(left_out) - 1
-    words = f"{first.name}: {first.detail}" + (f", and {more} more samples cannot be used" if more else "")
+def _refused(first: Problem, count: int) -> InputError:
+    words = f"{first.name}: {first.detail}" + (f", and {count - 1} more samples cannot be used" if count > 1 else "")
     return InputError(f"{words}. Leave --strict out to go on without them; the manifest will list them.")
 
 
@@ -176,7 +176,7 @@ class _Preparation:
             first = left_out[0]
             raise InputError(f"None of the {len(left_out)} samples can be used. {first.name}: {first.detail}.")
         if strict and left_out:
-            raise _refused(left_out)
+            raise _refused(left_out[0], len(left_out))
         if split := checks.unlabelled_split(kept):
             size = self.recipe.image_size
             raise InputError(f"No pixel of the {split} split has a label at {size} px: give a larger --image-size.")
@@ -220,6 +220,9 @@ class _Preparation:
         self, source: Source, kept: pa.Table, left_out: list[Problem], warnings: list[Problem], sha256: dict[str, str]
     ) -> Manifest:
         """Write the manifest, last of all, and before it the page that shows the data."""
+        shards, findings = self.place.shards, Findings.of(kept, source, left_out, warnings)
+        if findings.write(shards):
+            sha256 |= {FINDINGS: sha256_of(shards, FINDINGS)}
         counts = Counter(kept["split"].to_pylist())
         digests = dict(zip(kept["name"].to_pylist(), kept["digest"].to_pylist(), strict=True))
         manifest = Manifest(
@@ -232,12 +235,9 @@ class _Preparation:
             data_digest=data_digest(digests),
             source=source.kind,
             source_version=self.version,
-            left_out=[asdict(p) for p in left_out],
-            repaired=_repairs(kept, source),
-            warnings=[asdict(p) for p in warnings],
+            **findings.entries(),
         )
         self.progress("drawing data_report.html", 0, 0)
-        shards = self.place.shards
         shards.write_text(REPORT, data_report(Prepared(shards, manifest)))
         manifest = replace(manifest, sha256=sha256 | {REPORT: sha256_of(shards, REPORT)})
         shards.write_text(MANIFEST, manifest.to_json())
@@ -296,15 +296,6 @@ def _cut_files(kept: pa.Table, split: str, shards: int) -> list[Shard]:
 
 def _of_split(samples: pa.Table, split: str) -> pa.Table:
     return samples.filter(pa.compute.equal(samples["split"], split))
-
-
-def _repairs(kept: pa.Table, source: Source) -> list[dict]:
-    names = kept["name"].to_pylist()
-    found = [
-        (name, repair) for name, repairs in zip(names, kept["repairs"].to_pylist(), strict=True) for repair in repairs
-    ]
-    found += [(name, source.repairs[name]) for name in names if name in source.repairs]
-    return [{"name": name, "repair": repair} for name, repair in found]
 
 
 def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:

@@ -4,20 +4,24 @@ One row group is a chunk of 256 samples of the split's canonical order (by hash 
 files, so the order of training does not depend on how the data were sharded.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet.classes import Classes, ClassInfo
-from unet.data.order import CHUNK
+from unet.data.order import CHUNK, sample_bytes
+from unet.data.plain import open_parquet
 from unet.errors import InputError, first_line
 from unet.storage import Folder
 
@@ -85,6 +89,8 @@ class Manifest:
         left_out: samples that could not be used: {name, split, problem, detail}.
         repaired: samples that were mended: {name, repair}.
         warnings: what looks wrong but was kept: {name, problem, detail}; an empty name concerns the whole set.
+        totals: of these three, how many there are of each problem or repair. The lists hold the first of each
+            (`unet.data.findings`); empty where older preparations listed all.
     """
 
     image_size: int
@@ -103,7 +109,13 @@ class Manifest:
     left_out: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
     warnings: list[dict] = field(default_factory=list)
+    totals: dict[str, dict[str, int]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    def kinds(self, found: str) -> Counter[str]:
+        """How many samples of `left_out`, `repaired` or `warnings` there are of each problem or repair."""
+        key = "repair" if found == "repaired" else "problem"
+        return Counter(self.totals[found] if found in self.totals else (row[key] for row in getattr(self, found)))
 
     @property
     def class_infos(self) -> Classes:
@@ -135,6 +147,8 @@ class Manifest:
         for file in (*manifest.sha256, *(file for files in manifest.files.values() for file in files)):
             if not file or file == ".." or Path(file).name != file:
                 raise ValueError(f"it names {file!r}, which is not a file beside it")
+        if empty := next((s for s in SPLITS if manifest.counts[s] and not manifest.files[s]), None):
+            raise ValueError(f"it names no shard of {empty}")
         return manifest
 
 
@@ -148,12 +162,29 @@ def files_of_chunks(samples: int, shards: int) -> list[int]:
     return [chunk * min(shards, chunks) // chunks for chunk in range(chunks)]
 
 
+@lru_cache(maxsize=4)
+def _opened(uri: str, written: tuple[int, int]) -> "Prepared":
+    return Prepared(Folder(uri))
+
+
+def opened(uri: str) -> "Prepared":
+    """A prepared folder that this process reads again and again: its manifest and footers are read once.
+
+    Raises:
+        InputError: it is none.
+    """
+    folder = Folder(uri)
+    info = folder.fs.get_file_info(folder.at(MANIFEST))
+    return _opened(uri, (info.size or 0, info.mtime_ns or 0))  # others may have prepared it anew
+
+
 class Prepared:
     """A prepared folder opened for reading; `manifest` where it is not written yet."""
 
     def __init__(self, folder: Folder, manifest: Manifest | None = None):
         self.folder = folder
         self.manifest = manifest or self._read_manifest()
+        self._footers: dict[str, pq.FileMetaData] = {}
 
     def _read_manifest(self) -> Manifest:
         folder = self.folder
@@ -171,7 +202,7 @@ class Prepared:
 
     def bytes_in_memory(self, split: str, samples: int | None = None) -> int:
         """What the pixels of a split (or its first `samples`) take when held in memory."""
-        return (self.count(split) if samples is None else samples) * self.manifest.image_size**2 * 4
+        return (self.count(split) if samples is None else samples) * sample_bytes(self.manifest.image_size)
 
     @cached_property
     def chunks(self) -> dict[str, list[tuple[str, int]]]:
@@ -179,21 +210,23 @@ class Prepared:
         return {split: self._chunks_of(split) for split in SPLITS}
 
     def _chunks_of(self, split: str) -> list[tuple[str, int]]:
-        found, rows = [], 0
-        for file in self.manifest.files[split]:
-            try:
-                with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
-                    metadata = pq.read_metadata(stream)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(f"Cannot read {self.folder}/{file}: {error}. Prepare the data again.") from error
-            found += [(file, group) for group in range(metadata.num_row_groups)]
-            rows += metadata.num_rows
-        if rows != self.count(split) or len(found) != -(-rows // CHUNK):
-            raise InputError(
-                f"The {split} shards in {self.folder} hold {rows} samples, the manifest says {self.count(split)}: "
-                "prepare the data again."
-            )
+        files, groups, found = self.manifest.files[split], Counter(), []
+        for number in files_of_chunks(self.count(split), len(files)):
+            found.append((files[number], groups[number]))
+            groups[number] += 1
         return found
+
+    @contextlib.contextmanager
+    def _parquet(self, file: str) -> Iterator[pq.ParquetFile]:
+        """A file, whose footer is read the first time only. It stays not open: it may lie on a disk that is to go.
+
+        Raises:
+            OSError, ArrowInvalid: it cannot be read.
+        """
+        with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
+            if file not in self._footers:
+                self._footers[file] = open_parquet(stream).metadata
+            yield pq.ParquetFile(stream, metadata=self._footers[file], page_checksum_verification=True)
 
     def read_chunk(self, split: str, chunk: int, columns: tuple[str, ...] = ("image", "mask")) -> pa.Table:
         """One chunk of the canonical order as a table of up to 256 rows in one piece.
@@ -203,12 +236,17 @@ class Prepared:
         """
         file, group = self.chunks[split][chunk]
         try:
-            with self.folder.fs.open_input_file(self.folder.at(file)) as stream:
-                parquet = open_parquet(stream, page_checksum_verification=True)
-                return parquet.read_row_group(group, columns=list(columns)).combine_chunks()
+            with self._parquet(file) as parquet:
+                table = parquet.read_row_group(group, columns=list(columns)).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
             reason = first_line(error)
             raise InputError(f"{self.folder}/{file} is damaged ({reason}): {REPREPARE.format(self.folder)}") from error
+        if len(table) != min(CHUNK, self.count(split) - chunk * CHUNK):
+            raise InputError(
+                f"{self.folder}/{file} does not hold the {split} samples of the manifest: "
+                f"{REPREPARE.format(self.folder)}"
+            )
+        return table
 
     def pick(self, split: str, places: Iterable[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Place in the canonical order, image uint8 (S, S, 3) and mask uint8 (S, S) of some samples of a split.
@@ -247,21 +285,24 @@ class Prepared:
     def known(self, split: str, chunk: int) -> list[tuple[str, bytes]]:
         """Name and digest of each sample of a chunk, as it was prepared."""
         before = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
-        table = self._samples(lambda file: file.read_row_group(before + chunk, columns=["name", "digest"]))
+        with self._samples() as parquet:
+            table = parquet.read_row_group(before + chunk, columns=["name", "digest"])
         return list(zip(table["name"].to_pylist(), table["digest"].to_pylist(), strict=True))
 
-    def samples(self) -> pa.Table:
+    def samples(self, columns: Iterable[str] | None = None) -> pa.Table:
         """What is known of each sample: a row a sample, by split (train, val, test), then in canonical order.
 
         Columns: `name, split, breed, original_height, original_width, pixels` (of each class, at the network's size),
         `ignored` (pixels), `repairs`, `mask_fit` (see `unet.data.checks`), `digest`. A row group is a chunk.
         """
-        return self._samples(lambda file: file.read())
+        with self._samples() as parquet:
+            return parquet.read(columns=columns and list(columns))
 
-    def _samples(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+    @contextlib.contextmanager
+    def _samples(self) -> Iterator[pq.ParquetFile]:
         try:
-            with self.folder.fs.open_input_file(self.folder.at(SAMPLES)) as stream:
-                return read(open_parquet(stream, page_checksum_verification=True))
+            with self._parquet(SAMPLES) as parquet:
+                yield parquet
         except (OSError, pa.ArrowInvalid) as error:
             reason = first_line(error)
             message = f"Cannot read {self.folder}/{SAMPLES} ({reason}): {REPREPARE.format(self.folder)}"
@@ -269,37 +310,14 @@ class Prepared:
 
     def names(self, split: str) -> list[str]:
         """The names of a split in canonical order."""
-        tables = [self.read_chunk(split, chunk, ("name",)) for chunk in range(len(self.chunks[split]))]
-        return [name for table in tables for name in table.column("name").to_pylist()]
+        samples = self.samples(("name", "split"))
+        return samples.filter(pc.equal(samples["split"], split))["name"].to_pylist()
 
-
-def open_parquet(stream: pa.NativeFile, **options) -> pq.ParquetFile:
-    """A Parquet file of plain columns.
-
-    Raises:
-        ArrowInvalid: it holds others.
-    """
-    file = pq.ParquetFile(stream, **options)
-    check_plain(file.schema_arrow)
-    return file
-
-
-def check_plain(schema: pa.Schema) -> None:
-    """Refuse columns of extension types: the values of those that Ray registers are pickles, which run code when read.
-
-    Raises:
-        ArrowInvalid: there is one.
-    """
-
-    def is_plain(kind: pa.DataType) -> bool:
-        if isinstance(kind, pa.BaseExtensionType):
-            return False
-        inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
-        return all(map(is_plain, inner + [kind.field(i).type for i in range(kind.num_fields)]))
-
-    for column in schema:
-        if not is_plain(column.type):
-            raise pa.ArrowInvalid(f"its column {column.name} is not of a plain type")
+    def names_at(self, split: str, places: Iterable[int]) -> list[str]:
+        """The names of some samples of a split by their places in the canonical order; only their chunks are read."""
+        places = list(places)
+        chunks = {chunk: self.read_chunk(split, chunk, ("name",))["name"] for chunk in {p // CHUNK for p in places}}
+        return [chunks[place // CHUNK][place % CHUNK].as_py() for place in places]
 
 
 def pixels(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ from itertools import zip_longest
 import pyarrow as pa
 
 from unet.data.pieces import sha256_of
+from unet.data.plain import open_parquet
 from unet.data.shards import (
     MANIFEST,
     SAMPLES,
@@ -14,7 +15,6 @@ from unet.data.shards import (
     Prepared,
     data_digest,
     files_of_chunks,
-    open_parquet,
 )
 from unet.data.sources import Progress
 from unet.errors import InputError, first_line

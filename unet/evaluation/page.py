@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from unet import metrics as scoring
@@ -282,9 +281,8 @@ def _pictures(
 ) -> dict[int, dict]:
     """By row of the records: photo, outlines and masks as data URIs, and where they lie in a square frame."""
     taken = records.take(pa.array(shown, pa.int64())).to_pylist()
-    samples = prepared.samples()
-    of_split = samples.filter(pc.equal(samples["split"], split))["name"].to_pylist()
-    places = {name: place for place, name in enumerate(of_split)}
+    wanted = {record["name"] for record in taken}
+    places = {name: place for place, name in enumerate(prepared.names(split)) if name in wanted}
     facts = {places[record["name"]]: (row, record) for row, record in zip(shown, taken, strict=True)}
     found = {}
     for place, image, truth in prepared.pick(split, facts):

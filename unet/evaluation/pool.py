@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from unet.config import Device
-from unet.data.ingest import DATA_CPUS
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError
 from unet.training.placement import (
     Node,

@@ -18,18 +18,17 @@ from PIL import Image
 
 from unet.classes import IGNORE
 from unet.config import Resize
-from unet.data.ingest import DATA_CPUS
 from unet.data.packed import packed, unpacked
 from unet.data.resize import ignore_padding
-from unet.data.shards import Prepared, pixels
+from unet.data.shards import Prepared, opened, pixels
 from unet.data.sources.archives import species_of
 from unet.data.sources.drawn import is_drawn
 from unet.data.sources.find import TFDS
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.network import Network, start_tensorflow
-from unet.storage import Folder
 from unet.trained import TrainedModel
 from unet.training.resources import WORKER_BYTES
 
@@ -111,9 +110,9 @@ def score_split(
         records.filter(pa.compute.equal(records[MODEL], i)).drop_columns([MODEL]).sort_by("name").combine_chunks()
         for i in range(len(models))
     ]
-    expected = [row for row in prepared.samples().select(["name", "split"]).to_pylist() if row["split"] == split]
+    expected = prepared.names(split)
     for table in found:
-        check_names(table["name"].to_pylist(), [row["name"] for row in expected])
+        check_names(table["name"].to_pylist(), expected)
     return found
 
 
@@ -167,7 +166,7 @@ def _read_batches(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]
 
 def _read(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
     """A chunk of the split, compared with the digests of its preparation, in batches."""
-    prepared = Prepared(Folder(what.folder))
+    prepared = opened(what.folder)
     columns = ["name", "breed", "original_height", "original_width", "image", "mask"]
     columns += ["mask_original"] if prepared.manifest.original_masks else []
     for chunk in rows["chunk"].to_pylist():

@@ -241,7 +241,7 @@ class Store:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         manifest = prepared.manifest
-        told = {"left_out": len(manifest.left_out), "repaired": len(manifest.repaired), "classes": manifest.classes}
+        told = {name: manifest.kinds(name).total() for name in ("left_out", "repaired")} | {"classes": manifest.classes}
         told |= {"image_size": manifest.image_size, "resize": manifest.resize, "digest": manifest.data_digest}
         data = Dataset(
             name=manifest.source,

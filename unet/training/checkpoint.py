@@ -16,6 +16,7 @@ from pydantic_core import from_json
 
 from unet.classes import PETS, Classes, ClassInfo
 from unet.config import CONFIG, ModelSettings
+from unet.data.order import FIRST_WINDOW
 from unet.errors import Damaged, InputError, first_line
 from unet.storage import Folder
 from unet.training.arrays import (
@@ -55,6 +56,7 @@ class State:
         history: the lines of `metrics.jsonl` so far.
         seed, data_digest, settings: what the run is.
         classes: what the network's outputs mean, as [name, [red, green, blue]]; at first they were always the pets'.
+        window: chunks of a window of the order of its samples (`unet.data.order`).
         equality: what bit-equal continuation depends on (workers, threads, precision, device, versions, …).
     """
 
@@ -77,6 +79,7 @@ class State:
     taken_over: str | None = None
     history: list[dict] = field(default_factory=list)
     classes: list[tuple[str, tuple[int, int, int]]] = field(default_factory=lambda: list(PETS.classes))
+    window: Annotated[int, Field(ge=1)] = FIRST_WINDOW
 
     @property
     def class_infos(self) -> Classes:
@@ -93,7 +96,7 @@ class State:
 
 
 _STATE = TypeAdapter(State)
-_LATER = {"taken_over", "classes"}
+_LATER = {"taken_over", "classes", "window"}
 """What the states of older runs lack."""
 
 

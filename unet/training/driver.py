@@ -5,6 +5,7 @@ import time
 
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
+from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
@@ -115,6 +116,8 @@ def _overview(
 ) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"
+    if plan.stream_tasks < STREAM_TASKS:
+        mode += ", one window at a time: there is no memory for the next"
     tracking = s.run.tracking_uri or f"sqlite in {s.run.storage_path}"
     return [
         ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),

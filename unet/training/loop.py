@@ -16,7 +16,7 @@ from unet import metrics
 from unet.config import CONFIG, TICKET, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
-from unet.data.shards import Prepared, pixels
+from unet.data.shards import opened, pixels
 from unet.errors import StorageFailed
 from unet.evaluation.score import score
 from unet.network import device_name
@@ -69,8 +69,8 @@ class Loop:
     def _restore(self) -> None:
         equality, job = self._equality(), self.job
         if job.checkpoint is None:
-            seed = self.settings.training.seed
-            self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes))
+            seed, window = self.settings.training.seed, self.reader.ingest.chunks_of_window
+            self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes), window=window)
             self.learner.synchronise()
         else:
             self.state = self.checkpoints.state(job.checkpoint)
@@ -206,11 +206,11 @@ class Loop:
         if result.overflowed or (self.settings.training.on_nan == "skip" and not hopeless):
             self.state.skipped_steps += 1
             return True
-        prepared = Prepared(Folder(self.reader.ingest.folder))
-        order = self.reader.ingest.order("train", batch.epoch)
-        size = self.plan.batch_size
-        names = prepared.names("train")
-        samples = [names[i] for i in order[batch.step * size : (batch.step + 1) * size]]
+        if self.rank:
+            return False
+        order, size = self.reader.ingest.order("train", batch.epoch), self.plan.batch_size
+        places = order[batch.step * size : (batch.step + 1) * size].tolist()
+        samples = opened(self.reader.ingest.folder).names_at("train", places)
         content = {"epoch": batch.epoch, "step": self.state.step + 1, "grad_norm": result.grad_norm}
         self.line.event("not_finite", content | {"loss_sum": result.loss_sum, "samples": samples})
         return False
@@ -302,7 +302,7 @@ class Loop:
         What the model says of a letterbox' padding becomes `IGNORE`: it is no part of the photo.
         """
         ingest = self.reader.ingest
-        prepared = Prepared(Folder(ingest.folder))
+        prepared = opened(ingest.folder)
         split = "val" if ingest.samples["val"] else "train"
         columns = ("name", "image", "mask", "original_height", "original_width")
         table = prepared.read_chunk(split, 0, columns).slice(0, GALLERY)

@@ -19,12 +19,16 @@ class Reading:
     ingest: ingest.Ingest
     nodes: frozenset[str] = frozenset()
 
-    def begin(self, state: State | None, memory: int) -> ingest.Ingest:
-        """The data from a checkpoint's place in their order on; streaming may use `memory` bytes."""
+    def begin(self, state: State | None, plan: resources.Plan) -> ingest.Ingest:
+        """The data from a checkpoint's place in their order on, read as planned."""
         # What was kept may have gone with a node.
         kept = self.ingest.kept if resources.live_nodes().keys() >= self.nodes else None
         start = (state.epoch, state.epoch_step) if state else (1, 0)
-        self.ingest = replace(self.ingest, start=start, memory=memory, kept=kept)
+        # A run goes on in the order that it began with.
+        window = state.window if state else None
+        self.ingest = replace(
+            self.ingest, start=start, memory=plan.stream_bytes, tasks=plan.stream_tasks, kept=kept, window=window
+        )
         return self.ingest
 
     def keep(self) -> ingest.Ingest:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unet.config import Device, TrainSettings, parse_bytes
 from unet.data.shards import Prepared
+from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.training.arrays import weight_shapes
@@ -42,6 +43,7 @@ class Plan:
         kept: whether training and validation are held in memory, else streamed.
         data_bytes: their size in memory.
         stream_bytes: object store that streaming may use.
+        stream_tasks: streaming tasks at a time.
         why_cpus: why workers get no GPU, where there are some and they might have had them.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     kept: bool
     data_bytes: int
     stream_bytes: int
+    stream_tasks: int = STREAM_TASKS
     why_cpus: str = ""
 
 
@@ -163,18 +166,23 @@ def _plan(
     on_host = {node: min(count, processes) for node in hosts if (count := fits(node, cpus, use_gpu))}
     cores = int(min(node.cpus // count for node, count in on_host.items()))
     share = math.ceil(settings.training.batch_size / workers)
-    _check_memory(settings, on_host, worker_bytes(settings, share, use_gpu))
+    each = worker_bytes(settings, share, use_gpu)
+    _check_memory(settings, on_host, each)
     memory, store = min(n.memory for n in on_host), min(n.object_store for n in on_host)
     limit = settings.data.memory_budget
     budget = parse_bytes(limit) if limit else memory / 4
+    kept = data_bytes <= min(budget, 0.6 * store)
+    task = together * task_bytes(settings.data.image_size, settings.training.batch_size)
+    beside = [STREAM_TASKS if kept else tasks_beside(n * each, node.memory, task) for node, n in on_host.items()]
     return Plan(
         num_workers=workers,
         cpus_per_worker=cpus,
         threads=settings.compute.threads or max(1, cores),
         use_gpu=use_gpu,
-        kept=data_bytes <= min(budget, 0.6 * store),
+        kept=kept,
         data_bytes=data_bytes,
         stream_bytes=int(min(max(budget, 256e6), 0.5 * store)),
+        stream_tasks=min(beside),
     )
 
 

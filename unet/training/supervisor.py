@@ -199,7 +199,7 @@ class Supervisor:
         self.left, self.leaving = False, None
         group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
         try:
-            reading = self.reading.begin(self.latest and self.latest[1], self.plan.stream_bytes)
+            reading = self.reading.begin(self.latest and self.latest[1], self.plan)
             keep = self.reading.keep if self.plan.kept or reading.kept is not None else None
             group.start(self._job(group, name), reading, keep)
             if reason:

@@ -244,6 +244,7 @@ class _Session:
             epochs=settings.training.epochs,
             start=(1, 0),
             memory=self.plan.stream_bytes // self.together,
+            tasks=self.plan.stream_tasks,
         )
         if self.plan.kept and self.plan.num_workers == 1:
             reading = ingest.keep(reading)

@@ -103,6 +103,7 @@ class WarmTrial(tune.Trainable):
             batch_size=training.batch_size,
             seed=training.seed,
             start=(latest[1].epoch, latest[1].epoch_step) if latest else (1, 0),
+            window=latest[1].window if latest else None,
         )
         job = Job(
             settings=settings,
