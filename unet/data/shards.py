@@ -246,8 +246,8 @@ class Prepared:
 
     def known(self, split: str, chunk: int) -> list[tuple[str, bytes]]:
         """Name and digest of each sample of a chunk, as it was prepared."""
-        before = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
-        table = self._samples(lambda file: file.read_row_group(before + chunk, columns=["name", "digest"]))
+        group = self._row_groups(split)[chunk]
+        table = self._samples(lambda file: file.read_row_group(group, columns=["name", "digest"]))
         return list(zip(table["name"].to_pylist(), table["digest"].to_pylist(), strict=True))
 
     def samples(self) -> pa.Table:
@@ -257,6 +257,19 @@ class Prepared:
         `ignored` (pixels), `repairs`, `mask_fit` (see `unet.data.checks`), `digest`. A row group is a chunk.
         """
         return self._samples(lambda file: file.read())
+
+    def is_labelled(self, split: str) -> bool:
+        """Whether any pixel of a split has a class, at the network's size."""
+        read = (
+            self._samples(lambda file, group=group: file.read_row_group(group, columns=["pixels"]))
+            for group in self._row_groups(split)
+        )
+        return any(np.any(table["pixels"].combine_chunks().flatten()) for table in read)
+
+    def _row_groups(self, split: str) -> range:
+        """Where the chunks of a split stand in `samples.parquet`."""
+        first = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
+        return range(first, first + -(-self.count(split) // CHUNK))
 
     def _samples(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         try:
