@@ -1,6 +1,5 @@
 """Scores that nothing can be measured of: a class, or a whole split without a label, from the training to the pages."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -13,9 +12,8 @@ import pytest
 import yaml
 from pages import Page, pets, write_prepared
 from PIL import Image
-from rich.console import Console
 
-from tests.conftest import read_json, tiny_settings, train
+from tests.conftest import listening, read_json, tiny_settings, train, words_of
 from unet.config import EvaluateSettings, TuneSettings, unflat
 from unet.data.order import CHUNK
 from unet.data.shards import SPLITS
@@ -63,23 +61,12 @@ def unlabelled(ray_cluster, tmp_path_factory) -> Path:
     return write_unlabelled(tmp_path_factory.mktemp("unlabelled") / "halves")
 
 
-class Said(Display):
-    """A display whose words can be read."""
-
-    def __init__(self):
-        super().__init__(Console(file=io.StringIO(), width=200))
-
-    @property
-    def words(self) -> str:
-        return self.console.file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def unscored(unlabelled, storage) -> tuple[dict, str]:
     """A run of which no epoch can be scored: its summary, and what it said. Its patience is less than its epochs."""
     settings = tiny_settings(storage, unlabelled, run_name="unscored", epochs=3, patience=1, num_workers=1)
-    display = Said()
-    return driver.train(open_run(settings), display), display.words
+    display = listening()
+    return driver.train(open_run(settings), display), words_of(display)
 
 
 def test_a_run_that_nothing_scores_means_its_last_checkpoint_and_says_so(unscored, storage):
@@ -113,11 +100,11 @@ def test_an_evaluation_of_a_split_without_a_label_has_files_page_and_tables(unsc
     settings = unflat(EvaluateSettings, {"model": "unscored", "split": "val", "storage_path": str(storage)})
     (done,) = evaluate(settings, Display(quiet=True))
     outcome.write(done, Display(quiet=True))
-    display = Said()
+    display = listening()
     tables.show(display.console, "unscored", done.metrics)
     outcome.track(done, settings, display)
-    assert ["mean", "–", "–", "–", "–"] in [line.split() for line in display.words.splitlines()]
-    assert "MLflow" not in display.words
+    assert ["mean", "–", "–", "–", "–"] in [line.split() for line in words_of(display).splitlines()]
+    assert "MLflow" not in words_of(display)
     metrics, rows = read_json(Path(done.folder.path) / "metrics.json"), done.records.to_pylist()
     assert metrics["mean_iou"] is None and metrics["images"] == len(rows) == 5
     assert {row["doubt"] for row in rows} == {row["mean_iou"] for row in rows} == {None}
@@ -178,9 +165,9 @@ def test_classes_images_groups_and_splits_without_a_score_are_null_everywhere(la
     spans = found["intervals"]
     assert spans["iou"]["c"] is None and (spans["mean_iou"] is None) != some
     json.dumps(found, allow_nan=False)
-    display = Said()
+    display = listening()
     tables.show(display.console, "x", found)
-    lines = [line.split() for line in display.words.splitlines()]
+    lines = [line.split() for line in words_of(display).splitlines()]
     rows = [line[0] for line in lines if line and line[0] in ("seen", "unseen")]
     assert rows[:2] == ["seen", "unseen"] and ["c", "–", "–", "–", "–"] in lines
     pairs = compare(["m", "n"], [records_of(confusions)] * 2, ("a", "b", "c"), 100)["pairs"]
