@@ -8,12 +8,13 @@ from conftest import listening, read_json, tiny_settings, words_of
 
 from unet.classes import PETS
 from unet.config import flat
+from unet.errors import InputError
 from unet.storage import Folder
 from unet.training import driver
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.journal import Journal
 from unet.training.learner import Learner
-from unet.training.run import Run
+from unet.training.run import Run, refuse_changes
 
 
 @pytest.fixture
@@ -122,6 +123,14 @@ def test_a_run_that_ends_before_its_first_checkpoint_says_so(journal):
     assert "Stopped at the start." in words_of(journal.display)
     known = ("best_epoch", "best_checkpoint", "images_per_second", "val")
     assert [journal.run.summary[key] for key in known] == [None] * 4 and journal.run.summary["skipped_steps"] == 0
+
+
+def test_other_settings_are_refused_by_name_but_for_those_that_may_change():
+    before = {"epochs": 1, "dropout": 0.1, "base_filters": 8, "gone": 3}
+    refuse_changes("told", before, {"epochs": 2, "dropout": 0.1, "base_filters": 8, "new": 1}, frozenset({"epochs"}))
+    with pytest.raises(InputError) as refused:
+        refuse_changes("told", before, {"epochs": 2, "dropout": 0.2, "base_filters": 4}, frozenset({"epochs"}))
+    assert "settings: --base-filters (was 8, is 4), --dropout (was 0.1, is 0.2). Give" in str(refused.value)
 
 
 @pytest.mark.parametrize(
