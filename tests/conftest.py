@@ -1,6 +1,7 @@
 """What the tests share: one Ray cluster, pets in the layout of the official archives, one trained run."""
 
 import gc
+import io
 import json
 import os
 import runpy
@@ -138,6 +139,19 @@ def door(name: str, *flags) -> int:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
     return end.value.code
+
+
+def listening():
+    """A display whose words `words_of` gives."""
+    from rich.console import Console
+
+    from unet.terminal import Display
+
+    return Display(Console(file=io.StringIO(), highlight=False, soft_wrap=True))
+
+
+def words_of(display) -> str:
+    return display.console.file.getvalue()
 
 
 def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:

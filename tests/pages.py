@@ -30,8 +30,12 @@ def write_prepared(folder: Path, rows: list[dict], classes=PETS.classes, **entri
         for name in names:
             pq.write_table(pa.Table.from_pylist(packed, shard_schema(size)), folder / name, row_group_size=CHUNK)
     shown = ("name", "split", "breed", "original_height", "original_width", "repairs", "mask_fit")
-    table = [{key: row[key] for key in shown} | _pixels(row["mask"], len(classes)) for row in rows]
-    pq.write_table(pa.Table.from_pylist(table, samples_schema(len(classes))), folder / "samples.parquet")
+    schema = samples_schema(len(classes))
+    with pq.ParquetWriter(folder / "samples.parquet", schema) as writer:
+        for split in filter(counts.get, SPLITS):
+            own = [row for row in rows if row["split"] == split]
+            table = [{key: row[key] for key in shown} | _pixels(row["mask"], len(classes)) for row in own]
+            writer.write_table(pa.Table.from_pylist(table, schema), row_group_size=CHUNK)
     manifest = {
         "image_size": size,
         "resize": "stretch",

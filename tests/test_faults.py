@@ -28,6 +28,10 @@ DIED = RuntimeError(
 MEMORY = RuntimeError("Task was killed due to the node running low on memory; memory usage threshold was exceeded")
 AWAY = RuntimeError("The actor 4e is unavailable: The actor is temporarily unavailable: RpcError: Socket closed")
 BROKEN = StepFailed("UnavailableError: Connection reset by peer")
+MAILBOX = RuntimeError("The actor died unexpectedly.\n\tclass_name: Monitor\n\tpid: 4711")
+NODE = RuntimeError("The actor died because its node has died. Node Id: 4e")
+WRAPPED = RuntimeError("a page of Ray's\nKeyError: 'another line'")
+WRAPPED.cause = KeyError("width")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,11 @@ BROKEN = StepFailed("UnavailableError: Connection reset by peer")
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
         ({0: BROKEN, 1: AWAY}, "lost", "worker 1 is out of reach"),
+        ({0: MAILBOX}, "lost", "the mailbox between driver and workers was lost"),
+        ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
+        ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
+        ({0: ValueError("")}, "raised", "worker 0: ValueError"),
+        ({0: WRAPPED}, "raised", "worker 0: KeyError: 'width'"),
         ({0: ValueError("no such layer"), 1: BROKEN}, "raised", "worker 0: ValueError: no such layer"),
         ({0: Diverged("The numbers stopped.")}, "final", "The numbers stopped."),
         ({0: RuntimeError("a task failed\nunet.errors.InputError: train-0 is damaged")}, "final", "train-0 is damaged"),
@@ -45,6 +54,20 @@ BROKEN = StepFailed("UnavailableError: Connection reset by peer")
 def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
     fault = fault_of(WorkerGroupError("all of it", failures))
     assert fault.kind == kind and words in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("unet.errors.StorageFailed: the disk is full", Fault("the disk is full", "final")),
+        ("Worker group startup timed out after 30 s", Fault("there was no place for the workers")),
+        ("The actor died.\n\tclass_name: TrainController", Fault("the controller of Ray Train was lost")),
+        ("of its own\nno such thing", Fault("RuntimeError: no such thing", "raised")),
+        ("", Fault("RuntimeError", "raised")),
+    ],
+)
+def test_what_ends_a_group_without_one_of_its_workers(text, fault):
+    assert fault_of(RuntimeError(text)) == fault
 
 
 def test_what_is_raised_where_a_node_is_lost_is_not_the_workers_error():
@@ -68,6 +91,13 @@ def test_tries_are_bounded_where_nothing_is_won(most, checkpoints):
             return
         assert (wait == 0) if row == 1 else (last <= wait <= LONGEST_WAIT)
         last = wait
+
+
+def test_waits_grow_to_a_minute_and_a_new_checkpoint_begins_anew():
+    tries = Tries(20)
+    assert [tries.failed(Fault("lost"), None) for _ in range(8)] == [0, 2, 4, 8, 16, 32, 60, 60]
+    assert [tries.failed(Fault("lost"), "step_00000010") for _ in range(2)] == [0, 2] and tries.failures == 2
+    assert [Tries(1).failed(Fault("lost"), None), Tries(0).failed(Fault("lost"), None)] == [0, None]
 
 
 def test_an_error_that_comes_again_is_not_tried_a_third_time():

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from unet.config import TrainSettings, unflat
+from unet.data.ingest import Batch
 from unet.data.synthetic import draw_pet
-from unet.training.learner import Learner
+from unet.evaluation.score import score
+from unet.training.learner import LOSS_SCALE_STEPS, Learner
 
 SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
 
@@ -67,6 +69,23 @@ def test_evaluation_of_a_mixed_model_runs_in_float32(pets):
     assert mixed.evaluate(*pets)[1] == plain.evaluate(*pets)[1]
 
 
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_a_mixed_model_is_scored_with_the_weights_of_now(pets, precision):
+    """And not with those it had when its float32 twin was built, or scored last."""
+
+    def scored(one) -> dict:
+        return score(one, [Batch(1, 0, np.arange(6), *pets)], 6, ("pet", "background", "outline"), lambda batch: None)
+
+    mixed, plain = learner(precision=precision, learning_rate=0.01), learner()
+    seen = [scored(mixed)]
+    for step in (1, 2):
+        assert mixed.train_step(*pets, step).finite
+        plain.model.set_weights(mixed.model.get_weights())
+        seen.append(scored(mixed))
+        assert seen[-1] == scored(plain)
+    assert len({one["loss"] for one in seen}) == 3
+
+
 def test_equal_seeds_are_bit_equal_and_others_are_not(pets):
     digests = []
     for seed in (1, 1, 2):
@@ -85,6 +104,26 @@ def test_float16_halves_its_loss_scale_when_numbers_overflow(pets):
     assert bits(one) == before and float(one.loss_scale.numpy()) == 2.0**126
     one.loss_scale.assign(2.0**10)
     assert one.train_step(*pets, 2).finite and bits(one) != before
+
+
+def test_float16_doubles_its_loss_scale_after_so_many_finite_steps_in_a_row(pets):
+    one = learner(precision="mixed_float16")
+    one.loss_scale.assign(64.0)
+    one.good_steps.assign(LOSS_SCALE_STEPS - 2)
+    seen = []
+    for step in range(1, 5):
+        assert one.train_step(*pets, step).finite
+        seen.append((float(one.loss_scale.numpy()), int(one.good_steps.numpy())))
+    assert seen == [(64.0, LOSS_SCALE_STEPS - 1), (128.0, 0), (128.0, 1), (128.0, 2)]
+    one.loss_scale.assign(2.0**127)  # overflows, and the count begins anew
+    assert not one.train_step(*pets, 5).finite and int(one.good_steps.numpy()) == 0
+
+
+def test_only_float16_scales_its_loss(pets):
+    for precision in ("float32", "mixed_bfloat16"):
+        one = learner(precision=precision)
+        assert one.train_step(*pets, 1).finite
+        assert (float(one.loss_scale.numpy()), int(one.good_steps.numpy())) == (1.0, 0)
 
 
 def test_a_loss_scale_is_to_blame_only_for_gradients_and_only_above_the_least(pets):

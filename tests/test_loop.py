@@ -25,7 +25,7 @@ class Line:
     """What the loop says, and a wish that comes with a batch of the first validation."""
 
     def __init__(self, wish=None, batch=2):
-        self.events, self._wish, self._batch, self._live = [], wish, batch, None
+        self.events, self.lives, self._wish, self._batch, self._live = [], [], wish, batch, None
 
     @property
     def wish(self):
@@ -34,6 +34,7 @@ class Line:
 
     def live(self, live):
         self._live = live
+        self.lives.append(live)
 
     def event(self, kind, content=None):
         self.events.append((kind, content))
@@ -63,6 +64,7 @@ def same(record: dict) -> dict:
 def test_a_wish_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
     whole = loop_of(storage, "whole", reading, Line())
     assert whole.train(lambda record: None)
+    check_told(whole, whole.line.lives)
     line = Line("leave")
     first = loop_of(storage, "left", reading, line)
     steps = first.plan.steps
@@ -76,6 +78,33 @@ def test_a_wish_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(rea
     assert list(map(same, second.state.history)) == list(map(same, whole.state.history))
     for one, other in zip(whole.learner.model.weights, second.learner.model.weights, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def check_told(loop: Loop, lives) -> None:
+    """What the progress line hears: every step of the epochs and their validations, the loss and the speed so far."""
+    scored = loop.reader.ingest.plan("val", 1).steps
+    counts = {"train": loop.plan.steps, "val": scored}
+    expected = [(e, kind, i + 1, n) for e in (1, 2) for kind, n in counts.items() for i in range(n)]
+    assert [(live.epoch, live.phase, live.step, live.steps) for live in lives] == expected
+    for epoch, record in enumerate(loop.state.history, 1):
+        of_epoch = [live for live in lives if (live.epoch, live.phase) == (epoch, "train")]
+        assert of_epoch[-1].loss == pytest.approx(record["train_loss"])
+        assert of_epoch[-1].images_per_second == pytest.approx(record["images_per_second"])
+        for live in of_epoch[1:-1]:  # batches of four
+            assert live.seconds_per_step * live.images_per_second == pytest.approx(4)
+    assert not any(live.loss or live.seconds_per_step for live in lives if live.phase == "val")
+
+
+def test_a_start_elsewhere_says_what_is_other_and_keeps_its_own(reading, storage):
+    first = loop_of(storage, "moved", reading, Line("leave"))
+    assert not first.train(lambda record: None)
+    (name,) = first.checkpoints.whole()
+    second = loop_of(storage, "moved", reading, Line(), name, precision="mixed_bfloat16", checkpoint_every="7m")
+    assert second.line.events == [("changed", ["precision"])]
+    assert second.state.equality == first.state.equality | {"precision": "mixed_bfloat16"}
+    assert (first.state.settings["checkpoint_every"], second.state.settings["checkpoint_every"]) == ("10m", "7m")
+    third = loop_of(storage, "moved", reading, Line(), name)
+    assert third.line.events == [] and third.state.equality == first.state.equality
 
 
 def test_the_clock_saves_in_a_validation_too(reading, storage):

@@ -209,9 +209,9 @@ def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
 
 
 def best_checkpoint(run: Folder) -> str | None:
-    """The checkpoint that a run's name means: its best, or its last while none is scored; None if it has none."""
+    """The checkpoint that a run's name means: its best, or its last while no epoch has a score; None if it has none."""
     latest = Checkpoints(run).latest()
-    return latest and (latest[1].best_checkpoint or latest[0])
+    return latest and latest[1].chosen
 
 
 def tracking_uri_of(run: Folder | None) -> str | None:

@@ -145,6 +145,9 @@ def suspects(samples: pa.Table, classes: list[str], image_size: int) -> list[Pro
         elif fit < MISFIT:
             words = f"the mask explains the photo no better than its mirror images do (fit {fit:.2f})"
             found.append(Problem(name, "mask_does_not_fit", words, split))
+    for split in unlabelled_splits(samples):
+        words = f"no pixel of {split} has a label at {image_size} px, so it has no scores"
+        found.append(Problem("", "split_unlabelled", words, split))
     return found + _empty_splits(samples) + _missing_classes(samples, classes, image_size) + _missing_breeds(samples)
 
 
@@ -171,11 +174,11 @@ def _missing_classes(samples: pa.Table, classes: list[str], image_size: int) -> 
     return found
 
 
-def unlabelled_split(samples: pa.Table) -> str | None:
-    """The first split whose samples have no labelled pixel at the network's size."""
+def unlabelled_splits(samples: pa.Table) -> list[str]:
+    """The splits that have samples, and no labelled pixel of any at the network's size."""
     pixels = np.array(samples["pixels"].to_pylist()).sum(axis=1)
     splits = np.array(samples["split"].to_pylist())
-    return next((split for split in KEPT_FIRST if (splits == split).any() and not pixels[splits == split].any()), None)
+    return sorted(split for split in KEPT_FIRST if (splits == split).any() and not pixels[splits == split].any())
 
 
 def _listed(names: list[str]) -> str:

@@ -177,9 +177,9 @@ class _Preparation:
             raise InputError(f"None of the {len(left_out)} samples can be used. {first.name}: {first.detail}.")
         if strict and left_out:
             raise _refused(left_out[0], len(left_out))
-        if split := checks.unlabelled_split(kept):
+        if "train" in checks.unlabelled_splits(kept):
             size = self.recipe.image_size
-            raise InputError(f"No pixel of the {split} split has a label at {size} px: give a larger --image-size.")
+            raise InputError(f"No pixel of the train split has a label at {size} px: give a larger --image-size.")
         manifest = self._manifest(source, kept, left_out, warnings, self._write(kept))
         self.place.publish()
         return manifest

@@ -284,9 +284,8 @@ class Prepared:
 
     def known(self, split: str, chunk: int) -> list[tuple[str, bytes]]:
         """Name and digest of each sample of a chunk, as it was prepared."""
-        before = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
         with self._samples() as parquet:
-            table = parquet.read_row_group(before + chunk, columns=["name", "digest"])
+            table = parquet.read_row_group(self._row_groups(split)[chunk], columns=["name", "digest"])
         return list(zip(table["name"].to_pylist(), table["digest"].to_pylist(), strict=True))
 
     def samples(self, columns: Iterable[str] | None = None) -> pa.Table:
@@ -297,6 +296,17 @@ class Prepared:
         """
         with self._samples() as parquet:
             return parquet.read(columns=columns and list(columns))
+
+    def is_labelled(self, split: str) -> bool:
+        """Whether any pixel of a split has a class, at the network's size."""
+        with self._samples() as parquet:
+            read = (parquet.read_row_group(group, columns=["pixels"]) for group in self._row_groups(split))
+            return any(np.any(table["pixels"].combine_chunks().flatten()) for table in read)
+
+    def _row_groups(self, split: str) -> range:
+        """Where the chunks of a split stand in `samples.parquet`."""
+        first = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])
+        return range(first, first + -(-self.count(split) // CHUNK))
 
     @contextlib.contextmanager
     def _samples(self) -> Iterator[pq.ParquetFile]:

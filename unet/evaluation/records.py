@@ -22,7 +22,7 @@ def record_schema() -> pa.Schema:
     confusion_own: the same at the photo's own size; null where the masks of that size were not kept.
     loss_sum: cross-entropy summed over the valid pixels.
     doubt: how surely the model disagrees with the mask: the mean over the valid pixels of the likeliest class'
-        probability minus that of the true class (0-1).
+        probability minus that of the true class (0-1); null where no pixel is valid.
     predicted: PNG bytes (8 bit, class ids) of the prediction at the network's size; 255 in a letterbox' padding.
     """
     counts = pa.list_(pa.int64())  # of no fixed size: pyarrow cannot read a null of such from Parquet

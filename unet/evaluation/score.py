@@ -27,5 +27,5 @@ def score(learner, batches: Iterable[Batch], images: int, names: Sequence[str], 
     confusion, (loss_sum, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
     if counted != images:
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
-    pixels = int(confusion.sum())
-    return metrics.scores(confusion, names) | {"loss": loss_sum / pixels if pixels else None, "images": int(counted)}
+    loss = metrics.mean_loss(float(loss_sum), int(confusion.sum()))
+    return metrics.scores(confusion, names) | {"loss": loss, "images": int(counted)}

@@ -236,7 +236,7 @@ class Scorer:
             "confusion_band": count(mask, predicted, band, what.classes),
             "confusion_own": own,
             "loss_sum": loss_sum,
-            "doubt": doubt,
+            "doubt": doubt if np.isfinite(doubt) else None,
             "predicted": png.getvalue(),
         }
 
@@ -264,7 +264,7 @@ def _graphs(size: int, classes: int, resize: Resize):
 
     @tf.function(input_signature=[logits, tf.TensorSpec((None, size, size), tf.uint8)], autograph=False)
     def judge(logits, masks):
-        """Class ids uint8 (N, S, S), loss sums and doubts float64 (N,)."""
+        """Class ids uint8 (N, S, S), loss sums and doubts float64 (N,), NaN without a label."""
         valid = masks != IGNORE
         labels, weights = tf.where(valid, tf.cast(masks, tf.int32), 0), tf.cast(valid, tf.float64)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
@@ -272,7 +272,7 @@ def _graphs(size: int, classes: int, resize: Resize):
         doubts = tf.reduce_max(probabilities, -1) - tf.gather(probabilities, labels, batch_dims=3)
         sums = [tf.reduce_sum(tf.cast(values, tf.float64) * weights, (1, 2)) for values in (losses, doubts)]
         predicted = tf.cast(tf.argmax(logits, -1), tf.uint8)
-        return predicted, sums[0], tf.math.divide_no_nan(sums[1], tf.reduce_sum(weights, (1, 2)))
+        return predicted, sums[0], sums[1] / tf.reduce_sum(weights, (1, 2))
 
     @tf.function(input_signature=[tf.TensorSpec((size, size, classes)), number, number], autograph=False)
     def enlarge(logits, height, width):

@@ -48,8 +48,8 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
     for part, ways in binary.items():
         scored = {way: _scored(view, BINARY, spans[f"{part}/{way}"]) for way, view in ways.items()}
         found[part]["binary"] = scored or None
-    result, pixels = found.pop(""), int(counts[""].sum())
-    result["loss"] = float(np.sum(records["loss_sum"].to_numpy())) / pixels if pixels else None
+    result, loss_sum = found.pop(""), float(np.sum(records["loss_sum"].to_numpy()))
+    result["loss"] = metrics.mean_loss(loss_sum, int(counts[""].sum()))
     how = {"level": intervals.LEVEL, "method": intervals.METHOD, "resamples": resamples, "seed": intervals.SEED}
     result["bootstrap"] = how if resamples else None
     found["band"]["width"] = band
@@ -66,8 +66,8 @@ def _scored(confusions: np.ndarray, names: Sequence[str], spans: list) -> dict:
 
 def _per_image(confusions: np.ndarray, names: Sequence[str]) -> dict:
     """Means over images: an image weighs as much as any other, whatever its size; what it lacks does not count."""
-    values = np.ma.masked_invalid(intervals.score_vector(confusions)).mean(0)
-    return intervals.named(values.astype(object).filled(None).tolist(), names)
+    columns = [column[np.isfinite(column)] for column in intervals.score_vector(confusions).T]
+    return intervals.named([float(column.mean()) if len(column) else None for column in columns], names)
 
 
 def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: int) -> dict:

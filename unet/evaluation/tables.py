@@ -90,9 +90,9 @@ def _binary(metrics: Mapping) -> Table:
 
 
 def _groups(group: str, found: Mapping) -> Table:
-    """The groups with the lowest scores, worst first; those of few images only where there are no others."""
+    """The groups with the lowest scores, worst first; of few images, or without a score, only where others lack."""
     large = {name: scores for name, scores in found.items() if scores["images"] >= LEAST_IMAGES} or found
-    ranked = sorted(large.items(), key=lambda item: item[1]["mean_iou"] or 0)
+    ranked = sorted(large.items(), key=lambda item: (item[1]["mean_iou"] is None, item[1]["mean_iou"]))
     title = f"The worst {WORST} of {len(large)} breeds" if len(large) > WORST else f"By {group}"
     title += f" with {LEAST_IMAGES} images or more" if len(large) < len(found) else ""
     table = _table(title, group, "images", "mean IoU", "95 %", "accuracy", width=WIDE)

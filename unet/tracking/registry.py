@@ -5,6 +5,7 @@ that a run that is continued and packaged anew changes no version that others us
 """
 
 import contextlib
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,9 @@ class Version:
         try:
             score = float(found.tags.get("val_mean_iou", ""))
         except ValueError:
-            score = None
-        return cls(found.name, str(found.version), score, found.tags.get("data_digest", ""))
+            score = math.nan
+        known = score if math.isfinite(score) else None
+        return cls(found.name, str(found.version), known, found.tags.get("data_digest", ""))
 
 
 def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
@@ -58,12 +60,13 @@ def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
         return True, f"{new.uri} is the {CHAMPION}: the first one."
     if champion.number == new.number:
         return True, f"{new.uri} is the {CHAMPION} already."
-    known = new.data_digest and None not in (new.val_mean_iou, champion.val_mean_iou)
-    if not known or new.data_digest != champion.data_digest:
+    unscored = " and ".join(version.uri for version in (new, champion) if version.val_mean_iou is None)
+    if unscored or not new.data_digest or new.data_digest != champion.data_digest:
+        why = f"it was validated on other data than {new.uri}, so their scores do not compare"
+        why = f"no val score is known of {unscored}" if unscored else why
         return False, (
-            f"{champion.uri} stays the {CHAMPION}: it was validated on other data than {new.uri}, so their scores do "
-            "not compare. Score both on one validation split: python jobs/evaluate.py --model "
-            f"{new.uri},{champion.uri} --data DATA --split val; if the new one is better, give it the alias "
+            f"{champion.uri} stays the {CHAMPION}: {why}. Score both on one validation split: python jobs/evaluate.py "
+            f"--model {new.uri},{champion.uri} --data DATA --split val; if the new one is better, give it the alias "
             f"{CHAMPION} in MLflow."
         )
     scores = f"its val mean IoU is {new.val_mean_iou:.4f} against {champion.val_mean_iou:.4f} of {champion.uri}"

@@ -48,8 +48,8 @@ class State:
         step: steps done in all.
         score: val mean IoU of these weights if they stand at an epoch's end, else None.
         best_score, best_epoch, best_checkpoint: the best epoch so far by val mean IoU.
-        validation: the scores of the best epoch.
-        stale_epochs: epochs since the best one.
+        validation: the scores of the best epoch; of the last one while none has a mean IoU.
+        stale_epochs: epochs with a score since the best one.
         skipped_steps: steps passed over for numbers that were not finite.
         loss_sum, pixels: training sums of the epoch under way.
         taken_over: whose weights a trial of a sweep took over last, as run/checkpoint.
@@ -80,6 +80,11 @@ class State:
     history: list[dict] = field(default_factory=list)
     classes: list[tuple[str, tuple[int, int, int]]] = field(default_factory=lambda: list(PETS.classes))
     window: Annotated[int, Field(ge=1)] = FIRST_WINDOW
+
+    @property
+    def chosen(self) -> str:
+        """The checkpoint that the run's name means: its best; this one, its last, while no epoch has a score."""
+        return self.best_checkpoint or name_of(self.step)
 
     @property
     def class_infos(self) -> Classes:

@@ -55,10 +55,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     for sentence in passed_over:
         display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
     # A trial of a sweep may be finished without a test score, which is then made up for; so is that of another best.
-    best = latest and f"checkpoints/{latest[1].best_checkpoint}"
-    scored = as_trial or (run.summary.get("test") and run.summary.get("best_checkpoint") == best)
+    chosen = latest and f"checkpoints/{latest[1].chosen}"
+    scored = as_trial or (run.summary.get("test") and run.summary.get("best_checkpoint") == chosen)
     if run.summary.get("status") == "finished" and latest and scored:
-        done, best = latest[1].epoch - 1, latest[1].best_epoch
+        done, best = latest[1].epoch - 1, latest[1].best_epoch or "none"
         patience, stale = settings.training.patience, latest[1].stale_epochs
         if patience is not None and stale >= patience:
             display.say(
@@ -97,6 +97,12 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
         display.say(choice.warning, "yellow")
     if latest:
         display.say(f"Continuing at step {latest[1].step} of {latest[0]}.")
+    if not prepared.is_labelled("val"):
+        display.say(
+            f"No pixel of val has a class at {prepared.manifest.image_size} px: no epoch is scored, --patience stops "
+            "nothing, and the run's name means its last checkpoint.",
+            "yellow",
+        )
     journal = Journal(run, prepared, parameters, display, as_trial, started)
     return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
 

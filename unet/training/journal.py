@@ -100,7 +100,7 @@ class Journal:
         self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
         self.tracker.epoch(self.history[-1])
         self.run.write_summary(
-            best_epoch=record["best_epoch"], val=validation, skipped_steps=record.get("skipped_steps", 0)
+            best_epoch=record.get("best_epoch"), val=validation, skipped_steps=record.get("skipped_steps", 0)
         )
         self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
 
@@ -181,7 +181,7 @@ class Journal:
         speeds = [r["images_per_second"] for r in self.history if "images_per_second" in r]
         return {
             "best_epoch": state and state.best_epoch,
-            "best_checkpoint": state and state.best_checkpoint and f"checkpoints/{state.best_checkpoint}",
+            "best_checkpoint": state and f"checkpoints/{state.chosen}",
             "images_per_second": round(float(np.median(speeds)), 2) if speeds else None,
             "val": state and state.validation,
             "skipped_steps": state.skipped_steps if state else 0,

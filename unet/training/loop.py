@@ -228,10 +228,12 @@ class Loop:
             **metrics.flat("val", validation),
         }
         score = validation["mean_iou"]
+        if state.best_score is None:
+            state.validation = validation
         if score is not None and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_epoch, state.best_checkpoint = score, state.epoch, name_of(state.step)
             state.stale_epochs, state.validation = 0, validation
-        else:
+        elif score is not None:  # else there is nothing that patience could go by
             state.stale_epochs += 1
         record |= {"best_val_mean_iou": state.best_score, "best_epoch": state.best_epoch}
         record |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
@@ -286,15 +288,15 @@ class Loop:
         return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], done)
 
     def test(self) -> None:
-        """Score the test split once with the best weights, show what they do on validation photos, package them."""
-        best = self.state.best_checkpoint or self.checkpoints.whole()[-1]
-        self.checkpoints.load_weights(best, self.learner.model)
+        """Score the test split once with the chosen weights, show what they do on validation photos, package them."""
+        chosen = self.state.chosen
+        self.checkpoints.load_weights(chosen, self.learner.model)
         result = self.evaluate("test", self.reader.direct("test"))
         if self.rank == 0:
             self.line.event("test", result)
             self.line.event("gallery", self._gallery())
             # Here, where TensorFlow is loaded already: another process would take ten seconds more.
-            self.line.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, best)))
+            self.line.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, chosen)))
 
     def _gallery(self) -> dict:
         """Photos of validation with their truth and what the model says: names and uint8 arrays.

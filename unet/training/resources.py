@@ -276,7 +276,7 @@ def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]
     """How many samples of each split the run uses.
 
     Raises:
-        InputError: a split that training needs is empty.
+        InputError: a split that training needs is empty, or nothing in train has a class.
     """
     counts = dict(prepared.manifest.counts)
     for split in ("train", "val"):
@@ -285,6 +285,8 @@ def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]
                 f"{prepared.folder} has no {split} samples: give more samples or other lists, or prepare "
                 "them with another --val-fraction."
             )
+    if not prepared.is_labelled("train"):
+        raise InputError(f"No pixel of train in {prepared.folder} has a class: there is nothing to learn from.")
     if settings.data.limit_train:
         counts["train"] = min(counts["train"], settings.data.limit_train)
     return counts

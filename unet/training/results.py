@@ -42,7 +42,9 @@ def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> di
 def show(run: Run, uri: str, display: Display) -> None:
     """The table of scores and the commands to look, evaluate and continue."""
     summary, settings = run.summary, run.settings
-    display.console.print(report.score_table("Test split, best epoch's weights", summary["test"]))
+    scored = summary["best_epoch"] is not None
+    kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
+    display.console.print(report.score_table(f"Test split, {kind} epoch's weights", summary["test"]))
     more, data = settings.training.epochs + 10, shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience = settings.training.patience
@@ -51,7 +53,7 @@ def show(run: Run, uri: str, display: Display) -> None:
     display.table(
         f"Run {run.name} is finished",
         [
-            ("best", f"epoch {summary['best_epoch']}, {run.folder}/{summary['best_checkpoint']}"),
+            (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
             ("look", look),
             (

@@ -73,6 +73,11 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
     if sweep.summary.get("data_digest", digest) != digest:
         raise InputError(f"The sweep {sweep.name} was begun with other data: give those, or another --run-name.")
     counts = resources.check_samples(settings, prepared)
+    if not prepared.is_labelled("val"):
+        raise InputError(
+            f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "
+            "have a score to be chosen by: label val, list other samples for it, or give a larger --image-size."
+        )
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     plan, together = resources.plan_trials(largest, nodes, data_bytes, planned)
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers

@@ -1,0 +1,157 @@
+"""What a run writes of itself, without workers: its epochs, restarts and ends, and what a finished one answers."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import listening, read_json, tiny_settings, words_of
+
+from unet.classes import PETS
+from unet.config import flat
+from unet.errors import InputError
+from unet.storage import Folder
+from unet.training import driver
+from unet.training.checkpoint import Checkpoints, State
+from unet.training.journal import Journal
+from unet.training.learner import Learner
+from unet.training.run import Run, refuse_changes
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return journal_of(tmp_path)
+
+
+def journal_of(storage) -> Journal:
+    """Of a new start of the run `told`, which nobody but its folder hears."""
+    manifest = SimpleNamespace(data_digest="digest", class_infos=PETS.classes)
+    prepared = SimpleNamespace(folder=Folder(storage / "data"), manifest=manifest)
+    return Journal(Run.load("told", settings_of(storage)), prepared, 7, listening(), as_trial=True, started=0.0)
+
+
+def settings_of(storage, **changes):
+    return tiny_settings(storage, storage, run_name="told", num_workers=1, **changes)
+
+
+def line(epoch: int, time: int = 1000, **scores) -> dict:
+    record = {"epoch": epoch, "step": 10 * epoch, "time": time, "val_mean_iou": 0.5, "best_epoch": 1}
+    return record | {"images_per_second": time / 10, "data_wait_fraction": 1 / time} | scores
+
+
+def state(*history: dict, **facts) -> State:
+    epoch = len(history) + 1
+    return State(0, "digest", {}, {}, epoch=epoch, step=10 * len(history), history=list(history), **facts)
+
+
+def written(journal: Journal) -> list[dict]:
+    return [json.loads(text) for text in journal.run.folder.read_text("metrics.jsonl").splitlines()]
+
+
+def test_an_epoch_that_is_trained_again_keeps_its_line(journal, tmp_path):
+    journal.open(None)
+    for epoch in (1, 2, 3):
+        journal.epoch(line(epoch), {"mean_iou": epoch / 10})
+    assert written(journal) == [line(1), line(2), line(3)]
+    again = journal_of(tmp_path)
+    again.open(state(line(1)))  # the checkpoints of the others were damaged
+    assert written(again) == [line(1), line(2), line(3)] and again.history == [line(1)]
+    again.epoch(line(2, time=2000), {"mean_iou": 0.7})
+    assert written(again) == [line(1), line(2), line(3)] and again.history == [line(1), line(2)]
+    again.epoch(line(3, time=2000, val_mean_iou=0.6), {"mean_iou": 0.8})  # came to something else this time
+    assert written(again) == [line(1), line(2), line(3, time=2000, val_mean_iou=0.6)]
+    summary = read_json(tmp_path / "told" / "summary.json")
+    assert (summary["best_epoch"], summary["val"], summary["skipped_steps"]) == (1, {"mean_iou": 0.8}, 0)
+
+
+def test_epochs_that_were_not_told_of_are_caught_up_with_once(journal):
+    journal.open(state(line(1)))
+    found = state(line(1), line(2), line(3, skipped_steps=2), validation={"mean_iou": 0.5})
+    for _ in range(2):
+        journal.catch_up(found)
+        assert written(journal) == journal.history == [line(1), line(2), line(3, skipped_steps=2)]
+    assert words_of(journal.display).count("epoch  2/10") == words_of(journal.display).count("epoch  3/10") == 1
+    assert "epoch  1/10" not in words_of(journal.display) and journal.run.summary["skipped_steps"] == 2
+    journal.catch_up(None)
+    assert len(journal.history) == 3
+
+
+def test_restarts_are_counted_and_told(journal):
+    journal.open(None)
+    journal.restart("a worker was killed", 12, 2)
+    journal.restart("there is room for 3 workers", 24, 3)
+    summary = journal.run.summary
+    told = [(one["reason"], one["step"], one["workers"]) for one in summary["restart_log"]]
+    assert summary["restarts"] == 2
+    assert told == [("a worker was killed", 12, 2), ("there is room for 3 workers", 24, 3)]
+
+
+def test_the_first_step_of_all_starts_is_timed_once(journal, tmp_path):
+    journal.open(None)
+    journal.first_step(12.345)
+    again = journal_of(tmp_path)
+    again.open(None)
+    again.first_step(99.0)
+    assert read_json(tmp_path / "told" / "summary.json")["seconds_to_first_step"] == 12.35
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped", "failed"])
+def test_an_end_tells_the_best_epoch_the_median_speed_and_why(journal, tmp_path, end):
+    journal.open(None)
+    for epoch, time in ((1, 1000), (2, 9000), (3, 2004)):
+        journal.epoch(line(epoch, time), None)
+    best = {"best_epoch": 1, "best_score": 0.5, "best_checkpoint": "step_00000010", "validation": {"mean_iou": 0.5}}
+    last = state(*journal.history, skipped_steps=4, **best)
+    if end == "finished":
+        journal.finished(last, None, None, None, None)
+    else:
+        journal.broken_off(end, last, "of a reason")
+    summary = read_json(tmp_path / "told" / "summary.json")
+    told = {"status": end, "best_epoch": 1, "best_checkpoint": "checkpoints/step_00000010", "skipped_steps": 4}
+    told |= {
+        "images_per_second": 200.4,
+        "val": {"mean_iou": 0.5},
+        "reason": None if end == "finished" else "of a reason",
+    }
+    assert {key: summary[key] for key in told} == told and summary["ended"] > 0
+    go_on = f"Stopped at step 30. Continue: python jobs/train.py --resume told --storage-path {tmp_path}"
+    assert (go_on in words_of(journal.display)) == (end == "stopped")
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_says_so(journal):
+    journal.open(None)
+    journal.broken_off("stopped", None, "stopped by the user")
+    assert "Stopped at the start." in words_of(journal.display)
+    known = ("best_epoch", "best_checkpoint", "images_per_second", "val")
+    assert [journal.run.summary[key] for key in known] == [None] * 4 and journal.run.summary["skipped_steps"] == 0
+
+
+def test_other_settings_are_refused_by_name_but_for_those_that_may_change():
+    before = {"epochs": 1, "dropout": 0.1, "base_filters": 8, "gone": 3}
+    refuse_changes("told", before, {"epochs": 2, "dropout": 0.1, "base_filters": 8, "new": 1}, frozenset({"epochs"}))
+    with pytest.raises(InputError) as refused:
+        refuse_changes("told", before, {"epochs": 2, "dropout": 0.2, "base_filters": 4}, frozenset({"epochs"}))
+    assert "settings: --base-filters (was 8, is 4), --dropout (was 0.1, is 0.2). Give" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "stale", "settings", "words"),
+    [
+        (4, 3, {"epochs": 10, "patience": 3}, "stopped early after epoch 3, best 2. More: --patience 8."),
+        (11, 0, {"epochs": 10, "patience": 3}, "is finished (10 epochs, best 2). More: --epochs 20."),
+        (11, 9, {"epochs": 10}, "is finished (10 epochs, best 2). More: --epochs 20."),
+    ],
+)
+def test_what_a_finished_run_answers(tmp_path, epoch, stale, settings, words):
+    """Without Ray: nothing is looked for but its folder."""
+    settings = settings_of(tmp_path, base_filters=2, depth=1, image_size=16, **settings)
+    run = Run.load("told", settings)
+    run.start()
+    best = {"best_epoch": 2, "best_checkpoint": "step_00000003", "best_score": 0.5}
+    facts = {"epoch": epoch, "stale_epochs": stale, "step": 3, **best}
+    Checkpoints(run.folder).save(Learner(settings, 3), State(0, "digest", flat(settings), {}, **facts))
+    run.write_summary(
+        status="finished", test={"mean_iou": 0.5}, best_checkpoint="checkpoints/step_00000003", delivered=True
+    )
+    display = listening()
+    assert driver.train(Run.load("told", settings), display)["status"] == "finished"
+    assert words_of(display) == f"The run told {words}\n"
