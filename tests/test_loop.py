@@ -130,10 +130,10 @@ def test_a_resume_on_another_device_says_so_and_an_older_checkpoint_says_nothing
 
     def told(checkpoint, **changes):
         line = Line()
-        loop_of(storage, "moved", reading, line, checkpoint, **changes)
+        loop_of(storage, "on-another-device", reading, line, checkpoint, **changes)
         return [content for kind, content in line.events if kind == "changed"]
 
-    first = loop_of(storage, "moved", reading, Line())
+    first = loop_of(storage, "on-another-device", reading, Line())
     first._save()
     (name,) = first.checkpoints.whole()
     assert first.checkpoints.state(name).equality.items() >= {("device", "cpu"), ("op_determinism", False)}
