@@ -29,6 +29,7 @@ from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.evaluation import intervals, outcome, place, scorer, tables
+from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
@@ -83,15 +84,23 @@ def oracle(folder: Path, network) -> dict[str, dict]:
     return found
 
 
+def whole(cells: list[dict]) -> list[int]:
+    """The counts of all cells, of three classes."""
+    found = [0] * 9
+    for cell in cells:
+        found[cell["cell"]] += cell["pixels"]
+    return found
+
+
 def check_records(records: pa.Table, expected: dict[str, dict], letterbox: bool) -> None:
     assert records.schema == record_schema() and len(records) == len(expected) == 21
     assert records["name"].to_pylist() == sorted(expected)
     for row in records.to_pylist():
         image = expected[row["name"]]
         truth, predicted, own = image["truth"], image["predicted"], image["own"]
-        assert row["confusion"] == counted(truth, predicted)
-        assert row["confusion_band"] == counted(truth, predicted, in_band(truth, BAND))
-        assert row["confusion_own"] == counted(own, image["enlarged"])
+        assert whole(row["confusion"]) == counted(truth, predicted)
+        assert whole(row["confusion_band"]) == counted(truth, predicted, in_band(truth, BAND))
+        assert whole(row["confusion_own"]) == counted(own, image["enlarged"])
         assert row["loss_sum"] == pytest.approx(image["loss_sum"], rel=1e-4)
         assert row["doubt"] == pytest.approx(image["doubt"], abs=1e-5)
         shown = np.asarray(Image.open(io.BytesIO(row["predicted"])))
@@ -401,13 +410,24 @@ def population(images: int) -> np.ndarray:
     return np.round(found * 16384).astype(np.int64)
 
 
+def sums_of(confusions: np.ndarray) -> np.ndarray:
+    return Counts.of_matrices(confusions).sums()
+
+
+def counted_twice(confusions: np.ndarray) -> pa.Table:
+    """Records of images with these counts, near borders too, and without masks of the photos' own size."""
+    cells = pa.array([cells_of(confusion.reshape(-1)) for confusion in confusions], CELLS)
+    columns = dict.fromkeys(("confusion", "confusion_band"), cells)
+    return pa.table(columns | {"confusion_own": pa.nulls(len(cells), CELLS)})
+
+
 def test_intervals_hold_the_truth_in_95_of_100_samples(monkeypatch):
-    everything = population(20_000)
-    truth, rng = intervals.score_vector(everything.sum(0)), np.random.default_rng(1)
+    sums = sums_of(population(20_000))
+    truth, rng = intervals.score_vector(sums.sum(0)), np.random.default_rng(1)
     held = np.zeros(len(truth))
     for seed in range(2000):
         monkeypatch.setattr(intervals, "SEED", seed)  # else all samples would share the luck of one set of resamples
-        drawn = everything[rng.integers(0, len(everything), 150)]
+        drawn = sums[rng.integers(0, len(sums), 150)]
         low, high = np.transpose(intervals.intervals({"": drawn}, 500)[""])
         held += (low <= truth) & (truth <= high)
     shares = intervals.named(held / 2000, NAMES)
@@ -417,16 +437,16 @@ def test_intervals_hold_the_truth_in_95_of_100_samples(monkeypatch):
 
 def test_intervals_of_few_images_are_wide_enough(monkeypatch):
     """Where plain percentiles hold the truth in about 90 of 100: ten images."""
-    everything = population(20_000)
-    truth, rng, held = intervals.score_vector(everything.sum(0)), np.random.default_rng(2), 0
+    sums = sums_of(population(20_000))
+    truth, rng, held = intervals.score_vector(sums.sum(0)), np.random.default_rng(2), 0
     for seed in range(500):
         monkeypatch.setattr(intervals, "SEED", seed)
-        drawn = everything[rng.integers(0, len(everything), 10)]
+        drawn = sums[rng.integers(0, len(sums), 10)]
         low, high = intervals.named(intervals.intervals({"": drawn}, 500)[""], NAMES)["mean_iou"]
         held += low <= intervals.named(truth, NAMES)["mean_iou"] <= high
     assert 0.92 <= held / 500 <= 0.98
-    assert intervals.intervals({"": everything[:9]}, 500)[""] == [None] * 9
-    assert intervals.intervals({"": everything[:50]}, 0)[""] == [None] * 9
+    assert intervals.intervals({"": sums[:9]}, 500)[""] == [None] * 9
+    assert intervals.intervals({"": sums[:50]}, 0)[""] == [None] * 9
 
 
 def test_a_pair_is_told_apart_where_two_intervals_overlap():
@@ -435,16 +455,12 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     after = before.copy()
     after[:, 0, 0] += before[:, 0, 1] // 10  # a tenth of what was missed of every pet is found
     after[:, 0, 1] -= before[:, 0, 1] // 10
-    tables = [
-        pa.table(
-            {c: pa.array(m.reshape(-1, 9).tolist(), pa.list_(pa.int64())) for c in ("confusion", "confusion_band")}
-        )
-        for m in (before, after)
-    ]
-    tables = [t.append_column("confusion_own", pa.nulls(150, pa.list_(pa.int64()))) for t in tables]
+    tables = [counted_twice(confusions) for confusions in (before, after)]
     (pair,) = compare(["a", "b"], tables, NAMES, 500)["pairs"]
     told = pair["network_size"]["mean_iou"]
-    spans = [intervals.named(intervals.intervals({"": m}, 500)[""], NAMES)["mean_iou"] for m in (before, after)]
+    spans = [
+        intervals.named(intervals.intervals({"": sums_of(m)}, 500)[""], NAMES)["mean_iou"] for m in (before, after)
+    ]
     assert spans[0][1] > spans[1][0] and told["interval"][0] > 0 and pair["verdict"].startswith("b is better than a:")
     assert told["interval"][1] - told["interval"][0] < 0.25 * (spans[0][1] - spans[0][0])
     assert told["value"] == pytest.approx(
@@ -466,11 +482,7 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
 
 def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
     names = ["[red] cats", "[/x]", "a class whose name goes on " * 3]
-    counts = population(20)
-    columns = {
-        c: pa.array(counts.reshape(-1, 9).tolist(), pa.list_(pa.int64())) for c in ("confusion", "confusion_band")
-    }
-    table = pa.table(columns | {"confusion_own": pa.nulls(20, pa.list_(pa.int64())), "loss_sum": np.ones(20)})
+    table = counted_twice(population(20)).append_column("loss_sum", pa.array(np.ones(20)))
     for group in ("breed", "species"):
         table = table.append_column(group, pa.array(["cat", "dog"] * 10))
     for resamples in (1000, 0):
@@ -497,8 +509,9 @@ def test_resamples_are_enough_or_none():
 
 def test_what_cannot_be_measured_has_no_score_and_no_interval():
     confusions = population(40) * np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
-    found = intervals.named(intervals.intervals({"": confusions}, 100)[""], NAMES)
-    vector = intervals.named(intervals.score_vector(confusions.sum(0)), NAMES)
+    sums = sums_of(confusions)
+    found = intervals.named(intervals.intervals({"": sums}, 100)[""], NAMES)
+    vector = intervals.named(intervals.score_vector(sums.sum(0)), NAMES)
     expected = metrics.scores(confusions.sum(0), NAMES)
     assert found["iou"]["outline"] is None and np.isnan(vector["iou"]["outline"])
     assert vector["mean_iou"] == expected["mean_iou"] and vector["accuracy"] == expected["accuracy"]

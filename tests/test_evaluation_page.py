@@ -12,7 +12,8 @@ import pytest
 from pages import Page, assert_stands_alone, pets, picture, write_prepared
 from PIL import Image
 
-from unet.classes import IGNORE, PETS, ClassInfo
+from unet.classes import IGNORE, MANY, PETS, ClassInfo
+from unet.evaluation.counts import cells_of
 from unet.evaluation.page import PREDICTION, TRUTH, evaluation_page
 
 NAMES = [item.name for item in PETS.classes]
@@ -43,7 +44,7 @@ def record(row: dict, predicted: np.ndarray, names: list[str], doubt: float) -> 
     Image.fromarray(predicted).save(file, "PNG")
     facts = {key: row[key] for key in ("name", "split", "breed")}
     facts |= {"height": row["original_height"], "width": row["original_width"], "doubt": doubt}
-    facts |= {"confusion": list(itertools.chain(*confusion)), "predicted": file.getvalue()}
+    facts |= {"confusion": cells_of(np.array(confusion).reshape(-1)), "predicted": file.getvalue()}
     return (
         facts
         | dict(zip((f"iou_{name}" for name in names), iou_of(confusion), strict=True))
@@ -331,9 +332,9 @@ def test_every_picture_is_of_its_own_photo_and_masks(page, test_rows):
         assert shape[0] / shape[1] == pytest.approx(row["original_height"] / row["original_width"], abs=0.01)
 
 
-@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize("count", [2, 20, 200])
 def test_own_classes_of_one_padded_image_without_anything_else(tmp_path, count):
-    classes = tuple(ClassInfo(f"kind {i}", (10 * i, 255 - 10 * i, 77)) for i in range(count))
+    classes = tuple(ClassInfo(f"kind {i}", (10 * i % 256, (255 - 10 * i) % 256, 77)) for i in range(count))
     names = [item.name for item in classes]
     row = pets(60)[30] | {"split": "test", "breed": "", "original_width": 800, "original_height": 400}
     mask = np.zeros((32, 32), np.uint8)
@@ -363,6 +364,12 @@ def test_own_classes_of_one_padded_image_without_anything_else(tmp_path, count):
         assert f"{item.name} {'–' if score is None else f'{score:.3f}'} – – –" in page.words("scores")
         assert "background:rgb({} {} {})".format(*item.colour) in html
     assert sum(score is None for score in scores.values()) == count - 2
+    wrong = confusion[0][17 if count > 2 else 1]
+    if count > MANY:  # no matrix of 40,000 cells, but what was mistaken
+        assert "taken for kind" not in html and len(html) < 500_000
+        assert f"kind 0 kind 17 {wrong:,} " in page.words("confusion")
+    else:
+        assert f"kind 0 taken for kind {17 if count > 2 else 1}: {wrong:,} pixels" in html
     assert "All, the best first" in page.words("gallery") and "kind 1 –" not in page.words("doubt")
     assert html.count("top:25.00%;left:0.00%;height:50.00%;width:100.00%") == 4
     photo, truth, prediction = page.images["gallery", row["name"]]

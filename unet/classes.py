@@ -18,6 +18,8 @@ class ClassInfo(NamedTuple):
 
 Classes = tuple[ClassInfo, ...]
 
+MANY = 30
+"""Beyond so many classes, pictures and tables show a part of them: a name or a number each could not be read."""
 IGNORE = 255
 """A pixel with this id has no class: it is left out of the loss and of every metric."""
 UNKNOWN = -1

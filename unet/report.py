@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unet.classes import IGNORE, ClassInfo
+from unet.classes import IGNORE, MANY, ClassInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,14 +29,17 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
     """Draw loss, IoU and Dice over the epochs, with the best epoch by mean IoU marked.
 
     `history` holds a record an epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
-    `val_dice_<class>`. A value that is missing, None or not finite is left out of its line.
+    `val_dice_<class>`. A value that is missing, None or not finite is left out of its line. More classes than `MANY`
+    are thin lines without names.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not history:
         raise ValueError("There are no epochs to draw: the history is empty. Train for at least one epoch.")
-    figure = Figure(figsize=(13, 4.1 + 0.24 * math.ceil((len(classes) + 1) / 8)), dpi=DPI, layout="constrained")
+    many = len(classes) > MANY
+    rows = 1 if many else math.ceil((len(classes) + 1) / 8)
+    figure = Figure(figsize=(13, 4.1 + 0.24 * rows), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
     loss, iou, dice = panels = figure.subplots(1, 3)
     # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
@@ -49,9 +52,11 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
         axes.set_ylim(0, 1)
         for item in classes:
             values = series(history, f"val_{metric}_{item.name}")
-            axes.plot(*values, color=unit(item.colour, on_white=True), label=item.name, **style)
+            thin = {"linewidth": 0.5, "marker": "", "label": "_"} if many else {"label": item.name}
+            axes.plot(*values, color=unit(item.colour, on_white=True), **style | thin)
     iou.plot(*series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
-    figure.legend(handles=iou.get_lines(), loc="outside lower center", ncols=8, **LEGEND)
+    named = [line for line in iou.get_lines() if not line.get_label().startswith("_")]
+    figure.legend(handles=named, loc="outside lower center", ncols=8, **LEGEND)
 
     epochs = [record["epoch"] for record in history]
     if best := best_epoch(history):
@@ -87,7 +92,10 @@ def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
 
 
 def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:
-    """Draw `confusion`, int64 (C, C), row = truth, column = predicted: each cell's share of its row and its pixels."""
+    """Draw `confusion`, int64 (C, C), row = truth, column = predicted: each cell's share of its row and its pixels.
+
+    Of more classes than `MANY` it shows the shares' colours only, in a picture of one size.
+    """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -96,24 +104,29 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path:
         raise ValueError(f"The confusion matrix has shape {confusion.shape}; {count} classes need ({count}, {count}).")
     totals = confusion.sum(axis=1)
     shares = confusion / np.maximum(totals, 1)[:, None]
-    few = count <= 6
+    few, many = count <= 6, count > MANY
     cell, share_size, pixel_size, name_size = (1.25, 14, 9.5, 11) if few else (0.62, 8, 6, 9)
+    cell = MANY * cell / count if many else cell
     figure = Figure(figsize=(count * cell + 1.9, count * cell + 1.8), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     shading = LinearSegmentedColormap.from_list("shares", ["#f5f6f9", "#174a7e"])
     axes.imshow(shares, cmap=shading, vmin=0, vmax=1)
+    calm(axes, "Confusion matrix")
+    axes.set_xlabel("predicted", fontsize=10, color=QUIET, labelpad=8)
+    axes.set_ylabel("truth (each row is 100 %)", fontsize=10, color=QUIET, labelpad=8)
+    if many:
+        axes.set_title(f"Confusion matrix of {count} classes, by their ids", fontsize=13, color=INK, loc="left", pad=11)
+        figure.savefig(path, format="png")
+        return Path(path)
     for (row, column), share in np.ndenumerate(shares):
         # White and ink read equally well on the blue of 0.6; shares that round to nothing step back.
         colour = "white" if share > 0.6 else INK if share >= 0.005 else QUIET
         upper, lower = cell_text(confusion[row, column], totals[row])
         axes.text(column, row, upper, ha="center", va="bottom" if lower else "center", color=colour, size=share_size)
         axes.text(column, row + 0.1, lower, ha="center", va="top", color=colour, size=pixel_size)
-    calm(axes, "Confusion matrix")
     tilt = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(count), names, fontsize=name_size, color=INK, **tilt)
     axes.set_yticks(range(count), names, fontsize=name_size, color=INK)
-    axes.set_xlabel("predicted", fontsize=10, color=QUIET, labelpad=8)
-    axes.set_ylabel("truth (each row is 100 %)", fontsize=10, color=QUIET, labelpad=8)
     for draw in (axes.hlines, axes.vlines):
         draw(np.arange(1, count) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
     figure.savefig(path, format="png")
@@ -157,7 +170,8 @@ def gallery(
         raise ValueError("There are no samples to show: pass at least one image.")
     texts = [iou_caption(*pair, classes) for pair in zip(truth, predicted, strict=True)]
     captions = ["\n".join(line.rstrip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
-    legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in classes]
+    named = classes if len(classes) <= MANY else _most_frequent(classes, truth, predicted)
+    legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
     if (truth == IGNORE).any():
         legend.append(Patch(facecolor="#8d8d8d", edgecolor="#c9c9c9", hatch="/////", linewidth=0, label="ignored"))
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
@@ -208,6 +222,19 @@ def gallery(
     return Path(path)
 
 
+def _most_frequent(classes: Sequence[ClassInfo], truth: np.ndarray, predicted: np.ndarray) -> list[ClassInfo]:
+    """The classes with most pixels in the masks, at most `MANY`, in the order of their ids."""
+    pixels = sum(np.bincount(masks.reshape(-1), minlength=IGNORE + 1) for masks in (truth, predicted))[: len(classes)]
+    return [classes[i] for i in sorted(np.argsort(-pixels, kind="stable")[:MANY]) if pixels[i]]
+
+
+def lowest(scores: Mapping[str, float | None]) -> list[str]:
+    """The names of the classes that a table shows: all, or of more than `MANY` the lowest `MANY`, the lowest first."""
+    if len(scores) <= MANY:
+        return list(scores)
+    return sorted((name for name, score in scores.items() if score is not None), key=scores.get)[:MANY]
+
+
 def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
     """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 counts for nothing."""
     truth, predicted = truth[truth != IGNORE], predicted[truth != IGNORE]
@@ -223,6 +250,7 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
         for item, score in scores
         if score is not None or len(classes) <= 4
     ]
+    parts = [*parts[:MANY], f"and {len(parts) - MANY} more"] if len(parts) > MANY else parts
     # Only the spaces between classes may break: a name and its value stay on one line.
     return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
@@ -243,8 +271,10 @@ def score_table(title: str, scores: Mapping) -> Table:
     caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
-    for name, iou in scores["iou"].items():
-        table.add_row(name, four(iou), four(scores["dice"][name]))
+    for name in (shown := lowest(scores["iou"])):
+        table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
+    if len(shown) < len(scores["iou"]):
+        table.caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
     table.add_section()
     table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
     return table

@@ -1,7 +1,7 @@
 """How far scores would move with other images: bootstrap intervals over images, and paired differences.
 
-An image is drawn with its whole confusion matrix: its pixels are no independent witnesses. The matrices of each
-resample are summed and scored as the split is, so the intervals belong to just the scores that are shown. They are
+An image is drawn with all of its pixels, which are no independent witnesses. The counts of each resample are summed
+and scored as the split is, so the intervals belong to just the scores that are shown. They are
 percentile intervals, expanded for small numbers of images (Hesterberg, What Teachers Should Know About the Bootstrap,
 The American Statistician 2015). They speak of other images, and not of another training of the same network.
 """
@@ -19,19 +19,19 @@ BLOCK_BYTES = 2**25
 NORMAL = NormalDist()
 
 
-def score_vector(confusions: np.ndarray) -> np.ndarray:
-    """Scores of many confusion matrices at once: (..., C, C) counts to float64 (..., 2C + 3).
+def score_vector(sums: np.ndarray) -> np.ndarray:
+    """Scores of many counts at once: (..., 3, C) (`unet.evaluation.counts.Counts.sums`) to float64 (..., 2C + 3).
 
     IoU by class, Dice by class, mean IoU, mean Dice, accuracy; NaN for what there is nothing to measure of.
     """
-    confusions = np.asarray(confusions, np.float64)  # exact below 2**53 pixels
-    true_positive = np.diagonal(confusions, axis1=-2, axis2=-1)
-    sizes = confusions.sum(-1) + confusions.sum(-2)
+    sums = np.asarray(sums, np.float64)  # exact below 2**53 pixels
+    true_positive, truth, predicted = np.moveaxis(sums, -2, 0)
+    sizes = truth + predicted
     with np.errstate(invalid="ignore", divide="ignore"):
         iou, dice = true_positive / (sizes - true_positive), 2 * true_positive / sizes
         present = (sizes > 0).sum(-1)
         means = [np.where(sizes > 0, values, 0).sum(-1) / present for values in (iou, dice)]
-        accuracy = true_positive.sum(-1) / confusions.sum((-1, -2))
+        accuracy = true_positive.sum(-1) / truth.sum(-1)
     return np.concatenate([iou, dice, np.stack([*means, accuracy], -1)], -1)
 
 
@@ -44,7 +44,7 @@ def named(values: Sequence, names: Sequence[str]) -> dict:
 
 
 def intervals(views: dict[str, np.ndarray], resamples: int) -> dict[str, list]:
-    """The interval of each score of a `score_vector`, by view; a view is int64 (N, C, C), a matrix an image.
+    """The interval of each score of a `score_vector`, by view; a view is int64 (N, 3, C), counts an image.
 
     The same images make up a resample of all views. A score that cannot be measured has none.
     """

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from unet.config import EvaluateSettings
 from unet.errors import first_line
 from unet.evaluation.page import evaluation_page
 from unet.evaluation.place import METRICS, PAGE, RECORDS, is_best
+from unet.evaluation.records import written
 from unet.evaluation.run import Evaluation
 from unet.secrets import without_secrets
 from unet.storage import Folder
@@ -28,7 +30,11 @@ def write(done: Evaluation, display: Display) -> None:
     """
     display.waiting("drawing report.html")
     content, folder = pa.BufferOutputStream(), done.folder
-    pq.write_table(done.records, content, compression="zstd")
+    parts = written(done.records, len(done.prepared.manifest.classes))
+    first = next(parts)
+    with pq.ParquetWriter(content, first.schema, compression="zstd") as writer:
+        for part in chain([first], parts):
+            writer.write_table(part)
     folder.write_bytes(RECORDS, content.getvalue().to_pybytes())
     history = read_history(done.model.run) if done.model.run else []
     folder.write_text(METRICS, json.dumps(done.metrics, indent=2, allow_nan=False))

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from unet import metrics as scoring
-from unet.classes import Classes
+from unet.classes import MANY, Classes
 from unet.data.resize import box_of, letterbox_box
 from unet.data.shards import Prepared
-from unet.evaluation.intervals import intervals, named
+from unet.evaluation.counts import Counts
+from unet.evaluation.intervals import intervals, named, score_vector
 from unet.evaluation.records import counts_of
 from unet.pages.charts import Axis, training_charts
 from unet.pages.pictures import contour, data_uri, regions, relative
@@ -66,7 +66,8 @@ def evaluation_page(
         score_axis=Axis.over(_ends(metrics)),
         binary=binary_rows(metrics),
         charts=training_charts(history, classes),
-        confusion=confusion_rows(metrics["confusion"]),
+        confusion=confusion_rows(metrics["confusion"]) if len(classes) <= MANY else [],
+        mistaken=mistaken(metrics["confusion"], classes) if len(classes) > MANY else [],
         images=images,
         spreads=spreads(records, classes),
         groups=groups,
@@ -126,6 +127,20 @@ def confusion_rows(confusion: Sequence[Sequence[int]]) -> list[list[dict]]:
                 for pixels, (words, shown) in zip(row, texts, strict=True)
             ]
         )
+    return rows
+
+
+def mistaken(confusion: Sequence[Sequence[int]], classes: Classes) -> list[dict]:
+    """The `MANY` cells off the diagonal with most pixels, of a matrix that is too large to be shown whole."""
+    counts = np.array(confusion, np.int64)
+    totals = counts.sum(1)
+    np.fill_diagonal(counts, 0)
+    rows = []
+    for cell in np.argsort(-counts, axis=None, kind="stable")[:MANY].tolist():
+        truth, predicted = divmod(cell, len(classes))
+        if pixels := int(counts[truth, predicted]):
+            words = cell_text(pixels, int(totals[truth]))[0]
+            rows.append({"truth": classes[truth], "predicted": classes[predicted], "pixels": pixels, "share": words})
     return rows
 
 
@@ -220,11 +235,11 @@ def slices(metrics: Mapping, records: pa.Table, classes: Classes) -> list[Slicin
     names = [item.name for item in classes]
     area = records["height"].to_numpy().astype(np.int64) * records["width"].to_numpy()
     found.append(("size", "By the photo's own size", "", _quarters(area, _megapixels, counts, names, resamples)))
-    by_class = counts.sum(2)
+    by_class = counts.sums()[:, 1]
     largest, valid = int(by_class.sum(0).argmax()), by_class.sum(1) > 0
     subject = 1 - by_class[valid, largest] / by_class[valid].sum(1)
     title = f"By how much of the photo is not {names[largest]}"
-    found.append(("subject", title, "", _quarters(subject, percent, counts[valid], names, resamples)))
+    found.append(("subject", title, "", _quarters(subject, percent, counts.where(valid), names, resamples)))
     kept = []
     for key, title, note, rows in found:
         if len(rows) > 1:
@@ -233,7 +248,7 @@ def slices(metrics: Mapping, records: pa.Table, classes: Classes) -> list[Slicin
     return kept
 
 
-def _quarters(values: np.ndarray, words, counts: np.ndarray, names: Sequence[str], resamples: int) -> list[Slice]:
+def _quarters(values: np.ndarray, words, counts: Counts, names: Sequence[str], resamples: int) -> list[Slice]:
     """Images in four parts of about equal number, from low values (N,) to high, with the scores of each.
 
     Equal values stay together. Where the values do not differ, or images are few, there are fewer parts.
@@ -244,8 +259,10 @@ def _quarters(values: np.ndarray, words, counts: np.ndarray, names: Sequence[str
     found = []
     for part in np.unique(place):
         inside = place == part
-        span = named(intervals({"": counts[inside]}, resamples)[""], names)["mean_iou"]
-        score = scoring.scores(counts[inside].sum(0), names)["mean_iou"]
+        sums = counts.where(inside).sums()
+        span = named(intervals({"": sums}, resamples)[""], names)["mean_iou"]
+        score = named(score_vector(sums.sum(0)), names)["mean_iou"]
+        score = float(score) if np.isfinite(score) else None
         low, high = words(values[inside].min()), words(values[inside].max())
         name = low if low == high else f"{low} – {high}"
         found.append(Slice(name, int(inside.sum()), score, span))

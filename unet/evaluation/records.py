@@ -3,13 +3,17 @@
 Counts are exact integers, so sums over any images, in any order, are exact too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from unet.classes import IGNORE
+from unet.evaluation.counts import CELLS, Counts
 from unet.evaluation.intervals import score_vector
+
+PART_BYTES = 2**25
+_MATRIX = pa.list_(pa.int64())
 
 
 def record_schema() -> pa.Schema:
@@ -17,7 +21,8 @@ def record_schema() -> pa.Schema:
 
     name, split, breed, species: of the sample; breed and species are "" where they are not known.
     height, width: of the photo before it was resized, in pixels.
-    confusion: int64 C*C counts at the network's size, row-major, row = truth, column = predicted.
+    confusion: the counts at the network's size, as `unet.evaluation.counts.CELLS`; in `per_image.parquet` as int64 C*C,
+        row-major, row = truth, column = predicted (`written`).
     confusion_band: the same within a few pixels of the border between two classes of the truth (`near_border`).
     confusion_own: the same at the photo's own size; null where the masks of that size were not kept.
     loss_sum: cross-entropy summed over the valid pixels.
@@ -25,7 +30,6 @@ def record_schema() -> pa.Schema:
         probability minus that of the true class (0-1); null where no pixel is valid.
     predicted: PNG bytes (8 bit, class ids) of the prediction at the network's size; 255 in a letterbox' padding.
     """
-    counts = pa.list_(pa.int64())  # of no fixed size: pyarrow cannot read a null of such from Parquet
     return pa.schema(
         [
             ("name", pa.string()),
@@ -34,9 +38,9 @@ def record_schema() -> pa.Schema:
             ("species", pa.string()),
             ("height", pa.int32()),
             ("width", pa.int32()),
-            ("confusion", counts),
-            ("confusion_band", counts),
-            ("confusion_own", counts),
+            ("confusion", CELLS),
+            ("confusion_band", CELLS),
+            ("confusion_own", CELLS),
             ("loss_sum", pa.float64()),
             ("doubt", pa.float64()),
             ("predicted", pa.binary()),
@@ -79,18 +83,36 @@ def _largest(values: np.ndarray, width: int) -> np.ndarray:
     return values
 
 
-def counts_of(records: pa.Table, view: str, classes: int) -> np.ndarray | None:
-    """A view's counts, int64 (N, C, C); None where it was not measured."""
-    column = records[view].combine_chunks()
-    if column.null_count:
-        return None
-    return column.flatten().to_numpy().reshape(-1, classes, classes)
+def counts_of(records: pa.Table, view: str, classes: int) -> Counts | None:
+    """A view's counts; None where it was not measured."""
+    return None if records[view].null_count else Counts.of_column(records[view], classes)
+
+
+def written(records: pa.Table, classes: int) -> Iterator[pa.Table]:
+    """The records as `per_image.parquet` has them, in parts of about `PART_BYTES`: whole matrices, which any reader
+    understands, take 8 C*C bytes an image and view in memory, but hardly any in the file."""
+    rows = max(1, PART_BYTES // (8 * classes**2))
+    for first in range(0, max(1, len(records)), rows):
+        part = records.slice(first, rows)
+        for view in (field.name for field in records.schema if field.type == CELLS):
+            counts = counts_of(part, view, classes)
+            # Of no fixed size: pyarrow cannot read a null of such from Parquet.
+            values = pa.nulls(len(part), _MATRIX) if counts is None else _matrices(counts)
+            part = part.set_column(part.column_names.index(view), view, values)
+        yield part
+
+
+def _matrices(counts: Counts) -> pa.Array:
+    cells = counts.classes**2
+    return pa.ListArray.from_arrays(
+        pa.array(np.arange(len(counts) + 1, dtype=np.int32) * cells), pa.array(counts.matrices().reshape(-1))
+    )
 
 
 def with_scores(records: pa.Table, names: Sequence[str]) -> pa.Table:
     """The records with columns of scores at the network's size: iou_<class>, dice_<class>, mean_iou, mean_dice,
     accuracy; null where an image has nothing to measure."""
-    vectors = score_vector(counts_of(records, "confusion", len(names)))
+    vectors = score_vector(counts_of(records, "confusion", len(names)).sums())
     titles = [f"{kind}_{name}" for kind in ("iou", "dice") for name in names] + ["mean_iou", "mean_dice", "accuracy"]
     for title, values in zip(titles, vectors.T, strict=True):
         records = records.append_column(title, pa.array(values, pa.float64(), from_pandas=True))

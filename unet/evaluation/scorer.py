@@ -26,6 +26,7 @@ from unet.data.sources.drawn import is_drawn
 from unet.data.sources.find import TFDS
 from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed, first_line, own_words
+from unet.evaluation.counts import cells_of
 from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.network import Network, start_tensorflow
@@ -221,7 +222,7 @@ class Scorer:
         own = None
         if original is not None:
             enlarged = self._enlarge(logits, *original.shape).numpy()
-            own = count(original, enlarged, EVERYWHERE, what.classes)
+            own = cells_of(count(original, enlarged, EVERYWHERE, what.classes))
         shown = ignore_padding(predicted, height, width) if what.resize == "letterbox" else predicted
         png = io.BytesIO()
         Image.fromarray(shown).save(png, "PNG")
@@ -232,8 +233,8 @@ class Scorer:
             "species": _species(facts["breed"], what.source),
             "height": height,
             "width": width,
-            "confusion": count(mask, predicted, EVERYWHERE, what.classes),
-            "confusion_band": count(mask, predicted, band, what.classes),
+            "confusion": cells_of(count(mask, predicted, EVERYWHERE, what.classes)),
+            "confusion_band": cells_of(count(mask, predicted, band, what.classes)),
             "confusion_own": own,
             "loss_sum": loss_sum,
             "doubt": doubt if np.isfinite(doubt) else None,

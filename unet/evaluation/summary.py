@@ -9,6 +9,7 @@ import pyarrow as pa
 from unet import metrics
 from unet.classes import PETS
 from unet.evaluation import intervals
+from unet.evaluation.counts import Counts
 from unet.evaluation.records import counts_of
 
 BINARY = ("pet", "background")
@@ -16,8 +17,8 @@ VIEWS = {"": "confusion", "band": "confusion_band", "own_size": "confusion_own"}
 """What is scored beside the network's size (""), by the name of its part of `metrics.json`."""
 
 
-def binary_views(confusions: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Counts int64 (N, 3, 3) of pet, background and outline as those of pet and background, both ways in use.
+def binary_views(counts: Counts, names: Sequence[str]) -> dict[str, Counts]:
+    """Counts of pet, background and outline as those of pet and background, both ways in use.
 
     outline_as_pet: the outline is a part of the pet, in truth and prediction.
     outline_ignored: pixels of the true outline are left out; a predicted outline on the others counts as pet.
@@ -25,9 +26,11 @@ def binary_views(confusions: np.ndarray, names: Sequence[str]) -> dict[str, np.n
     """
     if [c.name for c in PETS.classes] != list(names):
         return {}
+    confusions = counts.matrices()
     predicted = np.stack([confusions[..., 0] + confusions[..., 2], confusions[..., 1]], -1)
     merged = np.stack([predicted[:, 0] + predicted[:, 2], predicted[:, 1]], 1)
-    return {"outline_as_pet": merged, "outline_ignored": predicted[:, :2]}
+    found = {"outline_as_pet": merged, "outline_ignored": predicted[:, :2]}
+    return {way: Counts.of_matrices(confusions) for way, confusions in found.items()}
 
 
 def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) -> dict:
@@ -40,7 +43,7 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
     counts = {part: found for part, found in counts.items() if found is not None}
     binary = {part: binary_views(found, names) for part, found in counts.items() if part != "band"}
     views = counts | {f"{part}/{way}": found for part, ways in binary.items() for way, found in ways.items()}
-    spans = intervals.intervals(views, resamples)
+    spans = intervals.intervals({part: view.sums() for part, view in views.items()}, resamples)
     found = {
         part: _scored(view, names, spans[part]) | {"per_image": _per_image(view, names)}
         for part, view in counts.items()
@@ -49,7 +52,7 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
         scored = {way: _scored(view, BINARY, spans[f"{part}/{way}"]) for way, view in ways.items()}
         found[part]["binary"] = scored or None
     result, loss_sum = found.pop(""), float(np.sum(records["loss_sum"].to_numpy()))
-    result["loss"] = metrics.mean_loss(loss_sum, int(counts[""].sum()))
+    result["loss"] = metrics.mean_loss(loss_sum, int(counts[""].pixels.sum()))
     how = {"level": intervals.LEVEL, "method": intervals.METHOD, "resamples": resamples, "seed": intervals.SEED}
     result["bootstrap"] = how if resamples else None
     found["band"]["width"] = band
@@ -59,25 +62,24 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
     return result
 
 
-def _scored(confusions: np.ndarray, names: Sequence[str], spans: list) -> dict:
-    result = metrics.scores(confusions.sum(0), names) | {"images": len(confusions)}
+def _scored(counts: Counts, names: Sequence[str], spans: list) -> dict:
+    result = metrics.scores(counts.total(), names) | {"images": len(counts)}
     return result | {"intervals": intervals.named(spans, names)}
 
 
-def _per_image(confusions: np.ndarray, names: Sequence[str]) -> dict:
+def _per_image(counts: Counts, names: Sequence[str]) -> dict:
     """Means over images: an image weighs as much as any other, whatever its size; what it lacks does not count."""
-    columns = [column[np.isfinite(column)] for column in intervals.score_vector(confusions).T]
-    return intervals.named([float(column.mean()) if len(column) else None for column in columns], names)
+    values = np.ma.masked_invalid(intervals.score_vector(counts.sums())).mean(0)
+    return intervals.named(values.astype(object).filled(None).tolist(), names)
 
 
 def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: int) -> dict:
     """The scores by breed or species, at the network's size; empty where none is known."""
-    labels = np.array(records[group].to_pylist(), dtype=object)
+    labels, every = np.array(records[group].to_pylist(), dtype=object), counts_of(records, "confusion", len(names))
     found = {}
     for label in sorted({label for label in labels if label}):
-        confusions = counts_of(records.filter(pa.array(labels == label)), "confusion", len(names))
-        spans = intervals.intervals({"": confusions}, resamples)[""]
-        found[label] = _scored(confusions, names, spans)
+        counts = every.where(labels == label)
+        found[label] = _scored(counts, names, intervals.intervals({"": counts.sums()}, resamples)[""])
     return found
 
 
@@ -92,10 +94,11 @@ def compare(labels: Sequence[str], tables: Sequence[pa.Table], names: Sequence[s
     ]
     pairs = []
     for (a, before), (b, after) in combinations(zip(labels, counts, strict=True), 2):
-        spans = intervals.paired_intervals(before, after, resamples)
+        sums = [{part: view.sums() for part, view in model.items()} for model in (before, after)]
+        spans = intervals.paired_intervals(*sums, resamples)
         differences = {}
         for part in before:
-            vectors = [intervals.score_vector(view[part].sum(0)) for view in (before, after)]
+            vectors = [intervals.score_vector(model[part].sum(0)) for model in sums]
             values = [float(v) if np.isfinite(v) else None for v in vectors[1] - vectors[0]]
             both = [{"value": value, "interval": span} for value, span in zip(values, spans[part], strict=True)]
             differences[part or "network_size"] = intervals.named(both, names)

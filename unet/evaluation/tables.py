@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from unet.classes import MANY
 from unet.evaluation.intervals import LEAST_IMAGES
-from unet.report import ABSENT
+from unet.report import ABSENT, lowest
 
 WORST = 8
 """Breeds that are shown: those with the lowest mean IoU."""
@@ -39,11 +40,18 @@ def show_comparison(console: Console, comparison: Mapping) -> None:
                 continue
             rows = [("mean" + words, pair[part]["mean_iou"], "bold")]
             if part == "network_size":
-                rows += [(name, found, "") for name, found in pair[part]["iou"].items()]
+                rows += [(name, found, "") for name, found in _most_different(pair[part]["iou"])]
             for name, found, style in rows:
                 table.add_row(Text(name), _number(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
         console.print(table)
         console.print(Text(pair["verdict"], style="bold"))
+
+
+def _most_different(differences: Mapping) -> list[tuple[str, Mapping]]:
+    """The differences of all classes, or of more than `MANY` of those that differ most."""
+    if len(differences) <= MANY:
+        return list(differences.items())
+    return sorted(differences.items(), key=lambda item: -abs(item[1]["value"] or 0))[:MANY]
 
 
 def _by_class(title: str, metrics: Mapping) -> Table:
@@ -53,9 +61,11 @@ def _by_class(title: str, metrics: Mapping) -> Table:
         f"accuracy {_number(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {_number(metrics['loss'])}\n"
         f"{metrics['images']:,} images" + ("; 95 % intervals over images" if spans["accuracy"] else "")
     )
-    for name, iou in metrics["iou"].items():
-        dice, span = metrics["dice"][name], spans["dice"][name]
+    for name in (shown := lowest(metrics["iou"])):
+        iou, dice, span = metrics["iou"][name], metrics["dice"][name], spans["dice"][name]
         table.add_row(Text(name), _number(iou), _span(spans["iou"][name]), _number(dice), _span(span))
+    if len(shown) < len(metrics["iou"]):
+        table.caption += f"\nlowest {len(shown)} of {len(metrics['iou'])} classes; all: metrics.json"
     table.add_section()
     means = ((metrics[key], spans[key]) for key in ("mean_iou", "mean_dice"))
     table.add_row("mean", *(text for value, span in means for text in (_number(value), _span(span))), style="bold")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unet.classes import MANY
 from unet.report import best_epoch, series
 
 STEPS = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
@@ -61,11 +62,18 @@ class Chart(NamedTuple):
 
 
 def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart]:
-    """The loss, and the IoU on the validation split, of records an epoch (see `unet.report.training_curves`)."""
+    """The loss, and the IoU on the validation split, of records an epoch (see `unet.report.training_curves`).
+
+    Of more classes than `MANY` the mean IoU only.
+    """
     if not history:
         return []
     loss = [("training", "var(--val)", "train_loss"), ("validation", "var(--ink)", "val_loss")]
-    iou = [(item.name, "rgb({} {} {})".format(*item.colour), f"val_iou_{item.name}") for item in classes]
+    iou = [
+        (item.name, "rgb({} {} {})".format(*item.colour), f"val_iou_{item.name}")
+        for item in classes
+        if len(classes) <= MANY
+    ]
     iou += [("mean", "var(--ink)", "val_mean_iou")]
     epochs = [record["epoch"] for record in history]
     across = Axis.over([min(epochs), max(epochs)], 8, least=1)

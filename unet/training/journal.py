@@ -62,6 +62,7 @@ class Journal:
         run.start(parameters=self.parameters, **facts)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
+        self._best_of(state)
         if not self.as_trial:
             begin(run, self.tracker, self.prepared)  # with the history
             self.tracker.tags({"status": "running"})
@@ -95,13 +96,12 @@ class Journal:
             self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
 
     def epoch(self, record: dict, validation: dict | None) -> None:
-        """An epoch that has ended, and the scores of the best one."""
+        """An epoch that has ended, and its scores if it is the best so far, or none could be scored yet."""
         self.tracker.open()
         self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
         self.tracker.epoch(self.history[-1])
-        self.run.write_summary(
-            best_epoch=record.get("best_epoch"), val=validation, skipped_steps=record.get("skipped_steps", 0)
-        )
+        best = {"best_epoch": record.get("best_epoch"), "val": validation} if validation else {}
+        self.run.write_summary(skipped_steps=record.get("skipped_steps", 0), **best)
         self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
 
     def catch_up(self, state: State | None) -> None:
@@ -109,7 +109,13 @@ class Journal:
         told = self.history[-1]["epoch"] if self.history else 0
         for record in state.history if state else []:
             if record["epoch"] > told:
-                self.epoch(record, state.validation)
+                self.epoch(record, None)
+        self._best_of(state)
+
+    def _best_of(self, state: State | None) -> None:
+        """Write down the best epoch of a checkpoint, where it is another than what was told: that one may be lost."""
+        if state and (state.best_epoch, state.validation) != (self.run.summary["best_epoch"], self.run.summary["val"]):
+            self.run.write_summary(best_epoch=state.best_epoch, val=state.validation)
 
     def _take(self, history: list[dict]) -> None:
         """Write down the epochs so far.

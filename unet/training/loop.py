@@ -242,7 +242,8 @@ class Loop:
         state.epoch, state.epoch_step, state.loss_sum, state.pixels = state.epoch + 1, 0, 0.0, 0.0
         self._save()
         state.score = None
-        self.line.event("epoch", {"record": state.history[-1], "validation": state.validation})
+        is_kept = state.validation is validation  # else those of the best were told: they hold the confusion matrix
+        self.line.event("epoch", {"record": state.history[-1], "validation": validation if is_kept else None})
 
     def _save(self) -> None:
         """Write a checkpoint.

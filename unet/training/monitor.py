@@ -60,6 +60,7 @@ class Monitor:
 
     def __init__(self):
         self._live, self._events, self._wish, self._wished = {}, [], None, asyncio.Event()
+        self._told = 0
         self._reading, self._given = None, asyncio.Event()
 
     async def live(self, run: str, live: Live) -> None:
@@ -90,8 +91,10 @@ class Monitor:
         return self._reading
 
     async def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
-        """Where each run is, and the events after the first `seen`."""
-        return self._live, self._events[seen:]
+        """Where each run is, and the events after the first `seen`, which are kept no longer."""
+        del self._events[: max(0, seen - self._told)]
+        self._told = max(seen, self._told)
+        return self._live, self._events
 
 
 class Line:
