@@ -69,8 +69,8 @@ def _scored(counts: Counts, names: Sequence[str], spans: list) -> dict:
 
 def _per_image(counts: Counts, names: Sequence[str]) -> dict:
     """Means over images: an image weighs as much as any other, whatever its size; what it lacks does not count."""
-    values = np.ma.masked_invalid(intervals.score_vector(counts.sums())).mean(0)
-    return intervals.named(values.astype(object).filled(None).tolist(), names)
+    columns = [column[np.isfinite(column)] for column in intervals.score_vector(counts.sums()).T]
+    return intervals.named([float(column.mean()) if len(column) else None for column in columns], names)
 
 
 def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: int) -> dict:
