@@ -1,9 +1,10 @@
 """A trained network in this process, in float32, and TensorFlow's start."""
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from unet import environment
 
 if TYPE_CHECKING:
     from unet.trained import TrainedModel
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 def start_tensorflow(threads: int) -> None:
     """Import TensorFlow with its threads set, before anything runs in it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    environment.pin()
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)

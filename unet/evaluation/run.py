@@ -70,7 +70,6 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     for place in places:
         check_place(place)
     pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"))
-    display.go_on_unread()
     display.waiting(f"starting {pool.processes} processes")
     rates: list[float] = []
 
