@@ -288,20 +288,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_scoring(trained, sto
         evaluate(unflat(EvaluateSettings, values), Display(quiet=True))
 
 
-def test_a_reader_who_leaves_ends_no_evaluation(tmp_path):
-    code = (
-        "from unet.terminal import Display; import pathlib, sys\n"
-        "display = Display(); display.go_on_unread()\n"
-        "for _ in range(9): display.say('words' * 20000)\n"
-        f"pathlib.Path({str(tmp_path / 'done')!r}).touch(); sys.stdout.flush()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    process.stdout.close()
-    assert process.wait(60) == 0 and (tmp_path / "done").exists()
-
-
 def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("unet.session.ray_session", lambda *given: pytest.fail("Ray was started"))
     for flags, words in (

@@ -24,13 +24,15 @@ def load(
         tracking_uri: MLflow server or store; default: sqlite under the storage path.
 
     Raises:
-        unet.errors.InputError: there is no such model, or it is damaged.
+        unet.errors.InputError: there is no such model, it is damaged, or this program's Keras cannot run it.
     """
     from unet.config import StoreSettings
+    from unet.environment import check_program
     from unet.prediction.segmenter import Segmenter
     from unet.storage import Folder
     from unet.trained import TrainedModel
 
     given = {"storage_path": None if storage_path is None else fspath(storage_path), "tracking_uri": tracking_uri}
+    check_program()
     store = StoreSettings(**{name: value for name, value in given.items() if value is not None})
     return Segmenter(TrainedModel.find(fspath(model), Folder(store.storage_path), store.tracking_uri))

@@ -1,6 +1,7 @@
 """The door of every job: settings from flags and files, and errors as sentences with an exit code."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import tyro
 from pydantic import BaseModel
 
-from unet import config
+from unet import config, environment, streams
 from unet.errors import InputError, RunFailed
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
@@ -23,9 +24,14 @@ def main(settings: type[BaseModel], run: Callable[[Any], int | None], descriptio
 
     0 done; 1 the run failed; 2 wrong settings or input, before anything started; 130 stopped by Ctrl-C.
     """
+    streams.forgive()
     debug = "--debug" in sys.argv
     try:
-        code = run(parse(settings, description, sys.argv[1:]))
+        given = parse(settings, description, sys.argv[1:])
+        if overruled := environment.pin():
+            print(f"note: a job does not go by the environment's {', '.join(overruled)}.", file=sys.stderr)
+        _check_storage(config.flat(given)["storage_path"])
+        code = run(given)
     except InputError as error:
         code = _explain(error, REFUSED, debug)
     except RunFailed as error:
@@ -37,6 +43,17 @@ def main(settings: type[BaseModel], run: Callable[[Any], int | None], descriptio
         code = _explain(error, FAILED, debug, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.exit(code or DONE)
+
+
+def _check_storage(path: str) -> None:
+    """Refuse a storage path that nobody lets us look into; one that is not there yet will be made."""
+    try:
+        if "://" not in path:
+            os.scandir(path).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}: give another --storage-path.") from error
 
 
 def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseModel:
@@ -57,6 +74,8 @@ def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseM
                 raise InputError(f"Give --{again} again: what is secret in {values[flag]} was not saved.")
     if given.config:
         values |= config.load_yaml(Path(given.config))
+    if given.storage_path:
+        values["storage_path"] = given.storage_path
     defaults = config.unflat(settings, values, f"--config {given.config}" if given.config else "the settings")
     return tyro.cli(settings, args=argv, default=defaults, description=description, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+LAST = "channels_last"
+SAME = {"padding": "same", "data_format": LAST}
+"""Said in full: in somebody else's program Keras' own defaults may be others."""
+
 
 def build_unet(
     image_size: int = 128, base_filters: int = 64, depth: int = 4, dropout: float = 0.3, num_classes: int = 3
@@ -25,23 +29,23 @@ def build_unet(
 
     def convolutions(x, filters):
         for _ in range(2):
-            x = keras.layers.Conv2D(filters, 3, padding="same", activation="relu", kernel_initializer="he_normal")(x)
+            x = keras.layers.Conv2D(filters, 3, **SAME, activation="relu", kernel_initializer="he_normal")(x)
         return x
 
-    inputs = x = keras.Input((image_size, image_size, 3), name="image")
+    inputs = x = keras.Input((image_size, image_size, 3), dtype="float32", name="image")
     skips = []
     for level in range(depth):
         x = convolutions(x, base_filters * 2**level)
         skips.append(x)
-        x = keras.layers.MaxPooling2D(2)(x)
+        x = keras.layers.MaxPooling2D(2, data_format=LAST)(x)
         x = KeyedDropout(dropout, next(layer_index))(x)
     x = convolutions(x, base_filters * 2**depth)
     for level in reversed(range(depth)):
-        x = keras.layers.Conv2DTranspose(base_filters * 2**level, 3, strides=2, padding="same")(x)
-        x = keras.layers.Concatenate()([x, skips[level]])
+        x = keras.layers.Conv2DTranspose(base_filters * 2**level, 3, strides=2, **SAME)(x)
+        x = keras.layers.Concatenate(axis=-1)([x, skips[level]])
         x = KeyedDropout(dropout, next(layer_index))(x)
         x = convolutions(x, base_filters * 2**level)
-    x = keras.layers.Conv2D(num_classes, 1)(x)
+    x = keras.layers.Conv2D(num_classes, 1, data_format=LAST)(x)
     logits = keras.layers.Activation("linear", dtype="float32", name="logits")(x)
     return keras.Model(inputs, logits, name="unet")
 

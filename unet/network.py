@@ -1,12 +1,12 @@
 """A trained network in this process, in float32, and TensorFlow's start."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unet import environment
 from unet.errors import NoGpu
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def start_tensorflow(threads: int, use_gpu: bool = False, deterministic: bool = 
     Raises:
         NoGpu: the GPU is not to be seen, or others are too.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    environment.pin()
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)

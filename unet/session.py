@@ -5,15 +5,23 @@ import functools
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
+from unet import environment
 from unet.errors import InputError
+from unet.secrets import without_secrets
 
-POLL_SECONDS = "0.5"
 ANSWER_SECONDS = 5
 """How long a cluster may take to answer at all."""
+SOCKET_BYTES = 107 - len("/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/dash_TaskEventsHead")
+"""How long the folder may be, in bytes, under which Ray makes its sockets: their paths end at 107."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+UNFIT = f"cannot be written, or is longer than {SOCKET_BYTES} bytes, after which there is no room for Ray's sockets"
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -41,26 +49,87 @@ def silenced(debug: bool = False):
 
 
 def _address() -> str | None:
-    """What `ray.init` is to connect to: as Ray decides (None), or "local" where it would wait for minutes.
+    """What `ray.init` is to connect to: as Ray decides (None), or "local" where it finds none or waits for minutes.
 
     A cluster that was killed leaves word of itself, by which Ray looks for it.
 
     Raises:
-        InputError: the cluster of RAY_ADDRESS does not answer.
+        InputError: RAY_ADDRESS is no address for a job, or the cluster there does not answer.
     """
     from ray._private.utils import read_ray_address
 
     given = os.environ.get("RAY_ADDRESS")
-    place = re.fullmatch(r"([^:/]+):(\d+)", given or read_ray_address() or "")
+    if given and "://" in given:
+        raise InputError(
+            f"RAY_ADDRESS={without_secrets(given)} is an address for Ray's clients, through which a job cannot share "
+            "its data: submit it (ray job submit --address http://HEAD:8265 -- python jobs/…), or start it on a "
+            "machine of the cluster with RAY_ADDRESS=HEAD:6379, or unset RAY_ADDRESS."
+        )
+    if given == "local":
+        return given
+    # Not as Ray finds them for "auto": any on this machine, one of another job too, with which this one would end.
+    started = read_ray_address()
+    if given == "auto" and not started:
+        raise InputError("RAY_ADDRESS=auto, but no Ray cluster runs here: start it (ray start --head), or unset it.")
+    known = started if given == "auto" else given or started
+    place = re.fullmatch(r"(.+):(\d+)", known or "")
+    if place is None and given:
+        raise InputError(f"RAY_ADDRESS={given} is not an address: write HOST:PORT, or unset it.")
     if place is None:
-        return None
+        return "local"
     try:
-        socket.create_connection((place[1], int(place[2])), timeout=ANSWER_SECONDS).close()
-    except OSError as error:
+        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
         if given:
             raise InputError(f"The Ray cluster at {given} does not answer: start it, or unset RAY_ADDRESS.") from error
         return "local"
-    return None
+    return known if given == "auto" else None
+
+
+def _settle_temporary_folder() -> None:
+    """A Ray that starts here gets a folder that it can write, with a path that leaves room for its sockets'.
+
+    Raises:
+        InputError: there is none, or RAY_TMPDIR is another.
+    """
+    if given := os.environ.get("RAY_TMPDIR"):
+        if not _fits(given):
+            raise InputError(f"RAY_TMPDIR={given} {UNFIT}: give another, or unset it.")
+        return
+    try:
+        usual = tempfile.gettempdir()
+    except OSError as error:
+        raise InputError(f"{error.strerror}: set TMPDIR to a folder that can be written.") from error
+    folder = next(filter(_fits, (usual, *SHORT_FOLDERS)), None)
+    if folder is None:
+        raise InputError(
+            f"Ray cannot start: TMPDIR={usual} {UNFIT}, and so are {', '.join(SHORT_FOLDERS)}: set TMPDIR."
+        )
+    if folder != os.environ.get("TMPDIR", "/tmp"):
+        os.environ["RAY_TMPDIR"] = folder
+        os.environ.setdefault("RAY_object_spilling_directory", usual)  # it may be there because of its size
+
+
+def _settle_token() -> None:
+    """A Ray that starts here keeps its token in the environment where the home directory cannot hold it."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        place = Path.home() / ".ray"
+        place.mkdir(exist_ok=True)
+        if (place / "auth_token").exists() or os.access(place, os.W_OK | os.X_OK):
+            return
+    except (OSError, RuntimeError):  # there is no such directory, or no entry of this user
+        pass
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _fits(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return len(os.fsencode(folder)) <= SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager
@@ -80,37 +149,40 @@ def _any_agent_port():
         parameter.RayParams = known
 
 
+def _connect(debug: bool, dashboard: bool) -> None:
+    import ray
+
+    address = _address()
+    if address == "local":
+        _settle_temporary_folder()
+        _settle_token()
+    logging_level = "INFO" if debug else "ERROR"
+    try:
+        with _any_agent_port():
+            ray.init(address, logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
+    except Exception as error:  # whatever Ray makes of a place where it cannot be
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        if address == "local":
+            raise InputError(f"Ray cannot start here: {reason}") from error
+        raise InputError(
+            f"The Ray cluster cannot be used: {reason} RAY_ADDRESS=local starts one for this job alone."
+        ) from error
+
+
 @contextlib.contextmanager
 def ray_session(debug: bool = False, dashboard: bool = False):
     """A connected Ray for the time of the block; what was started here is ended here.
 
     A Ray of this job's own comes without a dashboard, unless it is asked for: ten processes less to start.
     """
-    # How often the controller of Ray Train looks at its workers; its 2 s would delay every report and the end.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    # The supervisor does it, and another process for each group of workers would only make their start longer.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # A Ray that starts here keeps word of so many calls, else of 100,000, for a dashboard that it does not have.
-    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
-    # It would end idle processes after a second where there are more than CPUs, and those of networks count: the tasks
-    # that read and write would start new ones again and again, each of which leaves the GCS a handle.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    environment.pin()
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
     started = not ray.is_initialized()
     if started:
-        try:
-            logging_level = "INFO" if debug else "ERROR"
-            with _any_agent_port():
-                ray.init(_address(), logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
-        except ConnectionError as error:
-            raise InputError(f"Cannot reach the Ray cluster: {error}. Start it, or unset RAY_ADDRESS.") from error
+        _connect(debug, dashboard)
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -3,8 +3,6 @@
 Without a terminal the same as plain lines, no control codes.
 """
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -30,20 +28,12 @@ class Display:
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
-        if not self.console.is_terminal:
+        self.redraws = self.console.is_interactive and self.console.file.isatty()
+        """Whether lines can be drawn anew: not on a dumb terminal, nor in a log that is to have colours."""
+        if not self.console.file.isatty():
             self.console.width = 160  # tables in a log are not folded at a width nobody has
         self._live: LiveText | None = None
         self._printed = time.monotonic()
-
-    def go_on_unread(self) -> None:
-        """From now on a pipe that breaks (`| head`) ends the words, and not the work."""
-        self.console.on_broken_pipe = self._unread
-
-    def _unread(self) -> None:
-        self.console.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # else what is still buffered would fail at the end
-        os.close(nowhere)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(without_secrets(text), style=style or ""))
@@ -93,7 +83,7 @@ class Display:
         self._progress(text)
 
     def _progress(self, text: str, last: bool = False) -> None:
-        if self.console.is_terminal:
+        if self.redraws:
             if self._live is None:
                 self._live = LiveText(console=self.console, transient=True, refresh_per_second=8)
                 self._live.start()

@@ -134,6 +134,20 @@ def sentence(error: ValidationError) -> str:
     return message + "."
 
 
+def absolute(path: str | Path) -> Path:
+    """The same place whatever the working directory, with ~ as the home directory.
+
+    Raises:
+        ValueError: there is none of either.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError("there is no home directory for ~ (HOME is not set): give a whole path") from error
+    except FileNotFoundError as error:
+        raise ValueError("the working directory is gone: give a whole path, or cd to another") from error
+
+
 def parse_bytes(text: str) -> int:
     """'8GB', '500 MB', '2GiB' or plain bytes as a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Part, parse_bytes
+from unet.config.base import Part, absolute, parse_bytes
 from unet.config.places import DoorSettings, StoreSettings
 
 SOURCES = ("synthetic", "oxford_iiit_pet")
@@ -39,8 +39,8 @@ class DataSettings(Part):
     @classmethod
     def _found_from_anywhere(cls, value):
         # A run continues from other folders, and a submitted job's own folder is temporary.
-        is_path = "://" not in value and not is_source_name(value) and Path(value).expanduser().exists()
-        return str(Path(value).expanduser().absolute()) if is_path else value
+        is_path = "://" not in value and not is_source_name(value) and absolute(value).exists()
+        return str(absolute(value)) if is_path else value
 
     @field_validator("memory_budget")
     @classmethod
@@ -79,12 +79,12 @@ class PreparePart(Part):
     @classmethod
     def _from_home(cls, value):
         is_path = value is not None and "://" not in value and not is_source_name(value)
-        return str(Path(value).expanduser().absolute()) if is_path else value
+        return str(absolute(value)) if is_path else value
 
     @field_validator("source_dir")
     @classmethod
     def _dir_from_home(cls, value):
-        return value and value.expanduser().absolute()
+        return value and absolute(value)
 
     @model_validator(mode="after")
     def _source_dir_fits(self):

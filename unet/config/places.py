@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from unet.config.base import Part
+from unet.config.base import Part, absolute
 from unet.secrets import without_secrets
 
 RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
@@ -17,7 +17,7 @@ RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 class StoreSettings(Part):
     """Where runs and prepared data are."""
 
-    storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH", "~/unet-runs"))
+    storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH") or "~/unet-runs")
     """Folder of runs and prepared data (UNET_STORAGE_PATH, else ~/unet-runs); may be s3://…"""
     tracking_uri: str | None = None
     """MLflow server or store. Default: sqlite under the storage path."""
@@ -26,7 +26,7 @@ class StoreSettings(Part):
     @classmethod
     def _absolute(cls, value):
         # Absolute, because a submitted job runs in a temporary copy of the working directory.
-        return value if "://" in value else str(Path(value).expanduser().absolute())
+        return value if "://" in value else str(absolute(value))
 
     @field_validator("tracking_uri")
     @classmethod

@@ -1,11 +1,10 @@
 """What a sweep is: a training's settings and the search over some of them."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Part
+from unet.config.base import Part, absolute
 from unet.config.training import MAY_CHANGE, ModelSettings, TrainingSettings, TrainSettings
 
 
@@ -33,7 +32,7 @@ class SweepSettings(Part):
     @field_validator("space")
     @classmethod
     def _found_from_anywhere(cls, value):
-        return str(Path(value).expanduser().absolute()) if value.endswith((".yaml", ".yml")) else value
+        return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
 
 
 class TuneSettings(TrainSettings):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from unet.config.base import Device, Part
+from unet.config.base import Device, Part, absolute
 from unet.config.places import DoorSettings, RegisteredName, StoreSettings
 
 
@@ -43,7 +43,7 @@ class EvaluatePart(Part):
     @field_validator("output")
     @classmethod
     def _absolute(cls, value):
-        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
+        return str(absolute(value)) if value and "://" not in value else value
 
 
 class EvaluateSettings(Part):
@@ -84,7 +84,7 @@ class PredictPart(Part):
     @classmethod
     def _absolute(cls, value):
         value = value.removeprefix("file://")
-        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
+        return str(absolute(value)) if value and "://" not in value else value
 
 
 class PredictSettings(Part):
@@ -115,7 +115,7 @@ class ExportPart(Part):
     @field_validator("output")
     @classmethod
     def _absolute(cls, value):
-        return str(Path(value).expanduser().absolute()) if value and "://" not in value else value
+        return str(absolute(value)) if value and "://" not in value else value
 
     @field_validator("formats")
     @classmethod

@@ -71,7 +71,6 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     for place in places:
         check_place(place)
     pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"), part.device)
-    display.go_on_unread()
     if pool.why_cpus:
         display.say(f"On {in_words(pool.use_gpu, pool.why_cpus)}.")
     display.waiting(f"starting {pool.processes} processes")

@@ -58,4 +58,7 @@ def _free_address() -> str:
 
 
 def _set_tf_config(addresses: list[str], rank: int) -> None:
+    hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
+    # Else gRPC would ask a proxy of the environment for them.
+    os.environ["no_grpc_proxy"] = ",".join(hosts)  # noqa: SIM112
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

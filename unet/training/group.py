@@ -5,8 +5,8 @@ Ray Train is told to restart nothing: a group that ends in any other way than by
 """
 
 import contextlib
-import os
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -105,7 +105,7 @@ class Group:
 
     def _fit(self, job: Job, stream: Ingest | None) -> None:
         # A name of its own for every start: Ray would silently continue from its snapshot of the same name.
-        scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"unet-ray-{uuid.uuid4().hex[:8]}"
+        scratch = Path(tempfile.gettempdir()) / f"unet-ray-{uuid.uuid4().hex[:8]}"
         try:
             self._trainer(job, stream, scratch).fit()
         except BaseException as error:

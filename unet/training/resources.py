@@ -301,4 +301,5 @@ def _existing(storage: Folder) -> Path | None:
     """The nearest folder above a local storage path that exists already."""
     if not storage.is_local:
         return None
-    return next(p for p in [Path(storage.path), *Path(storage.path).parents] if p.exists())
+    # Not by `Path.exists`, which raises where nothing may be read.
+    return next(p for p in [Path(storage.path), *Path(storage.path).parents] if os.path.exists(p))

@@ -47,7 +47,7 @@ class Board(tune.Callback):
         return {}  # Tune pickles its callbacks for a restore, which a terminal has no part in
 
     def __enter__(self):
-        if self._display.console.is_terminal:
+        if self._display.redraws:
             self._view = LiveView(console=self._display.console, transient=True, auto_refresh=False)
             self._view.start()
         return self

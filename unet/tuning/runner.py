@@ -1,6 +1,5 @@
 """A sweep from its opened folder to its end: data, resources, Ray Tune, and what follows its last trial."""
 
-import os
 import shlex
 import threading
 import time
@@ -273,9 +272,6 @@ class _Session:
         # Nothing reserved for a trial of several workers itself: it only waits for them.
         asked = {"CPU": plan.cpus_per_worker if warm else 0.001} | ({"GPU": 1} if warm and plan.use_gpu else {})
         trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
-        # Ctrl-C is our wish to stop, not Tune's, which would end the sweep as if it were finished.
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         self._forget()
         epochs = settings.training.epochs
         with Board(self.display, self.ledger, self.monitor, epochs, shared.classes, self._left) as board:

@@ -6,7 +6,6 @@ traced for, and the data are mapped from the object store. Trials of several wor
 
 import contextlib
 import gc
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -217,7 +216,6 @@ def group_trial(config: dict, shared: Shared) -> None:
     from unet.session import ray_session
     from unet.training.driver import train
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     settings = shared.settings(tune.get_context().get_trial_name(), config["draw"])
     run = open_run(settings, tracked=False)
     with ray_session():

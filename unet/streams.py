@@ -1,0 +1,70 @@
+"""Words for the screen never end the work: stdout and stderr that take whatever they are given.
+
+A pipe whose reader left, a full disk under a log, a terminal that is gone, a stream that was closed, an encoding
+without the signs that we print: none of them says anything about the work.
+"""
+
+import codecs
+import io
+import os
+import select
+import sys
+
+PLAIN = {"·": "-", "–": "-", "—": "-", "─": "-", "…": "...", "×": "x", "→": "->", "“": '"', "”": '"', "’": "'"}
+"""What is printed for a sign that the stream's encoding does not have; for others a question mark."""
+ERRORS = "unet.plain"
+"""The name by which streams take `PLAIN`."""
+
+
+class _Forgiving(io.FileIO):
+    """Bytes to an open descriptor; when it takes no more, the rest goes nowhere."""
+
+    def write(self, data) -> int:
+        data, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(data):
+                written = super().write(data[done:])
+                if written is None:  # somebody made it non-blocking, and it is full
+                    select.select([], [self.fileno()], [])
+                done += written or 0
+        except OSError:
+            _to_nowhere(self.fileno())
+        return len(data)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(ERRORS, _plain)
+
+
+def forgive() -> None:
+    """Make stdout and stderr of this process forgiving, and open what of the three standard streams was closed.
+
+    Else what is opened next, such as a socket, would get its number, and with it what libraries write there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            _to_nowhere(number)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        if mode == "w" and type(stream) is io.TextIOWrapper and stream.errors != ERRORS:  # not a capturing one's own
+            setattr(sys, name, _forgiving(stream))
+
+
+def _to_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    raw = _Forgiving(stream.fileno(), "w", closefd=False)
+    at_once = stream.write_through  # PYTHONUNBUFFERED
+    kept = raw if at_once else io.BufferedWriter(raw)
+    return io.TextIOWrapper(kept, stream.encoding, ERRORS, line_buffering=stream.line_buffering, write_through=at_once)
