@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
 from unet.data.ingest import Ingest, keep, shards
-from unet.data.order import CHUNK, WINDOW
+from unet.data.order import CHUNK, window_of
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
@@ -70,10 +70,12 @@ def tf_data(paths: list[str], kept: bool) -> tf.data.Dataset:
 
     records = tf.data.TFRecordDataset(paths, num_parallel_reads=tf.data.AUTOTUNE)
     if kept:
-        shuffled = records.map(decode, tf.data.AUTOTUNE).cache().shuffle(WINDOW * CHUNK)
+        shuffled = records.map(decode, tf.data.AUTOTUNE).cache().shuffle(window_of(SIZE) * CHUNK)
         samples = shuffled.map(mirrored, tf.data.AUTOTUNE)
     else:
-        samples = records.shuffle(WINDOW * CHUNK).map(lambda record: mirrored(*decode(record)), tf.data.AUTOTUNE)
+        samples = records.shuffle(window_of(SIZE) * CHUNK).map(
+            lambda record: mirrored(*decode(record)), tf.data.AUTOTUNE
+        )
     return samples.batch(BATCH).prefetch(tf.data.AUTOTUNE)
 
 

@@ -21,7 +21,7 @@ import ray
 from processes import MB, slope, usage
 
 from unet.data.ingest import Ingest, shards
-from unet.data.order import PADDING, epoch_order
+from unet.data.order import PADDING, epoch_order, window_of
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import MANIFEST, Prepared
@@ -91,7 +91,7 @@ def read(prepared: Prepared, epochs: int, store: int) -> None:
         speed = prepared.count("train") / (time.perf_counter() - begun)
         if not np.array_equal(np.sort(indices), np.arange(samples)):
             raise SystemExit(f"Epoch {epoch} did not read every sample exactly once.")
-        if not np.array_equal(indices, epoch_order(samples, SEED, epoch)):
+        if not np.array_equal(indices, epoch_order(samples, SEED, epoch, window_of(SIZE))):
             raise SystemExit(f"Epoch {epoch} came in another order.")
         rows.append(memory() | {"object store": object_store()})
         values = "".join(f"{value:13.1f}" for value in rows[-1].values())

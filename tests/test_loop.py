@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 from conftest import tiny_settings, train, weights_of
 
 from unet.classes import PETS
@@ -18,6 +19,7 @@ from unet.training.checkpoint import name_of
 from unet.training.job import Job
 from unet.training.learner import Learner
 from unet.training.loop import Loop
+from unet.training.monitor import Monitor
 from unet.training.run import Run, open_run
 
 
@@ -105,6 +107,33 @@ def test_a_start_elsewhere_says_what_is_other_and_keeps_its_own(reading, storage
     assert (first.state.settings["checkpoint_every"], second.state.settings["checkpoint_every"]) == ("10m", "7m")
     third = loop_of(storage, "moved", reading, Line(), name)
     assert third.line.events == [] and third.state.equality == first.state.equality
+
+
+def test_scores_are_told_of_the_best_epoch_only(reading, storage):
+    """They hold the confusion matrix, which grows with the classes squared."""
+    loop = loop_of(storage, "told", reading, Line())
+    loop.run_epoch()
+    best = loop.state.validation
+    loop.state.best_score = 2.0  # no later epoch is better
+    loop.run_epoch()
+    told = [content for kind, content in loop.line.events if kind == "epoch"]
+    assert [content["record"]["epoch"] for content in told] == [1, 2]
+    assert told[0]["validation"] == best and told[1]["validation"] is None and loop.state.validation == best
+
+
+def test_the_mailbox_keeps_no_event_that_was_fetched(ray_cluster):
+    monitor = Monitor.remote()
+    for number in range(3):
+        ray.get(monitor.event.remote("epoch", number))
+
+    def events(seen):
+        return [content for _, content in ray.get(monitor.poll.remote(seen))[1]]
+
+    assert events(0) == events(0) == [0, 1, 2]  # again where the answer was lost
+    ray.get(monitor.event.remote("epoch", 3))
+    assert events(3) == [3] and events(4) == [] and events(0) == []
+    ray.get(monitor.event.remote("epoch", 4))
+    assert events(4) == [4]
 
 
 def test_the_clock_saves_in_a_validation_too(reading, storage):

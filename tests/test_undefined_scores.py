@@ -19,6 +19,7 @@ from unet.data.order import CHUNK
 from unet.data.shards import SPLITS
 from unet.errors import InputError
 from unet.evaluation import outcome, tables
+from unet.evaluation.counts import CELLS, cells_of
 from unet.evaluation.run import evaluate
 from unet.evaluation.summary import compare, summary
 from unet.metrics import mean_loss
@@ -146,7 +147,7 @@ def test_a_split_is_labelled_where_any_of_its_pixels_has_a_class(tmp_path):
 
 
 def records_of(confusions: np.ndarray) -> pa.Table:
-    counts = pa.array(confusions.reshape(len(confusions), -1).tolist(), pa.list_(pa.int64()))
+    counts = pa.array([cells_of(confusion.reshape(-1)) for confusion in confusions], CELLS)
     columns = {"confusion": counts, "confusion_band": counts, "confusion_own": pa.nulls(len(counts), counts.type)}
     groups = pa.array(["seen", "unseen"] * (len(counts) // 2))
     return pa.table(columns | {"loss_sum": np.ones(len(counts)), "breed": groups, "species": groups})

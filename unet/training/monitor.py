@@ -94,7 +94,7 @@ class Monitor:
         """Where each run is, and the events after the first `seen`, which are kept no longer."""
         del self._events[: max(0, seen - self._told)]
         self._told = max(seen, self._told)
-        return self._live, self._events
+        return self._live, list(self._events)
 
 
 class Line:
