@@ -170,6 +170,9 @@ def test_classes_images_groups_and_splits_without_a_score_are_null_everywhere(la
     lines = [line.split() for line in words_of(display).splitlines()]
     rows = [line[0] for line in lines if line and line[0] in ("seen", "unseen")]
     assert rows[:2] == ["seen", "unseen"] and ["c", "–", "–", "–", "–"] in lines
+    alone = listening()
+    tables.show(alone.console, "x", found | {"by_breed": {}, "by_species": {"seen": found["by_species"]["seen"]}})
+    assert "By species" not in words_of(alone) and "By species" in words_of(display)
     pairs = compare(["m", "n"], [records_of(confusions)] * 2, ("a", "b", "c"), 100)["pairs"]
     tables.show_comparison(display.console, {"pairs": pairs})
     assert pairs[0]["network_size"]["iou"]["c"] == {"value": None, "interval": None}
