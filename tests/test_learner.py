@@ -5,6 +5,7 @@ import pytest
 
 from unet.config import TrainSettings, unflat
 from unet.data.ingest import Batch
+from unet.data.order import PADDING
 from unet.data.synthetic import draw_pet
 from unet.evaluation.score import score
 from unet.training.learner import LOSS_SCALE_STEPS, Learner
@@ -103,6 +104,14 @@ def test_a_mixed_model_is_scored_with_the_weights_of_now(pets, precision):
         seen.append(scored(mixed))
         assert seen[-1] == scored(plain)
     assert len({one["loss"] for one in seen}) == 3
+
+
+def test_a_split_of_which_an_image_was_not_scored_has_no_score(pets):
+    batches = [Batch(1, 0, np.array([0, 1, 2, 3, PADDING, PADDING]), *pets)]
+    assert score(learner(), batches, 4, ("a", "b", "c"), lambda batch: None)["images"] == 4
+    for images in (3, 5):
+        with pytest.raises(RuntimeError, match=f"4 images were scored, there are {images}"):
+            score(learner(), batches, images, ("a", "b", "c"), lambda batch: None)
 
 
 def test_equal_seeds_are_bit_equal_and_others_are_not(pets):
