@@ -362,6 +362,19 @@ def test_a_best_one_that_is_damaged_gives_its_place_to_the_next(learner, tmp_pat
     assert weights_of(tmp_path, THIRD)["layers/conv2d/vars/1"][0] == 3
 
 
+def test_the_last_one_may_be_the_best_that_is_left(learner, tmp_path):
+    best = {"best_checkpoint": SECOND, "best_score": 0.7, "best_epoch": 2, "validation": {"mean_iou": 0.7}}
+    save(tmp_path, learner, 1, epoch=2, score=0.5, best_checkpoint=FIRST, best_score=0.5, best_epoch=1)
+    save(tmp_path, learner, 2, epoch=3, score=0.7, **best)
+    save(tmp_path, learner, 3, epoch=4, score=0.6, stale_epochs=1, **best)
+    flip(tmp_path / "checkpoints" / SECOND / WEIGHTS, 1000)
+    name, (sentence,) = resume(tmp_path)
+    assert name == THIRD and sentence.endswith(f"the best that is left is {THIRD}")
+    found = Checkpoints(Folder(tmp_path)).latest()[1]
+    facts = (found.best_checkpoint, found.best_score, found.best_epoch, found.validation, found.stale_epochs)
+    assert facts == (THIRD, 0.6, 3, None, 0)  # all its scores were not kept: it was not the best of then
+
+
 def test_a_run_whose_best_is_damaged_is_not_used(learner, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

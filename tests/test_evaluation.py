@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -419,6 +421,13 @@ def test_intervals_hold_the_truth_in_95_of_100_samples(monkeypatch):
     shares = intervals.named(held / 2000, NAMES)
     assert 0.93 <= shares["mean_iou"] <= 0.97, shares
     assert min(shares["iou"].values()) >= 0.92 and max(shares["iou"].values()) <= 0.98, shares
+
+
+@pytest.mark.parametrize(("images", "t"), [(10, 2.262157), (20, 2.093024), (50, 2.009575), (200, 1.971957)])
+def test_the_tail_is_that_of_students_t(images, t):
+    """97.5 % quantiles from a table, for n - 1 degrees of freedom; a sample's spread is too narrow by n / (n - 1)."""
+    expected = statistics.NormalDist().cdf(-t * math.sqrt(images / (images - 1)))
+    assert intervals.tail_of(images) == pytest.approx(expected, rel=0.003)
 
 
 def test_intervals_of_few_images_are_wide_enough(monkeypatch):

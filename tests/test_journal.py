@@ -1,6 +1,7 @@
 """What a run writes of itself, without workers: its epochs, restarts and ends, and what a finished one answers."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,21 @@ def test_epochs_that_were_not_told_of_are_caught_up_with_once(journal):
     assert "epoch  1/10" not in words_of(journal.display) and journal.run.summary["skipped_steps"] == 2
     journal.catch_up(None)
     assert len(journal.history) == 3
+
+
+def test_a_stop_is_told_mlflow_at_once_and_delivery_begins(journal):
+    """Before its first step a run's MLflow is not even loaded, and a submitted job may have three seconds left."""
+    journal.open(None)
+    calls = []
+
+    class Tracker:
+        def __getattr__(self, name):
+            return lambda *given: calls.append((name, *given))
+
+    journal.tracker = Tracker()
+    journal.stopped()
+    assert calls == [("tags", {"status": "stopped"}), ("status", "stopped"), ("open",)]
+    assert read_json(Path(journal.run.folder.path) / "summary.json")["status"] == "stopped"
 
 
 def test_restarts_are_counted_and_told(journal):

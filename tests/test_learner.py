@@ -5,6 +5,7 @@ import pytest
 
 from unet.config import TrainSettings, unflat
 from unet.data.ingest import Batch
+from unet.data.order import PADDING
 from unet.data.synthetic import draw_pet
 from unet.evaluation.score import score
 from unet.training.learner import LOSS_SCALE_STEPS, Learner
@@ -35,6 +36,27 @@ def test_padding_changes_nothing(pets):
     alone = learner(batch_size=4).gradients(images[:4], masks[:4], 1)
     for a, b in zip(padded, alone, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_micro_shards_make_the_gradient_of_the_batch(pets, shards):
+    """With dropout too, whose masks belong to places in the batch; a short batch leaves the last shards empty."""
+    images, masks = pets[0].copy(), pets[1].copy()
+    images[4:], masks[4:] = 0, 255
+    whole = learner(dropout=0.3).gradients(images, masks, 1)
+    parts = learner(dropout=0.3, grad_shards=shards).gradients(images, masks, 1)
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_dropout_acts_in_training_by_step_and_nowhere_else(pets):
+    one, plain = learner(dropout=0.5), learner()
+    first, again, second = (np.concatenate([g.ravel() for g in one.gradients(*pets, step)]) for step in (1, 1, 2))
+    without = np.concatenate([g.ravel() for g in plain.gradients(*pets, 1)])
+    assert bits(one) == bits(plain) and np.array_equal(first, again)
+    assert not np.allclose(first, second, atol=1e-4) and not np.allclose(first, without, atol=1e-4)
+    assert one.evaluate(*pets)[1] == plain.evaluate(*pets)[1]
+    np.testing.assert_array_equal(one.predict(pets[0]), plain.predict(pets[0]))
 
 
 @pytest.mark.bfloat16
@@ -84,6 +106,14 @@ def test_a_mixed_model_is_scored_with_the_weights_of_now(pets, precision):
         seen.append(scored(mixed))
         assert seen[-1] == scored(plain)
     assert len({one["loss"] for one in seen}) == 3
+
+
+def test_a_split_of_which_an_image_was_not_scored_has_no_score(pets):
+    batches = [Batch(1, 0, np.array([0, 1, 2, 3, PADDING, PADDING]), *pets)]
+    assert score(learner(), batches, 4, ("a", "b", "c"), lambda batch: None)["images"] == 4
+    for images in (3, 5):
+        with pytest.raises(RuntimeError, match=f"4 images were scored, there are {images}"):
+            score(learner(), batches, images, ("a", "b", "c"), lambda batch: None)
 
 
 def test_equal_seeds_are_bit_equal_and_others_are_not(pets):
@@ -156,7 +186,8 @@ def test_a_restarted_learner_is_a_new_one_bit_for_bit():
 
     base = {"image_size": 16, "depth": 2, "batch_size": 4, "base_filters": 4, "precision": "float32"}
     first = unflat(TrainSettings, base | {"dropout": 0.2, "learning_rate": 0.003})
-    others = [unflat(TrainSettings, base | o) for o in ({"dropout": 0.4}, {"base_filters": 2}, {"learning_rate": 0.1})]
+    changes = ({"dropout": 0.4}, {"base_filters": 2}, {"learning_rate": 0.1}, {"dropout": 0.0})
+    others = [unflat(TrainSettings, base | {"dropout": 0.2, "learning_rate": 0.003} | o) for o in changes]
     rng = np.random.default_rng(0)
     images, masks = rng.integers(0, 256, (4, 16, 16, 3), np.uint8), rng.integers(0, 3, (4, 16, 16), np.uint8)
 
@@ -166,8 +197,9 @@ def test_a_restarted_learner_is_a_new_one_bit_for_bit():
         return [*learner.model.get_weights(), *(v.numpy() for v in learner.optimizer_variables().values())]
 
     learners = Learners()
-    alone = train(Learner(first, 3))
     used = [train(learners.get(settings, 3)) for settings in (first, *others, first)]
-    for weights in (used[0], used[-1]):
-        assert all(np.array_equal(a, b) for a, b in zip(alone, weights, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(alone, used[1], strict=True))
+    alone = {settings.model.dropout: train(Learner(settings, 3)) for settings in (first, others[-1])}
+    for place, dropout in ((0, 0.2), (-1, 0.2), (-2, 0.0)):
+        assert all(np.array_equal(a, b) for a, b in zip(alone[dropout], used[place], strict=True)), place
+    assert len(learners._kept) == 3  # one network served three of them
+    assert not all(np.array_equal(a, b) for a, b in zip(used[0], used[1], strict=True))

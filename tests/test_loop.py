@@ -12,13 +12,14 @@ from unet.classes import PETS
 from unet.data.ingest import Ingest, Shard, keep
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare, resolve
+from unet.data.shards import Prepared
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.training import driver
 from unet.training.checkpoint import name_of
 from unet.training.job import Job
 from unet.training.learner import Learner
-from unet.training.loop import Loop
+from unet.training.loop import Loop, not_finite
 from unet.training.monitor import Monitor
 from unet.training.run import Run, open_run
 
@@ -134,6 +135,28 @@ def test_the_mailbox_keeps_no_event_that_was_fetched(ray_cluster):
     assert events(3) == [3] and events(4) == [] and events(0) == []
     ray.get(monitor.event.remote("epoch", 4))
     assert events(4) == [4]
+
+
+def test_a_batch_whose_numbers_are_not_finite_is_named_or_passed_over(reading, storage):
+    names = Prepared(Folder(reading.folder)).names("train")
+    stopped = loop_of(storage, "wild", reading, Line(), learning_rate=1e30)
+    assert not stopped.train(lambda record: None)
+    kind, content = stopped.line.events[-1]
+    step = stopped.state.step + 1
+    assert (kind, content["epoch"], content["step"]) == ("not_finite", 1, step) and 1 < step < stopped.plan.steps
+    batch = list(stopped.reader.train(1, 0))[step - 1]
+    assert content["samples"] == [names[i] for i in batch.indices]
+    assert not_finite(content).startswith(f"The numbers stopped being finite at step {step} of epoch 1 (loss sum ")
+    assert not_finite(content).endswith(f"The batch: {', '.join(content['samples'])}.")
+    many = not_finite(content | {"samples": [f"s{i}" for i in range(10)]})
+    assert many.endswith("The batch: s0, s1, s2, s3, s4, s5, s6, s7 and 2 more.")
+
+    skipping = loop_of(storage, "skipping", reading, Line(), learning_rate=1e30, on_nan="skip")
+    assert not skipping.train(lambda record: None)  # of the second epoch no step is finite, and that is its end
+    (record,) = skipping.state.history
+    assert record["skipped_steps"] == skipping.plan.steps - (step - 1) and record["train_loss"] > 0
+    kind, content = skipping.line.events[-1]
+    assert (kind, content["epoch"], content["step"]) == ("not_finite", 2, 2 * skipping.plan.steps)
 
 
 def test_the_clock_saves_in_a_validation_too(reading, storage):

@@ -1,7 +1,9 @@
 """What a sweep tries next and whom it stops: spaces, draws, the past that a search is told. No cluster."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import yaml
 from conftest import job
@@ -150,6 +152,37 @@ def test_trials_under_way_go_on_before_new_ones(tmp_path):
     assert suggested[0]["draw"] == {"dropout": 0.1} and suggested[3] == Searcher.FINISHED
 
 
+def test_tpe_hears_of_each_trial_once_whether_it_ended_before_or_goes_on(tmp_path, monkeypatch):
+    """What is under way counts when it ends, a trial without a score never, one that diverged as the worst."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    told, ledger = [], Ledger(Folder(tmp_path))
+    add = OptunaSearch.add_evaluated_point
+    record = lambda self, settings, value: told.append((settings["dropout"], value)) or add(self, settings, value)  # noqa: E731
+    monkeypatch.setattr(OptunaSearch, "add_evaluated_point", record)
+    ends = ("finished", 0.5), ("pruned", 0.3), ("running", 0.4), ("failed", None), ("stopped", 0.2)
+    for i, (end, score) in enumerate(ends):
+        draw = {"dropout": i / 10, "learning_rate": 0.01, "base_filters": 4}
+        ledger.update(ledger.begin(draw)["trial"], end=end, best_val_mean_iou=score)
+    ledger.update(ledger.begin(draw | {"dropout": 0.5})["trial"], end="failed", best_val_mean_iou=0.9, diverged=True)
+    search = Search(space_of(RANGES), "tpe", 2**32 - 1, ledger, 7, None)  # the greatest seed there is
+    assert told == [(0.0, 0.5), (0.1, 0.3), (0.5, 0.0)]
+    for trial_id, score in (("a", 0.45), ("b", None)):
+        assert search.suggest(trial_id)["trial"] == {"a": "trial-003", "b": "trial-005"}[trial_id]
+        search.on_trial_complete(trial_id, {"best_val_mean_iou": score} if score else None, error=score is None)
+    assert told[3:] == [(0.2, 0.45)]
+    assert search.suggest("c")["trial"] == "trial-007"
+    search.on_trial_complete("c", {"best_val_mean_iou": 0.6})
+    assert len(told) == 4 and search.suggest("d") == Searcher.FINISHED
+
+
+def test_a_search_that_is_closed_suggests_nothing(tmp_path):
+    search = Search(space_of(RANGES), "random", 0, Ledger(Folder(tmp_path)), 6, None)
+    assert search.suggest("a") != Searcher.FINISHED
+    search.close()
+    assert search.suggest("b") == Searcher.FINISHED
+
+
 def test_asha_knows_the_trials_of_an_earlier_start(tmp_path):
     """A trial that is worse than nine past ones at the first rung is stopped; without the past it would go on."""
     settings, space = unflat(TuneSettings, {"epochs": 9}), space_of(RANGES)
@@ -180,6 +213,12 @@ def test_pbt_stays_inside_the_space_and_needs_settings_that_can_change(tmp_path)
     moved = scheduler._custom_explore_fn({"draw": {"dropout": 0.24, "learning_rate": 0.01}})
     assert moved["draw"] == {"dropout": 0.2, "learning_rate": 0.01}
 
+    def luck():
+        make_scheduler(settings, space, Ledger(Folder(tmp_path)))
+        return random.random(), np.random.random()
+
+    assert luck() == luck()
+
 
 def test_the_ledger_outlives_its_process_and_ranks_by_score(tmp_path):
     ledger = Ledger(Folder(tmp_path))
@@ -198,4 +237,4 @@ def test_importance_names_the_setting_that_decides(tmp_path):
     rows = Ledger(Folder(tmp_path)).rows
     importance = parameter_importance(rows, space, 0)
     assert importance["learning_rate"] > 0.9 and sum(importance.values()) == pytest.approx(1)
-    assert parameter_importance(rows[:5], space, 0) == {}
+    assert parameter_importance(rows[:8], space, 0) and parameter_importance(rows[:7], space, 0) == {}

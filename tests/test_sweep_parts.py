@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import listening, read_json, words_of
+from matplotlib.figure import Figure
 
 from unet.classes import PETS
 from unet.config import TuneSettings, unflat
 from unet.errors import RunFailed
 from unet.storage import Folder
-from unet.tuning import outcome
+from unet.tuning import figures, outcome
 from unet.tuning.board import Board, trial_table
 from unet.tuning.ledger import Ledger
 from unet.tuning.recorder import Recorder
@@ -167,6 +168,20 @@ def test_the_files_of_a_sweep_rank_its_trials(rows, ledger, tmp_path):
     assert best == {"epochs": EPOCHS, "data": "pets", "dropout": 0.1, "learning_rate": 0.01}
     assert set(files) == {"sweep.csv", "best_config.yaml", "scores_over_time.png", "settings.png"}
     assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+
+
+def test_the_pictures_of_a_sweep_show_each_trial_and_ring_the_best(rows, ledger, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **more: drawn.append(figure))
+    figures.scores_over_time({row["trial"]: ledger.history(row["trial"]) for row in rows}, rows, tmp_path)
+    (axes,), legend = drawn[0].axes, [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    lines = [line.get_xydata().tolist() for line in axes.get_lines() if len(line.get_xdata())]
+    assert lines == [[[1, 0.2], [2, 0.3]], [[1, 0.5]], [[1, 0.3], [2, 0.6], [3, 0.5], [4, 0.4], [5, 0.4]]]
+    assert legend == ["finished", "pruned", "stopped", "best, trial-002"]
+    figures.settings_and_scores(rows, parse_space(SPACE, "x", settings_of(tmp_path)), tmp_path)
+    points = [part.get_offsets().tolist() for part in drawn[1].axes[0].collections]
+    assert points == [[[0.1, 0.6]], [[0.1, 0.3]], [[0.1, 0.5]], [[0.1, 0.6]]]
+    assert drawn[1].axes[1].get_xscale() == "log" and drawn[1].axes[0].get_xscale() == "linear"
 
 
 def test_the_parent_run_is_told_of_every_end(rows):

@@ -20,6 +20,7 @@ from unet.data.shards import SPLITS
 from unet.errors import InputError
 from unet.evaluation import outcome, tables
 from unet.evaluation.counts import CELLS, cells_of
+from unet.evaluation.records import with_scores
 from unet.evaluation.run import evaluate
 from unet.evaluation.summary import compare, summary
 from unet.metrics import mean_loss
@@ -169,11 +170,17 @@ def test_classes_images_groups_and_splits_without_a_score_are_null_everywhere(la
     spans = found["intervals"]
     assert spans["iou"]["c"] is None and (spans["mean_iou"] is None) != some
     json.dumps(found, allow_nan=False)
+    images = with_scores(records_of(confusions), ("a", "b", "c")).to_pylist()
+    assert [image["iou_a"] for image in images] == [0.75 if some else None, None] * 12
+    assert {image["dice_c"] for image in images} == {images[1]["accuracy"]} == {None}
     display = listening()
     tables.show(display.console, "x", found)
     lines = [line.split() for line in words_of(display).splitlines()]
     rows = [line[0] for line in lines if line and line[0] in ("seen", "unseen")]
     assert rows[:2] == ["seen", "unseen"] and ["c", "–", "–", "–", "–"] in lines
+    alone = listening()
+    tables.show(alone.console, "x", found | {"by_breed": {}, "by_species": {"seen": found["by_species"]["seen"]}})
+    assert "By species" not in words_of(alone) and "By species" in words_of(display)
     pairs = compare(["m", "n"], [records_of(confusions)] * 2, ("a", "b", "c"), 100)["pairs"]
     tables.show_comparison(display.console, {"pairs": pairs})
     assert pairs[0]["network_size"]["iou"]["c"] == {"value": None, "interval": None}
