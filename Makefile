@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
-.PHONY: setup train test test-avx2 test-slow kill-test ui lint bench
+.PHONY: setup train test test-avx2 test-slow kill-test gpu-check ui lint bench
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ test-slow: setup  ## What takes a minute or more each
 kill-test: setup  ## Kills of workers, controller and driver at random times: about half an hour
 	$(BIN)/python -m pytest -s -m '' tests/test_kills.py
 	UNET_SWEEP_KILLS=3 $(BIN)/python -m pytest -q tests/test_tune.py -k kills_of_the_driver
+
+gpu-check: setup  ## A machine's GPU against its CPU, for a report: about five minutes, no network
+	$(BIN)/python benchmarks/gpu_check.py
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
