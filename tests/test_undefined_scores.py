@@ -74,7 +74,7 @@ def unscored(unlabelled, storage) -> tuple[dict, str]:
 def test_a_run_that_nothing_scores_means_its_last_checkpoint_and_says_so(unscored, storage):
     found, words = unscored
     history = [json.loads(line) for line in (storage / "unscored" / "metrics.jsonl").read_text().splitlines()]
-    assert found["status"] == "finished" and [line["epoch"] for line in history] == [1, 2, 3]
+    assert (found["status"], found["restarts"]) == ("finished", 0) and [line["epoch"] for line in history] == [1, 2, 3]
     assert not any("val" in key or "best" in key for line in history for key in line)
     last = f"step_{history[-1]['step']:08d}"
     assert (found["best_epoch"], found["best_checkpoint"]) == (None, f"checkpoints/{last}")
