@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from unet.config.base import Part
 from unet.secrets import without_secrets
+from unet.storage import Folder
 
 RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 """Of a model in MLflow's registry: it stands in URIs and in queries."""
@@ -26,7 +27,9 @@ class StoreSettings(Part):
     @classmethod
     def _absolute(cls, value):
         # Absolute, because a submitted job runs in a temporary copy of the working directory.
-        return value if "://" in value else str(Path(value).expanduser().absolute())
+        if "://" in value:
+            return Folder(value).uri if value.startswith("file:") else value
+        return str(Path(value).expanduser().absolute())
 
     @field_validator("tracking_uri")
     @classmethod
