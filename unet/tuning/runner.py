@@ -53,7 +53,12 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
         InputError: before anything started.
         RunFailed: no trial came to a score.
     """
-    settings, ledger = sweep.settings, Ledger(sweep.folder)
+    with sweep.locked():
+        return _run_sweep(sweep, display)
+
+
+def _run_sweep(sweep: Sweep, display: Display) -> dict:
+    settings, ledger = sweep.settings, Ledger(sweep.folder, sweep.lock)
     if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
         return _finished(sweep, ledger, display)
     planned = _planned(sweep, len(ledger))
