@@ -29,7 +29,8 @@ kill-test: setup  ## Kills of workers, controller and driver at random times: ab
 	UNET_SWEEP_KILLS=3 $(BIN)/python -m pytest -q tests/test_tune.py -k kills_of_the_driver
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
+	uri=$$($(BIN)/python -m unet.tracking.database) && \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "$$uri"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

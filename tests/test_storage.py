@@ -147,13 +147,17 @@ def test_folders_have_any_name(s3, tmp_path, name):
     assert (tmp_path / name / "in" / "file").read_text() == "text"
 
 
-@pytest.mark.parametrize("uri", ["s3://b/a b", "foo://x/y", "file://host/x", "s3:///x"])
+NOWHERE = "?scheme=http&endpoint_override=127.0.0.1:9"
+
+
+@pytest.mark.parametrize("uri", ["s3://b/a b", "foo://x/y", "file://host/x", "s3:///x", f"s3://b//x{NOWHERE}"])
 def test_what_is_no_storage_is_one_sentence(uri, capsys, tmp_path):
     for flag in ("--storage-path", "--data"):
         uris = {"--storage-path": str(tmp_path), "--data": "synthetic", flag: uri}
         assert door("train", *map("=".join, uris.items()), "--tracking-uri=http://127.0.0.1:9") == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and uri in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert uri.removesuffix(NOWHERE) in error
 
 
 def whole(run: Path) -> list[str]:

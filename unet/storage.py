@@ -68,6 +68,8 @@ class Folder:
         if not self.is_local:
             try:
                 self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
+                if "//" in self.path:
+                    raise pa.ArrowInvalid("two slashes in a row")
             except (pa.ArrowInvalid, OSError) as error:
                 raise InputError(_unusable(self, error)) from error
             self.is_local = isinstance(self.fs, pafs.LocalFileSystem)

@@ -14,14 +14,15 @@ from typing import Any
 
 import yaml
 
-from unet.config import CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, read_config
+from unet.config import CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, moved_with, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
-from unet.secrets import shown, without_secrets
+from unet.secrets import lost, shown, without_secrets
 from unet.storage import Folder, persistently
-from unet.tracking.store import check_server
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
 from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
 
@@ -159,6 +160,16 @@ def read_summary(folder: Folder) -> dict[str, Any]:
         ) from error
 
 
+def prepared_of(folder: Folder) -> str | None:
+    """Where the data of a run's training are, as its folder says; None where it does not, or they are gone."""
+    place = read_summary(folder).get("prepared")
+    if place is None or lost(place):
+        return None
+    if folder.exists(CONFIG):
+        place = moved_with(folder, read_config(folder), place)
+    return place if Folder(place).exists(MANIFEST) else None
+
+
 def read_history(folder: Folder) -> list[dict]:
     """The lines of the `metrics.jsonl` of a run's folder; none where it has none."""
     lines = folder.read_text(METRICS).splitlines() if folder.exists(METRICS) else []
@@ -214,11 +225,14 @@ def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     Raises:
         InputError: the settings, the data, MLflow's database or the tracking server cannot work.
     """
-    check_writable(Folder(settings.run.storage_path))
+    storage, uri = Folder(settings.run.storage_path), settings.run.tracking_uri
+    check_writable(storage)
     run = _identify(settings)
     check_source(settings.data.data)
-    if tracked and not run.summary:
-        check_server(settings.run.tracking_uri)
+    if tracked:
+        check_database(uri or default_uri(storage))
+        if not run.summary:
+            check_server(uri)
     return run
 
 

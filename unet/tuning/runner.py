@@ -17,8 +17,9 @@ from unet.errors import InputError, RunFailed
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
+from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
-from unet.tracking.store import code_version, default_uri
+from unet.tracking.store import code_version
 from unet.tracking.tracker import Tracker
 from unet.training import resources
 from unet.training.monitor import Monitor

@@ -14,7 +14,8 @@ from unet.errors import InputError
 from unet.locks import Lock
 from unet.secrets import shown
 from unet.storage import Folder
-from unet.tracking.store import check_server
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
 from unet.training import resources
 from unet.training.run import CONFIG, SUMMARY, locked, read_summary, refuse_changes
 from unet.tuning.schedule import check_schedule
@@ -97,5 +98,6 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         space.grid()
     check_schedule(settings, space)
     preparing.check_source(settings.data.data)
+    check_database(settings.run.tracking_uri or default_uri(storage))
     check_server(settings.run.tracking_uri)
     return Sweep(name, settings, folder, space, summary)
