@@ -38,7 +38,8 @@ gpu-check: setup  ## A machine's GPU against its CPU, for a report: about five m
 	$(BIN)/python benchmarks/gpu_check.py
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$${UNET_STORAGE_PATH:-$$HOME/unet-runs}/mlflow.db"
+	uri=$$($(BIN)/python -m unet.tracking.database) && \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "$$uri"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -14,8 +14,8 @@ def run(settings: ExportSettings) -> None:
     from unet.session import silenced
     from unet.storage import Folder
     from unet.terminal import Display
+    from unet.tracking.reach import default_uri
     from unet.tracking.registry import register
-    from unet.tracking.store import default_uri
     from unet.trained import TrainedModel, tracking_uri_of
     from unet.training.resources import check_writable
 

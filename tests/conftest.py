@@ -3,11 +3,13 @@
 import gc
 import io
 import json
+import logging
 import os
 import runpy
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,20 @@ def tiny_settings(storage: Path, data: Path, **changes):
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An object store: moto's S3 server, and from a path in its bucket the URI that holds all it takes to reach it."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    place = "{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"http://{place}/pets", method="PUT")).close()
+    yield lambda path: f"s3://me:word@pets/{path}?scheme=http&endpoint_override={place}"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

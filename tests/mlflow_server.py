@@ -71,9 +71,14 @@ class Server:
 
 
 class Line:
-    """Hands requests on to a server; the first answer to a POST of each path in `lose` never arrives."""
+    """Hands requests on to a server; the first answer to a POST of each path in `lose` never arrives.
 
-    def __init__(self, server: Server, lose: list[str]):
+    Attributes:
+        lost: those that did not.
+        slow: seconds that pass before a file is answered to.
+    """
+
+    def __init__(self, server: Server, lose: list[str], slow: float = 0):
         line = self
         self.lost: list[str] = []
 
@@ -85,6 +90,8 @@ class Line:
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
+                if self.command == "PUT":
+                    time.sleep(slow)
                 if hit := [path for path in lose if self.command == "POST" and self.path.endswith(path)]:
                     lose.remove(hit[0])
                     line.lost.append(hit[0])

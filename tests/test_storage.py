@@ -8,16 +8,19 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, job, read_json, train, weights_of
+from conftest import TINY, door, job, read_json, train, weights_of
 
 from unet import storage as storage_module
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import StorageFailed
-from unet.storage import Folder
+from unet.storage import IN_MEMORY, Folder
 from unet.training.checkpoint import Checkpoints, State
 from unet.training.learner import Learner
 from unet.training.run import Run
@@ -110,6 +113,53 @@ def test_hiccups_are_got_over_and_outages_told(hiccups, tmp_path, monkeypatch):
     with pytest.raises(StorageFailed, match="failure 0") if hiccups == 3 else contextlib.nullcontext():
         run.write_summary(status="running")
     assert (tmp_path / "summary.json").exists() == (hiccups < 3)
+
+
+class Stopped(BaseException):
+    """As Ctrl-C, wherever it falls."""
+
+
+@pytest.mark.parametrize("size", [3, 2 * IN_MEMORY])
+def test_an_object_is_there_once_all_of_it_is(s3, tmp_path, size):
+    """Arrow would publish what an exception leaves; here that is what was there before, or nothing."""
+    folder, before, after = Folder(s3(f"{tmp_path.name}/{size}")), b"{}", bytes(range(256)) * (size // 256) + b"end"
+    for name in ("new", "summary.json"):
+        if name != "new":
+            folder.write_bytes(name, before)
+        with pytest.raises(Stopped), folder.writing(name) as stream:
+            stream.write(after[: size // 2 + 1])
+            raise Stopped
+    assert folder.files() == ["summary.json"] and folder.read_bytes("summary.json") == before
+    with folder.writing("summary.json") as stream, pq.ParquetWriter(stream, pa.schema([("a", pa.binary())])) as writer:
+        writer.write_table(pa.table({"a": [after]}))
+    with folder.fs.open_input_file(folder.at("summary.json")) as file:
+        assert pq.read_table(file)["a"][0].as_py() == after
+    folder.write_bytes("summary.json", after)
+    assert folder.read_bytes("summary.json") == after
+
+
+@pytest.mark.parametrize("name", ["a b", "50%20", "who?", "ü#1", "a+b;c=d&e"])
+def test_folders_have_any_name(s3, tmp_path, name):
+    for folder in (Folder(tmp_path), Folder(tmp_path.as_uri()), Folder(s3(tmp_path.name))):
+        inner = folder / name / "in"
+        inner.write_text("file", "text")
+        assert inner.commit(name, {"f": b"1"}) is None and Folder(inner.uri).read_committed(name, "f") == b"1"
+        assert Folder(inner.uri).read_text("file") == "text" and name in folder.names()
+        assert str(inner).endswith(f"/{name if folder.is_local else quote(name)}/in") and "word" not in str(inner)
+    assert (tmp_path / name / "in" / "file").read_text() == "text"
+
+
+NOWHERE = "?scheme=http&endpoint_override=127.0.0.1:9"
+
+
+@pytest.mark.parametrize("uri", ["s3://b/a b", "foo://x/y", "file://host/x", "s3:///x", f"s3://b//x{NOWHERE}"])
+def test_what_is_no_storage_is_one_sentence(uri, capsys, tmp_path):
+    for flag in ("--storage-path", "--data"):
+        uris = {"--storage-path": str(tmp_path), "--data": "synthetic", flag: uri}
+        assert door("train", *map("=".join, uris.items()), "--tracking-uri=http://127.0.0.1:9") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert uri.removesuffix(NOWHERE) in error
 
 
 def whole(run: Path) -> list[str]:

@@ -19,9 +19,12 @@ from test_run import start_job, wait_for
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.tracking.courier import Courier
+from unet.tracking.patience import patient
+from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
-from unet.tracking.store import KEY, Store, check_server
+from unet.tracking.store import KEY, Store
 from unet.tracking.tracker import Tracker
+from unet.training.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from unet.training.run import Run
 
 
@@ -165,6 +168,30 @@ def test_a_file_that_cannot_be_sent_holds_nothing_up(server, couriers, tmp_path)
     assert not any("does not answer" in w for w in words)
 
 
+def test_a_file_may_take_longer_than_a_metric(server, couriers, tmp_path):
+    """The server takes three seconds to hand it on, and a request is given up after one."""
+    make, words = couriers
+    wire = Line(server, [], slow=3)
+    (tmp_path / "large.bin").write_bytes(b"x" * 100_000)
+    try:
+        courier = make(wire.uri, "slow")
+        courier.start("run", None, {}, {}, "key-7", 1)
+        courier.file(Folder(tmp_path), "large.bin")
+        courier.epoch(line(1))
+        assert courier.deliver(0, at_most=60) and not words
+        tracker = Tracker(Folder(tmp_path), "slow", wire.uri)
+        tracker.start("run", None, {}, {})
+        tracker.artifacts("", {"other.bin": b"x"})
+        assert tracker.deliver()
+        with patient(2**28) as seconds:
+            assert seconds > 1000
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+    finally:
+        wire.close()
+    sent = {p.name: p.stat().st_size for p in (server.folder / "artifacts").rglob("*.bin")}
+    assert sent == {"large.bin": 100_000, "other.bin": 1}
+
+
 def test_a_run_that_was_removed_is_made_anew(server, couriers):
     make, words = couriers
     client, lines = mlflow.MlflowClient(server.uri), [line(1), line(2)]
@@ -298,10 +325,11 @@ def check_synced(folder: Path, server: Server) -> dict:
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", "metrics.jsonl", "summary.json", ".lock", ".ticket")
+        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "summary.json", ".ticket")
     }
     assert {name: content for name, content in files.items() if name in own} == own and "model/MLmodel" in own
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}
+    assert {f for f in files if f.startswith("best_")} == {f"best_checkpoint/{f}" for f in (WEIGHTS, STATE)}
     return {"metrics": found, "tags": run.data.tags, "files": sorted(files)}
 
 

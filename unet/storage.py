@@ -1,8 +1,8 @@
 """A folder of results, on a local disk or in an object store, through pyarrow's file systems.
 
-Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an
-object store publishes an object at its end. A set of files (a checkpoint) carries a marker written last, with the
-size and digest of each, so that it is noticed when they are no longer what was written.
+Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an object
+is made here first, and then sent. A set of files (a checkpoint) carries a marker written last, with the size and
+digest of each, so that it is noticed when they are no longer what was written.
 """
 
 import contextlib
@@ -10,13 +10,16 @@ import errno
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -27,6 +30,8 @@ from unet.secrets import without_secrets
 MARKER = "COMMIT"
 PAUSES = (0, 2, 3)
 """Seconds to wait before each try to write."""
+IN_MEMORY = 2**24
+"""A larger object is made in a file, in bytes."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
 
 Content = bytes | Callable[[BinaryIO], object]
@@ -49,25 +54,38 @@ def persistently(write: Callable[[], None]) -> None:
 
 
 class Folder:
-    """A folder by absolute path or URI (`s3://bucket/prefix?...`). It need not exist yet; writing makes it."""
+    """A folder by absolute path or URI (`s3://bucket/prefix?...`). It need not exist yet; writing makes it.
+
+    A URI has its characters percent-encoded, a path has them as they are; `file://` becomes a path.
+
+    Raises:
+        InputError: there is no storage of that kind or name.
+    """
 
     def __init__(self, uri: str | Path):
         self.uri = str(uri)
         self.is_local = "://" not in self.uri
-        if self.is_local:
-            self.fs, self.path = pafs.LocalFileSystem(), os.path.abspath(self.uri)
-        else:
+        if not self.is_local:
             try:
                 self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
+                if "//" in self.path:
+                    raise pa.ArrowInvalid("two slashes in a row")
             except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"Cannot open the storage {self}: {without_secrets(str(error))}") from error
+                raise InputError(_unusable(self, error)) from error
+            self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+            if self.is_local:
+                self.uri = self.path
+        if self.is_local:
+            self.fs, self.path = pafs.LocalFileSystem(), os.path.abspath(self.uri)
 
     def __truediv__(self, name: str) -> "Folder":
-        base, _, query = self.uri.partition("?")
-        return Folder(f"{base.rstrip('/')}/{name}" + (f"?{query}" if query else ""))
+        if self.is_local:
+            return Folder(f"{self.uri.rstrip('/')}/{name}")
+        base, mark, query = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/')}/{quote(name)}{mark}{query}")
 
     def __str__(self):
-        return without_secrets(self.uri).partition("?")[0]
+        return self.uri if self.is_local else without_secrets(self.uri).partition("?")[0]
 
     def at(self, name: str) -> str:
         """The path of a file below, as `fs` takes it."""
@@ -99,14 +117,16 @@ class Folder:
         return self.read_bytes(name).decode()
 
     @contextlib.contextmanager
-    def writing(self, name: str, durable: bool = True) -> Iterator[pa.NativeFile]:
-        """A stream to write a file through; on a local disk the file is there once all of it is.
+    def writing(self, name: str, durable: bool = True) -> Iterator[BinaryIO]:
+        """A stream to write a file through; it is there once all of it is, and an exception leaves what was.
 
         Without `durable` it does not wait for the disk: if the power fails, the file may be gone or empty.
         """
         if not self.is_local:
-            with self.fs.open_output_stream(self.at(name)) as stream:
-                yield stream
+            # Arrow publishes what was written to a stream when it is closed or forgotten; it has no way to give up.
+            with tempfile.SpooledTemporaryFile(IN_MEMORY) as made:
+                yield made
+                self._send(name, made)
             return
         target = Path(self.at(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +142,14 @@ class Folder:
             raise
         if durable:
             _sync(target.parent)
+
+    def _send(self, name: str, made: tempfile.SpooledTemporaryFile) -> None:
+        """Write an object in a single call, which nothing can end in its midst but an error of its own."""
+        size = made.seek(0, os.SEEK_END)
+        made.seek(0)
+        content = mmap.mmap(made.fileno(), size, access=mmap.ACCESS_READ) if size > IN_MEMORY else made.read()
+        with self.fs.open_output_stream(self.at(name)) as stream:
+            stream.write(content)
 
     def write_bytes(self, name: str, data: bytes | memoryview, durable: bool = True) -> None:
         """Raises StorageFailed."""
@@ -299,6 +327,13 @@ def reported(what: object, how: str = "write") -> Iterator[None]:
     except OSError as error:
         remedy = REMEDIES.get(error.errno, "put that right")
         raise StorageFailed(f"Cannot {how} {what}: {_reason(error)}; {remedy}") from error
+
+
+def _unusable(folder: Folder, error: Exception) -> str:
+    reason = without_secrets(first_line(error))
+    if "Cannot parse URI" in reason:
+        return f"{folder} is no URI: write what a URI cannot hold percent-encoded, a space as %20."
+    return f"Cannot open the storage {folder}: {reason.rstrip('.')}. Correct it, or see that it can be reached."
 
 
 def _reason(error: OSError) -> str:

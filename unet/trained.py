@@ -137,14 +137,19 @@ class TrainedModel:
 
     @classmethod
     def _of_mlflow(cls, uri: str, storage: Folder, tracking_uri: str | None) -> "TrainedModel":
-        from unet.tracking.store import default_uri, load_mlflow
+        from unet.tracking.database import ready
+        from unet.tracking.patience import patient
+        from unet.tracking.reach import default_uri
+        from unet.tracking.store import load_mlflow
 
         mlflow = load_mlflow()
         tracking_uri = tracking_uri or default_uri(storage)
+        ready(tracking_uri)
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 place, run_id = _resolved(uri, mlflow.MlflowClient(tracking_uri))
-                mlflow.artifacts.download_artifacts(place, dst_path=scratch, tracking_uri=tracking_uri)
+                with patient():
+                    mlflow.artifacts.download_artifacts(place, dst_path=scratch, tracking_uri=tracking_uri)
             except Exception as error:  # whatever the store's library raises
                 words = without_secrets(f"MLflow at {tracking_uri} has no model {uri}: {first_line(error)}")
                 raise InputError(words) from error

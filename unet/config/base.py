@@ -5,6 +5,7 @@ underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
 """
 
 import difflib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -14,10 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unet.errors import InputError
+from unet.paths import database_of, moved, sqlite_uri
 from unet.storage import Folder
 
 CONFIG = "config.yaml"
 """What the folder of a run or sweep holds as long as it is there: its flat settings."""
+
+PLACES = ("data", "tracking_uri")
+"""Settings that may lie under the storage path."""
 
 # Some jobs have a flag --register; that every Pydantic model has an unrelated method of this name does no harm.
 warnings.filterwarnings("ignore", message='Field name "register" in ')
@@ -112,7 +117,7 @@ def parse_yaml(content: bytes | str, what: str) -> Any:
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
-    """The flat settings that the folder of a run or sweep keeps.
+    """The flat settings that the folder of a run or sweep keeps; where it was moved, with the places of today.
 
     Raises:
         InputError: they are damaged.
@@ -120,7 +125,18 @@ def read_config(folder: Folder) -> dict[str, Any]:
     values = parse_yaml(folder.read_bytes(CONFIG), f"{folder}/{CONFIG}")
     if not isinstance(values, dict):
         raise InputError(f"{folder}/{CONFIG} does not hold `name: value` lines: bring back a copy of it.")
-    return values
+    return values | {name: moved_with(folder, values, values[name]) for name in PLACES if values.get(name)}
+
+
+def moved_with(folder: Folder, config: dict[str, Any], place: str) -> str:
+    """A local path, or the URI of a database in a file, of the settings of a folder that may have been moved since."""
+    path, storage = database_of(place) or place, config.get("storage_path")
+    if not (folder.is_local and storage and os.path.isabs(path)):
+        return place
+    found = moved(str(path), f"{storage}/{os.path.basename(folder.path)}", folder.path)
+    if found == str(path):
+        return place
+    return found if path == place else sqlite_uri(found)
 
 
 def sentence(error: ValidationError) -> str:

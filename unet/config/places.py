@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from unet.config.base import Part, absolute
 from unet.secrets import without_secrets
+from unet.storage import Folder
 
 RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 """Of a model in MLflow's registry: it stands in URIs and in queries."""
@@ -26,7 +27,9 @@ class StoreSettings(Part):
     @classmethod
     def _absolute(cls, value):
         # Absolute, because a submitted job runs in a temporary copy of the working directory.
-        return value if "://" in value else str(absolute(value))
+        if "://" in value:
+            return Folder(value).uri if value.startswith("file:") else value
+        return str(absolute(value))
 
     @field_validator("tracking_uri")
     @classmethod

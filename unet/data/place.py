@@ -1,7 +1,6 @@
 """Where shards come to lie: whole or not at all, one preparation at a time, and what a killed one has done is kept."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from unet.data.shards import MANIFEST
 from unet.data.sources import Progress
 from unet.errors import InputError
+from unet.locks import waited_for
 from unet.storage import Folder
 
 RECIPE, WORK = "recipe.json", ".preparing"
@@ -61,27 +61,11 @@ class Place:
 
     @contextlib.contextmanager
     def locked(self, progress: Progress) -> Iterator[None]:
-        """One preparation of a target at a time, as far as its disk can tell."""
-        if not self.target.is_local:
+        """One preparation of a target at a time."""
+        beside = Folder(os.path.dirname(self.work.path)) if self.work.is_local else self.target
+        name = f"{os.path.basename(self.work.path)}.lock"
+        with waited_for(beside, name, lambda: progress("waiting for another job that prepares these data", 0, 0)):
             yield
-            return
-        path = Path(f"{self.work.path}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with open(path, "w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    progress("waiting for another job that prepares these data", 0, 0)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                # Who had it before has removed it; then others may hold a new one already.
-                if os.fstat(file.fileno()).st_nlink == 0:
-                    continue
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
 
     @contextlib.contextmanager
     def unfinished(self, wanted: dict) -> Iterator[None]:

@@ -66,7 +66,8 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
 
 def _send(done: Evaluation, storage: Folder, uri: str | None) -> bool:
     """Whether the scores were sent: they are not where the run's own model is another by now."""
-    from unet.tracking.store import Store, check_server
+    from unet.tracking.reach import check_server
+    from unet.tracking.store import Store
 
     check_server(uri)
     store = Store.of_existing(storage, done.model.mlflow_run_id, uri)

@@ -4,14 +4,13 @@ import re
 from collections.abc import Sequence
 
 from unet.config import CONFIG, EvaluateSettings, read_config
-from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, first_line
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
 from unet.trained import TrainedModel, best_checkpoint, located
 from unet.training.resources import check_writable
-from unet.training.run import read_summary
+from unet.training.run import prepared_of
 
 METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
 PLACE = "evaluations"
@@ -56,8 +55,7 @@ def data_of(models: Sequence[TrainedModel]) -> str:
         raise InputError(f"{first.name} and {other.name} were trained on different data: give --data.")
     if first.run is None:
         raise InputError(f"{first.name} does not tell where the data of its training are: give --data.")
-    prepared = read_summary(first.run).get("prepared")
-    if prepared and not lost(prepared) and Folder(prepared).exists(MANIFEST):
+    if prepared := prepared_of(first.run):
         return prepared
     source = read_config(first.run).get("data") if first.run.exists(CONFIG) else None
     if source is None or lost(source):

@@ -5,11 +5,9 @@ of photos, written after their files. The same command reads them and goes on; `
 """
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from unet.errors import InputError, first_line
+from unet.locks import Busy, held
 from unet.storage import Folder
 
 STATE, JOB, LOCK = ".predictions", ".predictions/job.json", ".predictions/lock"
@@ -195,21 +194,16 @@ def refuse_others(folder: Folder, job: dict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Folder) -> Iterator[None]:
-    """One job at a time into a folder, as far as its disk can tell.
+    """One job at a time into a folder.
 
     Raises:
         InputError: there is another.
     """
-    if not folder.is_local:
-        yield
-        return
-    path = Path(folder.at(LOCK))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"Another job is predicting into {folder}: wait for it, or stop it.") from error
+            stack.enter_context(held(folder, LOCK))
+        except Busy as error:
+            raise InputError(f"Another job is predicting into {folder} ({error}): wait for it, or stop it.") from error
         yield
 
 

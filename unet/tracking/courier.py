@@ -12,12 +12,13 @@ from unet.data.shards import Prepared
 from unet.errors import InputError, first_line
 from unet.secrets import without_secrets
 from unet.storage import Folder
-from unet.tracking.store import Store, default_uri, load_mlflow, refused
+from unet.tracking.reach import default_uri
+from unet.tracking.store import Store, load_mlflow, refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds from a failed attempt to the next, doubled each time."""
 HANG_SECONDS = 120.0
-"""How long an attempt without an answer is waited for at the end: a large file may take a while."""
+"""How long an attempt without an answer is waited for at the end; that of a file as long as it may take."""
 SLOW_SECONDS = 5.0
 """An attempt that fails so late is said at once; one that fails fast is tried again first."""
 
@@ -166,8 +167,10 @@ class Courier:
             with self._changed:
                 self._changed.wait_for(done, 0.2)
                 now = time.monotonic()
-                fails = self._failures and now - max(began, self._taken_at) > seconds
-                hangs = now - max(began, self._taken_at) > max(seconds, HANG_SECONDS)
+                waited, sending = now - max(began, self._taken_at), self._store and self._store.file_seconds
+                fails = self._failures and not sending and waited > seconds
+                # MLflow tries twice.
+                hangs = waited > max(seconds, HANG_SECONDS, 2 * (sending or 0))
                 ended = done() or fails or hangs or now - began > at_most or (until is not None and until.is_set())
             self.hear()
         return done()
@@ -243,6 +246,8 @@ class Courier:
         if call.file not in self._away and (self._failures > 1 or seconds > SLOW_SECONDS):
             self._away.add(call.file)
             how = "does not take the run's files" if call.file else "does not answer"
+            if isinstance(self._error, InputError):
+                how = "cannot be used"
             words = f"{self._place} {how} ({self.reason}): the training goes on, what is kept back is sent later."
             self._words.append(words)
 

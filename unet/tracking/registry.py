@@ -15,7 +15,10 @@ from unet.errors import InputError, RunFailed, first_line
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.tracking.store import default_uri, load_mlflow
+from unet.tracking.database import ready
+from unet.tracking.patience import patient
+from unet.tracking.reach import default_uri
+from unet.tracking.store import load_mlflow
 
 CHAMPION = "champion"
 TEST = "test_mean_iou"
@@ -94,6 +97,7 @@ def register(tracking_uri: str, name: str, run_id: str, display: Display, checkp
     """
     mlflow = load_mlflow()
     try:
+        ready(tracking_uri)
         client = mlflow.MlflowClient(tracking_uri)
         version = _version(client, name, run_id, checkpoint)
         becomes, words = judge(version, _champion(client, name))
@@ -131,7 +135,8 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as scratch:
-        package = Path(client.download_artifacts(run_id, "model", scratch))
+        with patient():
+            package = Path(client.download_artifacts(run_id, "model", scratch))
         about = parse_yaml((package / "MLmodel").read_bytes(), f"the packaged model of {run_id}")["metadata"]
         packaged = about["checkpoint"]
         if checkpoint not in (None, packaged):
@@ -146,7 +151,8 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
                 return Version.of(found)
         run = client.get_run(run_id)
         place = f"registered/{packaged}"
-        client.log_artifacts(run_id, str(package), place)
+        with patient():
+            client.log_artifacts(run_id, str(package), place)
         tags = {"run": about["run_name"]} | {k: about[k] for k in ("checkpoint", "data_digest", "val_mean_iou")}
         tags[TEST] = run.data.metrics.get(TEST)  # reported, never chosen by
         tags = {key: str(value) for key, value in tags.items() if value is not None}

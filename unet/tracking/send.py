@@ -6,15 +6,17 @@ The folder holds all that MLflow gets, and however often it is sent nothing is d
 import threading
 
 from unet.config import TrainSettings, read_config
-from unet.data.shards import MANIFEST, Prepared
+from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
-from unet.secrets import lost, without_secrets
+from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.courier import Courier
-from unet.tracking.store import check_server
-from unet.training.run import CONFIG, MODEL, SUMMARY, Run, locked, where
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
+from unet.training.checkpoint import OPTIMIZER
+from unet.training.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
 
 PATIENCE = 30.0
 """Seconds after which a store that takes nothing any more is given up."""
@@ -27,23 +29,20 @@ def begin(run: Run, to: Courier, prepared: Prepared | None = None) -> None:
     params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
     tags = {"data_digest": summary.get("data_digest"), "run_folder": str(run.folder)}
     to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
-    if (prepared := prepared or _prepared(summary)) is not None:
+    if (prepared := prepared or _prepared(run)) is not None:
         to.data(prepared)
     to.epoch(*run.history())
     to.file(run.folder, CONFIG)
 
 
-def _prepared(summary: dict) -> Prepared | None:
+def _prepared(run: Run) -> Prepared | None:
     """The data of a run, if they are where they were."""
-    uri = summary.get("prepared")
-    if uri is None or lost(uri):
-        return None
     try:
-        folder = Folder(uri)
-        prepared = Prepared(folder) if folder.exists(MANIFEST) else None
+        place = prepared_of(run.folder)
+        prepared = Prepared(Folder(place)) if place else None
     except (InputError, OSError):
         return None
-    return prepared if prepared and prepared.manifest.data_digest == summary["data_digest"] else None
+    return prepared if prepared and prepared.manifest.data_digest == run.summary["data_digest"] else None
 
 
 def send(
@@ -88,7 +87,7 @@ def restart_tags(summary: dict) -> dict[str, str]:
 
 
 def _results(run: Run, to: Courier) -> None:
-    """Test scores, pictures and the best checkpoint."""
+    """Test scores, pictures and the best checkpoint: all of it that evaluating and predicting read."""
     summary, last = run.summary, run.history()[-1]
     to.metrics(flat_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
     for name in run.folder.names():
@@ -96,7 +95,8 @@ def _results(run: Run, to: Courier) -> None:
             to.file(run.folder, name)
     best = run.folder / summary["best_checkpoint"]
     for name in best.files():
-        to.file(best, name, "best_checkpoint")
+        if name != OPTIMIZER:  # twice the weights; only a continuation needs it, and that begins at the folder
+            to.file(best, name, "best_checkpoint")
 
 
 def kept_back(run: Run, to: Courier) -> str:
@@ -155,5 +155,6 @@ def _sync(run: Run, display: Display) -> None:
             f"The run {run.name} has not ended: what MLflow lacks is sent as it goes on. If it was killed, continue "
             f"it: python jobs/train.py --resume {run.name}{where(part)}"
         )
+    check_database(part.tracking_uri or default_uri(Folder(part.storage_path)))
     check_server(part.tracking_uri)
     send_later(run, display)

@@ -4,27 +4,27 @@ MLflow's key of a metric is (name, time, step, value), so a line of `metrics.jso
 again by a tag with a key of its own, since the answer to its creation can be lost.
 """
 
+import contextlib
 import copy
 import getpass
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from unet.data.shards import MANIFEST, REPORT, Prepared
 from unet.errors import InputError, first_line
 from unet.secrets import shown, without_secrets
 from unet.storage import Folder
+from unet.tracking.database import ARTIFACTS, ready
+from unet.tracking.patience import patient
+from unet.tracking.reach import default_uri, is_database
 
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 KEY = "unet.run_key"
@@ -34,44 +34,6 @@ MISUSES = (*REFUSALS, "ENDPOINT_NOT_FOUND", "UNAUTHENTICATED", "CUSTOMER_UNAUTHO
 """What it answers where it can never be used so, as far as one can tell at a run's start."""
 BATCH = 1000
 """How many metrics MLflow takes at a time."""
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
-
-def default_uri(storage: Folder) -> str:
-    return f"sqlite:///{storage.path}/mlflow.db"
-
-
-def _scheme(uri: str) -> str:
-    """`postgresql` of `postgresql+psycopg2://…`."""
-    return uri.partition("://")[0].partition("+")[0]
-
-
-def check_server(uri: str | None) -> None:
-    """Refuse a tracking server or database that does not answer.
-
-    Raises:
-        InputError: with what to do.
-    """
-    scheme = _scheme(uri or "")
-    try:
-        if scheme in ("http", "https"):
-            parts = urlsplit(uri)
-            bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-            urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=5).close()
-        elif scheme in PORTS:
-            from sqlalchemy import make_url
-
-            place = make_url(uri)
-            if place.host:
-                socket.create_connection((place.host, place.port or PORTS[scheme]), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers; whether it accepts us shows later
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(
-            f"The tracking server {without_secrets(uri)} does not answer ({reason}): start it, correct "
-            "--tracking-uri, or leave it out to track under the storage path."
-        ) from error
 
 
 def load_mlflow():
@@ -95,8 +57,17 @@ def refused(error: BaseException) -> bool:
     return getattr(error, "error_code", None) in REFUSALS
 
 
+def _misused(error: Exception) -> bool:
+    """Whether a store that raises this at a run's start can never be used so."""
+    old = "out-of-date database schema" in str(error)  # MLflow has no code for it; the text names the remedy
+    return isinstance(error, ImportError) or old or error.error_code in MISUSES
+
+
 class Store:
     """One MLflow run. Its calls raise what goes wrong.
+
+    Attributes:
+        file_seconds: how long the file that is being sent may take; None while there is none.
 
     Raises:
         InputError: at its making, where the store can never be used so.
@@ -107,13 +78,13 @@ class Store:
         mlflow = load_mlflow()
         self.uri = uri or default_uri(storage)
         self.run_id: str | None = None
+        self.file_seconds: float | None = None
+        ready(self.uri)
         try:
-            if not uri:
-                Path(storage.path).mkdir(parents=True, exist_ok=True)
             self.client = mlflow.MlflowClient(self.uri)
             self.experiment_id = self._experiment(storage, experiment) if experiment else None
         except (mlflow.exceptions.MlflowException, ImportError) as error:
-            if isinstance(error, ImportError) or error.error_code in MISUSES:
+            if _misused(error):
                 raise self.unusable(error) from error
             raise
 
@@ -139,8 +110,9 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             # Absolute, since a database's default is a folder of the current directory. A server knows its own place.
-            at_database = _scheme(self.uri) in ("sqlite", *PORTS)
-            location = f"{storage.path}/mlartifacts/{name}" if at_database and storage.is_local else None
+            # As a URI, since MLflow would percent-decode a path.
+            own_place = is_database(self.uri) and storage.is_local
+            location = (Path(storage.path) / ARTIFACTS / name).as_uri() if own_place else None
             try:
                 # Without the kind, the UI opens an experiment on its page for language models.
                 kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -299,7 +271,8 @@ class Store:
             with tempfile.TemporaryDirectory() as scratch:
                 for name, content in files.items():
                     (Path(scratch) / name).write_bytes(content)
-                self.client.log_artifacts(self.run_id, scratch, folder or None)
+                with self._patient(max(map(len, files.values()), default=0)):
+                    self.client.log_artifacts(self.run_id, scratch, folder or None)
 
         self._make(send, file=True)
 
@@ -313,9 +286,19 @@ class Store:
                 if not source.is_local:
                     path = Path(scratch) / path.name
                     path.write_bytes(source.read_bytes(name))
-                self.client.log_artifact(self.run_id, str(path), place)
+                with self._patient(path.stat().st_size):
+                    self.client.log_artifact(self.run_id, str(path), place)
 
         self._make(send, file=True)
+
+    @contextlib.contextmanager
+    def _patient(self, size: int) -> Iterator[None]:
+        with patient(size) as seconds:
+            self.file_seconds = seconds
+            try:
+                yield
+            finally:
+                self.file_seconds = None
 
     def status(self, status: str, ended: int | None = None) -> None:
         """running, finished, stopped or failed; `ended` in milliseconds, default: now."""

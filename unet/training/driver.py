@@ -38,7 +38,6 @@ def train(
         RunFailed: the run had started and failed.
     """
     with run.locked():
-        run.summary = Run.load(run.name, run.settings).summary  # another driver may have had it until now
         try:
             return _train(
                 run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), wish

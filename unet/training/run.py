@@ -1,12 +1,10 @@
 """A run's folder: which run the settings mean, and what it says about itself."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,17 +14,19 @@ from typing import Any
 
 import yaml
 
-from unet.config import AUTO, CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, read_config
+from unet.config import AUTO, CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, moved_with, read_config
 from unet.data.shards import MANIFEST
 from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
-from unet.secrets import shown, without_secrets
+from unet.locks import LOCK, Busy, Lock, held
+from unet.secrets import lost, shown, without_secrets
 from unet.storage import Folder, persistently
-from unet.tracking.store import check_server
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
 from unet.training.checkpoint import Checkpoints
 from unet.training.resources import check_writable
 
-SUMMARY, METRICS, MODEL, LOCK = "summary.json", "metrics.jsonl", "model", ".lock"
+SUMMARY, METRICS, MODEL = "summary.json", "metrics.jsonl", "model"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
     *("restarts", "restart_log", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
@@ -52,6 +52,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     ticket: str | None = None
     """Of the workers that may write there: those of an earlier one, which may outlive their driver, may not."""
+    lock: Lock | None = None
 
     @classmethod
     def load(cls, name: str, settings: TrainSettings) -> "Run":
@@ -85,9 +86,12 @@ class Run:
         self.summary |= changes
         self.write(SUMMARY, json.dumps(self.summary, indent=2).encode())
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        """This run, for this process alone."""
-        return locked(self.folder, self.name)
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """This run, for this process alone, with what it says about itself now. Raises InputError."""
+        with locked(self.folder, self.name) as self.lock:
+            self.summary = read_summary(self.folder)  # another driver may have had it until now
+            yield
 
     def take_over(self) -> None:
         """Let no workers but those to come write there. Raises StorageFailed."""
@@ -102,10 +106,12 @@ class Run:
         """Write a file of the run that has started.
 
         Raises:
-            StorageFailed: it cannot be written, or the run's folder is gone.
+            StorageFailed: it cannot be written, the run's folder is gone, or another driver has taken the run.
         """
 
         def write() -> None:
+            if self.lock:
+                self.lock.check(f"the run {self.name}")
             self.folder.require(CONFIG)
             self.folder.write_bytes(name, content)
 
@@ -154,6 +160,16 @@ def read_summary(folder: Folder) -> dict[str, Any]:
         ) from error
 
 
+def prepared_of(folder: Folder) -> str | None:
+    """Where the data of a run's training are, as its folder says; None where it does not, or they are gone."""
+    place = read_summary(folder).get("prepared")
+    if place is None or lost(place):
+        return None
+    if folder.exists(CONFIG):
+        place = moved_with(folder, read_config(folder), place)
+    return place if Folder(place).exists(MANIFEST) else None
+
+
 def read_history(folder: Folder) -> list[dict]:
     """The lines of the `metrics.jsonl` of a run's folder; none where it has none."""
     lines = folder.read_text(METRICS).splitlines() if folder.exists(METRICS) else []
@@ -166,34 +182,29 @@ def milliseconds() -> int:
 
 
 @contextlib.contextmanager
-def locked(folder: Folder, name: str) -> Iterator[None]:
-    """The folder of a run or sweep for this process alone, as far as its disk can tell. A kill lets go of it.
+def locked(folder: Folder, name: str) -> Iterator[Lock]:
+    """The folder of a run or sweep for this process alone.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has it, or it cannot be written.
     """
-    if not folder.is_local:
-        yield
-        return
-    os.makedirs(folder.path, exist_ok=True)
-    with open(folder.at(LOCK), "a+") as file:
+    with contextlib.ExitStack() as stack:
+        if folder.is_local:
+            stack.callback(_remove_empty, folder.path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
+            lock = stack.enter_context(held(folder))
+        except Busy as error:
             raise InputError(
-                f"{name} is under way already ({file.read().strip() or 'elsewhere'}): wait for its end or stop it, or "
-                "give another --run-name."
+                f"{name} is under way already ({error}): wait for its end or stop it, or give another --run-name."
             ) from error
-        with contextlib.suppress(OSError):  # a full disk keeps nobody from the lock
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        try:
-            yield
-        finally:
-            if folder.names() == [LOCK]:  # nothing began here
-                folder.fs.delete_dir(folder.path)
+        except StorageFailed as error:
+            raise InputError(f"{error}.") from error
+        yield lock
+
+
+def _remove_empty(path: str) -> None:
+    with contextlib.suppress(OSError):  # it is not: something began here
+        os.rmdir(path)
 
 
 def where(run: RunSettings, tracking: bool = True) -> str:
@@ -212,13 +223,16 @@ def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
 
     Raises:
-        InputError: the settings, the data or the tracking server cannot work.
+        InputError: the settings, the data, MLflow's database or the tracking server cannot work.
     """
-    check_writable(Folder(settings.run.storage_path))
+    storage, uri = Folder(settings.run.storage_path), settings.run.tracking_uri
+    check_writable(storage)
     run = _identify(settings)
     check_source(settings.data.data)
-    if tracked and not run.summary:
-        check_server(settings.run.tracking_uri)
+    if tracked:
+        check_database(uri or default_uri(storage))
+        if not run.summary:
+            check_server(uri)
     return run
 
 

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Iterable
 
+from unet.locks import Lock
 from unet.storage import Folder
 from unet.training.checkpoint import Checkpoints
 from unet.training.run import METRICS, SUMMARY
@@ -23,11 +24,11 @@ class Ledger:
     `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
     `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
     `training_seconds` of them (without the first step, which traces), `pid` and `memory_mb` of that process,
-    `diverged`, `mlflow_run_id`, and `sent`: whether MLflow has it all.
+    `diverged`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep that writes.
     """
 
-    def __init__(self, folder: Folder):
-        self._folder, self._lock = folder, threading.RLock()
+    def __init__(self, folder: Folder, held: Lock | None = None):
+        self._folder, self._held, self._lock = folder, held, threading.RLock()
         lines = folder.read_text(TRIALS).splitlines() if folder.exists(TRIALS) else []
         self._rows = {row["trial"]: row for row in map(json.loads, lines)}
 
@@ -63,6 +64,8 @@ class Ledger:
 
     def write(self) -> None:
         with self._lock:
+            if self._held:
+                self._held.check(f"the sweep in {self._folder}")
             self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
 
     def history(self, trial: str) -> list[dict]:

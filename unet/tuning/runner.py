@@ -16,8 +16,9 @@ from unet.errors import InputError, RunFailed
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, checks_row
+from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
-from unet.tracking.store import code_version, default_uri
+from unet.tracking.store import code_version
 from unet.tracking.tracker import Tracker
 from unet.training import precision, resources
 from unet.training.monitor import Monitor
@@ -56,7 +57,12 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
         InputError: before anything started.
         RunFailed: no trial came to a score.
     """
-    settings, ledger = sweep.settings, Ledger(sweep.folder)
+    with sweep.locked():
+        return _run_sweep(sweep, display)
+
+
+def _run_sweep(sweep: Sweep, display: Display) -> dict:
+    settings, ledger = sweep.settings, Ledger(sweep.folder, sweep.lock)
     if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
         return _finished(sweep, ledger, display)
     planned = _planned(sweep, len(ledger))

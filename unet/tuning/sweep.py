@@ -1,7 +1,9 @@
 """A sweep's folder: which sweep the settings mean, and what it says about itself."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
@@ -9,11 +11,13 @@ import yaml
 import unet.data.prepare as preparing
 from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
 from unet.errors import InputError
+from unet.locks import Lock
 from unet.secrets import shown
 from unet.storage import Folder
-from unet.tracking.store import check_server
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
 from unet.training import resources
-from unet.training.run import CONFIG, SUMMARY, refuse_changes, with_chosen_precision
+from unet.training.run import CONFIG, SUMMARY, locked, read_summary, refuse_changes, with_chosen_precision
 from unet.tuning.schedule import check_schedule
 from unet.tuning.space import Space, parse_space, read_space
 
@@ -37,6 +41,14 @@ class Sweep:
     folder: Folder
     space: Space
     summary: dict = field(default_factory=dict)
+    lock: Lock | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """This sweep, for this process alone, with what it says about itself now. Raises InputError."""
+        with locked(self.folder, self.name) as self.lock:
+            self.summary = read_summary(self.folder)  # another driver may have had it until now
+            yield
 
     def start(self, **facts) -> None:
         """Write down that the sweep is on: its settings, its space and what is known of it."""
@@ -52,6 +64,8 @@ class Sweep:
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
+        if self.lock:
+            self.lock.check(f"the sweep {self.name}")
         self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
 
 
@@ -72,7 +86,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         settings = with_chosen_precision(settings, before)
         # The space may have moved: what it holds is compared.
         refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
-        saved, summary = folder.read_text(SPACE), json.loads(folder.read_text(SUMMARY))
+        saved, summary = folder.read_text(SPACE), read_summary(folder)
     elif [n for n in folder.names() if n not in (SPACE, SUMMARY) and not n.startswith(".")]:
         raise InputError(f"{folder} is no sweep: give another --run-name.")
     elif settings.sweep.extend:
@@ -85,5 +99,6 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         space.grid()
     check_schedule(settings, space)
     preparing.check_source(settings.data.data)
+    check_database(settings.run.tracking_uri or default_uri(storage))
     check_server(settings.run.tracking_uri)
     return Sweep(name, settings, folder, space, summary)

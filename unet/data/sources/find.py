@@ -12,6 +12,7 @@ from unet.data.sources.description import DESCRIPTION, describe
 from unet.data.sources.drawn import count_of, drawn, is_drawn
 from unet.data.sources.own import FILES, is_own_folder, own
 from unet.errors import InputError
+from unet.storage import Folder
 
 TFDS = "oxford_iiit_pet"
 RULES = "r2"
@@ -36,6 +37,8 @@ def check_source(source: str, prepared_too: bool = True) -> None:
         count_of(source)
         return
     is_prepared = "://" in source or (folder / MANIFEST).is_file()
+    if "://" in source:
+        Folder(source)  # refuses what is no storage
     if source == TFDS or (is_prepared and prepared_too):
         return
     known = (

@@ -1,0 +1,212 @@
+"""MLflow's database in a file: made whole or not at all, refused where it can never be used, found again when moved.
+
+MLflow makes a database in place, in some seventy steps: a kill, or another process that does the same, leave one that
+no MLflow can use. So it is made under another name, by one process, and appears by renaming.
+
+python -m unet.tracking.database       prints the URI of the default store, ready for use
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import sqlite3
+import sys
+import time
+import uuid
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from unet.errors import InputError
+from unet.locks import waited_for
+from unet.paths import database_of, sqlite_uri
+from unet.storage import Folder
+
+ARTIFACTS = "mlartifacts"
+"""The folder of files beside a database."""
+MAKING_SECONDS = 5.0
+"""How long somebody else may take to make a database: the MLflow UI makes it in place."""
+FOR_GOOD = ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
+"""What of SQLite's errors no waiting mends."""
+PLACES = (
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
+)
+"""Where MLflow keeps absolute places of files."""
+
+
+def check_database(uri: str) -> None:
+    """Refuse a database in a file that can never be used as it is. MLflow is not loaded for it.
+
+    Raises:
+        InputError: with what to do.
+    """
+    path = database_of(uri)
+    if path is None:
+        return
+    _check_access(path)
+    deadline = time.monotonic() + MAKING_SECONDS
+    while path.exists() and (wrong := _wrong(path, uri)):
+        if time.monotonic() > deadline or "half-made" not in wrong:
+            raise InputError(wrong)
+        time.sleep(0.2)
+
+
+def _check_access(path: Path) -> None:
+    """Refuse what this user may not write."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and no database: give another --tracking-uri.")
+    if not _may_write(path):
+        raise InputError(
+            f"MLflow's database {path} cannot be written by this user: change who may write there, or give another "
+            "--tracking-uri."
+        )
+
+
+def _may_write(path: Path) -> bool:
+    """Whether this user may write a file or make it; SQLite needs the folder too."""
+    above = next(p for p in path.parents if p.exists())
+    files = [path] if path.exists() else []
+    return above.is_dir() and all(os.access(p, os.R_OK | os.W_OK) for p in (above, *files))
+
+
+def _wrong(path: Path, uri: str) -> str | None:
+    """What is wrong with a database for good, as a sentence with what to do."""
+    other = "give another --tracking-uri"
+    try:
+        tables, version, in_use = _read(path)
+    except sqlite3.Error as error:
+        if not error.sqlite_errorname.startswith(FOR_GOOD):
+            return None  # it is locked, or its disk is away: both pass
+        return f"MLflow's database {path} cannot be used ({error}): bring back a copy of it, or {other}."
+    if not tables:
+        return None
+    if not tables & {"alembic_version", "experiments"}:
+        return f"{path} is a database, but not MLflow's: {other}."
+    if not in_use:
+        return (
+            f"MLflow's database {path} is half-made: the start that made it was broken off, and it holds no run. "
+            f"Remove it (rm {shlex.quote(str(path))}), and the same command makes it anew."
+        )
+    known, latest = _revisions()
+    if latest and version != latest:
+        mlflow = importlib.metadata.version("mlflow")
+        if version not in known:
+            return f"MLflow's database {path} was made by a newer MLflow than {mlflow}: use that one, or {other}."
+        return (
+            f"MLflow's database {path} was made by an older MLflow than {mlflow}: copy it, then bring it up to date: "
+            f"python -m mlflow db upgrade {shlex.quote(uri)}"
+        )
+    return None
+
+
+def _read(path: Path) -> tuple[set[str], str | None, bool]:
+    """The names of its tables, its version, and whether MLflow has ever used it: then it has an experiment."""
+    # Not read-only: what a kill left in the journal is to be undone first.
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)) as connection:
+        tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+        first = {
+            name: connection.execute(f"select * from {name} limit 1").fetchone()
+            for name in ("alembic_version", "experiments")
+            if name in tables
+        }
+    version = first.get("alembic_version")
+    return tables, version and version[0], first.get("experiments") is not None
+
+
+def _revisions() -> tuple[set[str], str | None]:
+    """The versions of a database that the installed MLflow knows, and the latest; read from its scripts.
+
+    Alembic would import each, and with them MLflow.
+    """
+    (package,) = importlib.util.find_spec("mlflow").submodule_search_locations
+    text = "\n".join(p.read_text() for p in Path(package).glob("store/db_migrations/versions/*.py"))
+    known, before = (
+        set(re.findall(rf"^{name}\b[^=\n]*= *[\"'](\w+)[\"']", text, re.MULTILINE))
+        for name in ("revision", "down_revision")
+    )
+    last = known - before
+    return known, last.pop() if len(last) == 1 else None
+
+
+def ready(uri: str) -> None:
+    """Make the database of a store if there is none, and have one that was moved find its files. MLflow is loaded.
+
+    One that this user may only read stays as it is.
+
+    Raises:
+        InputError: it can never be used as it is.
+    """
+    path = database_of(uri)
+    if path is None or not _may_write(path):
+        return
+    check_database(uri)
+    with waited_for(Folder(path.parent), f".{path.name}.lock"):
+        if not path.exists() or not path.stat().st_size:
+            _make(path)
+        _follow(path)
+
+
+def _make(path: Path) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for torn in path.parent.glob(f".{path.name}.new-*"):  # a kill's
+        torn.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+    store = SqlAlchemyStore(sqlite_uri(temporary), (path.parent / ARTIFACTS).as_uri())
+    store.engine.dispose()
+    os.replace(temporary, path)
+
+
+def _follow(path: Path) -> None:
+    """Where a storage path was moved or copied, have its database say so of its files: MLflow cannot."""
+    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:
+        places = [place for (place,) in connection.execute("select artifact_location from experiments")]
+        before = {root for place in places if (root := _root(place)) and _was(root, path)}
+        if not before:
+            return
+        connection.create_function("moved", 1, lambda place: _moved(place, before, path.parent))
+        for table, column in PLACES:
+            connection.execute(f"update {table} set {column} = moved({column}) where {column} is not null")
+
+
+def _was(root: Path, path: Path) -> bool:
+    """Whether what this program keeps below another folder, as the database says, is now beside the database."""
+    if not (root / ARTIFACTS).exists():
+        return root != path.parent
+    return (root / path.name).exists() and not root.samefile(path.parent)
+
+
+def _root(place: str | None) -> Path | None:
+    """The storage path that a place of files is under; None where it was not chosen by this program."""
+    above, mark, _ = (_local(place) or "").rpartition(f"/{ARTIFACTS}/")
+    return Path(above) if mark else None
+
+
+def _local(place: str | None) -> str | None:
+    """The path of a place as MLflow reads it; None in any other store than this machine's disks."""
+    if place is None or re.match(r"(?!file:)[a-z][\w+.-]*:", place):
+        return None
+    return unquote(urlsplit(place).path if place.startswith("file:") else place)
+
+
+def _moved(place: str, before: set[Path], now: Path) -> str:
+    path = Path(_local(place) or "")
+    root = next((root for root in before if path.is_relative_to(root / ARTIFACTS)), None)
+    return place if root is None else (now / path.relative_to(root)).as_uri()
+
+
+if __name__ == "__main__":
+    from unet.config import StoreSettings
+    from unet.tracking.reach import default_uri
+    from unet.tracking.store import load_mlflow
+
+    load_mlflow()
+    try:
+        here = default_uri(Folder(StoreSettings().storage_path))
+        ready(here)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(here)

@@ -1,0 +1,26 @@
+"""How long a server may take to answer to a file: it may hand it on to another store before it does."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+LEAST_SECONDS, SECONDS_PER_MB = 60, 4
+
+_TURN = threading.RLock()
+
+
+@contextlib.contextmanager
+def patient(size: int = 2**27) -> Iterator[float]:
+    """MLflow's requests, with files of so many bytes, may take longer than others; yields how long, in seconds.
+
+    MLflow has one limit for all, in the environment, so one thread at a time sends files.
+    """
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as LIMIT
+
+    with _TURN:
+        usual = LIMIT.get()
+        LIMIT.set(max(usual, LEAST_SECONDS + SECONDS_PER_MB * size // 2**20))
+        try:
+            yield LIMIT.get()
+        finally:
+            LIMIT.set(usual)

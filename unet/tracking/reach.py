@@ -1,0 +1,63 @@
+"""Which MLflow store is meant, and whether it answers."""
+
+import socket
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit, urlunsplit
+
+from unet.errors import InputError
+from unet.paths import sqlite_uri
+from unet.secrets import without_secrets
+from unet.storage import Folder
+
+DATABASE = "mlflow.db"
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def default_uri(storage: Folder) -> str:
+    """The store under a storage path.
+
+    Raises:
+        InputError: there is none in an object store.
+    """
+    if not storage.is_local:
+        raise InputError(f"{storage} is an object store, where no database can live: give --tracking-uri.")
+    return sqlite_uri(f"{storage.path}/{DATABASE}")
+
+
+def is_database(uri: str) -> bool:
+    """Whether it is one, and no server of MLflow's."""
+    return scheme(uri) in ("sqlite", *PORTS)
+
+
+def scheme(uri: str) -> str:
+    """`postgresql` of `postgresql+psycopg2://…`."""
+    return uri.partition("://")[0].partition("+")[0]
+
+
+def check_server(uri: str | None) -> None:
+    """Refuse a tracking server or database that does not answer.
+
+    Raises:
+        InputError: with what to do.
+    """
+    kind = scheme(uri or "")
+    try:
+        if kind in ("http", "https"):
+            parts = urlsplit(uri)
+            bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+            urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=5).close()
+        elif kind in PORTS:
+            from sqlalchemy import make_url
+
+            place = make_url(uri)
+            if place.host:
+                socket.create_connection((place.host, place.port or PORTS[kind]), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; whether it accepts us shows later
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"The tracking server {without_secrets(uri)} does not answer ({reason}): start it, correct "
+            "--tracking-uri, or leave it out to track under the storage path."
+        ) from error
