@@ -176,7 +176,7 @@ def locked(folder: Folder, name: str) -> Iterator[None]:
         yield
         return
     os.makedirs(folder.path, exist_ok=True)
-    with open(folder.at(LOCK), "a+") as file:
+    with open(folder.at(LOCK), "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
