@@ -204,12 +204,16 @@ def test_a_temporary_folder_for_ray_that_cannot_be_is_refused(fresh_temporary, m
 
 
 def test_loopback_is_asked_no_proxy(monkeypatch):
+    from requests.utils import get_environ_proxies  # as MLflow asks
+
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "intranet,127.0.0.1")
+    assert get_environ_proxies("http://localhost:5000")
     environment.pin()
-    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1"
+    assert not any(get_environ_proxies(f"http://{host}:5000") for host in ("localhost", "127.0.0.1", "intranet"))
+    assert get_environ_proxies("http://elsewhere:5000")["http"] == "http://proxy:3128"
     monkeypatch.setenv("no_proxy", "*")
     environment.pin()
     assert os.environ["no_proxy"] == "*"
