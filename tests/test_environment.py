@@ -136,6 +136,41 @@ def test_the_cluster_that_auto_means_is_the_one_that_was_started(monkeypatch, tm
         assert session._address() == address
 
 
+def test_a_cluster_of_another_user_is_left_alone(monkeypatch, tmp_path):
+    """Ray would abort in its folder of events; a cluster that nobody asked for is passed over."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "logs" / "events").mkdir(parents=True)
+    (tmp_path / "raylet").symlink_to(sys.executable)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as alive:
+        address = f"127.0.0.1:{alive.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        node = ["-c", "input()", f"--gcs-address={address}", f"--session_dir={tmp_path}"]
+        raylet = subprocess.Popen([tmp_path / "raylet", *node], stdin=subprocess.PIPE)
+        try:
+            monkeypatch.delenv("RAY_ADDRESS", raising=False)
+            assert session._address() is None
+            monkeypatch.setattr(os, "access", lambda *given: False)  # who is root may write everything
+            assert session._address() == "local"
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            with pytest.raises(InputError, match=f"The Ray cluster at {address} is another user's"):
+                session._address()
+        finally:
+            raylet.communicate(b"\n")
+
+
+def test_a_cluster_of_another_version_is_a_sentence(ray_cluster):
+    code = (
+        "import ray; ray.__version__ = '2.0.0'; from unet.errors import InputError\n"
+        "from unet.session import ray_session\n"
+        "try: ray_session().__enter__()\n"
+        "except InputError as error: print(error)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    assert "cannot be used: Version mismatch" in told and "RAY_ADDRESS=local starts one for this job alone." in told
+
+
 @pytest.fixture
 def fresh_temporary(monkeypatch):
     """The folder for temporary files is looked for anew."""
@@ -169,12 +204,16 @@ def test_a_temporary_folder_for_ray_that_cannot_be_is_refused(fresh_temporary, m
 
 
 def test_loopback_is_asked_no_proxy(monkeypatch):
+    from requests.utils import get_environ_proxies  # as MLflow asks
+
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "intranet,127.0.0.1")
+    assert get_environ_proxies("http://localhost:5000")
     environment.pin()
-    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1"
+    assert not any(get_environ_proxies(f"http://{host}:5000") for host in ("localhost", "127.0.0.1", "intranet"))
+    assert get_environ_proxies("http://elsewhere:5000")["http"] == "http://proxy:3128"
     monkeypatch.setenv("no_proxy", "*")
     environment.pin()
     assert os.environ["no_proxy"] == "*"

@@ -12,6 +12,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import psutil
+
 from unet import environment
 from unet.errors import InputError
 from unet.secrets import without_secrets
@@ -83,7 +85,25 @@ def _address() -> str | None:
         if given:
             raise InputError(f"The Ray cluster at {given} does not answer: start it, or unset RAY_ADDRESS.") from error
         return "local"
+    if _is_foreign(place[2]):
+        if given:
+            raise InputError(
+                f"The Ray cluster at {known} is another user's, and its folder cannot be written: RAY_ADDRESS=local "
+                "starts one for this job alone."
+            )
+        return "local"
     return known if given == "auto" else None
+
+
+def _is_foreign(port: str) -> bool:
+    """Whether the cluster with this port has a node on this machine whose folder is shut: Ray would abort the job."""
+    for process in psutil.process_iter(["cmdline"]):
+        name, *arguments = process.info["cmdline"] or [""]
+        given = dict(argument.partition("=")[::2] for argument in arguments)
+        if name.endswith("/raylet") and given.get("--gcs-address", "").endswith(f":{port}"):
+            events = f"{given.get('--session_dir', '')}/logs/events"
+            return os.path.exists(events) and not os.access(events, os.W_OK | os.X_OK)
+    return False
 
 
 def _settle_temporary_folder() -> None:
@@ -163,9 +183,9 @@ def _connect(debug: bool, dashboard: bool) -> None:
     except Exception as error:  # whatever Ray makes of a place where it cannot be
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if address == "local":
-            raise InputError(f"Ray cannot start here: {reason}") from error
+            raise InputError(f"Ray cannot start here: {reason.rstrip('.')}.") from error
         raise InputError(
-            f"The Ray cluster cannot be used: {reason} RAY_ADDRESS=local starts one for this job alone."
+            f"The Ray cluster cannot be used: {reason.rstrip('.')}. RAY_ADDRESS=local starts one for this job alone."
         ) from error
 
 

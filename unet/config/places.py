@@ -21,7 +21,7 @@ class StoreSettings(Part):
     storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH") or "~/unet-runs")
     """Folder of runs and prepared data (UNET_STORAGE_PATH, else ~/unet-runs); may be s3://…"""
     tracking_uri: str | None = None
-    """MLflow server or store. Default: sqlite under the storage path."""
+    """MLflow server or store, whatever MLFLOW_TRACKING_URI is. Default: sqlite under the storage path."""
 
     @field_validator("storage_path")
     @classmethod

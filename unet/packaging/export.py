@@ -149,7 +149,7 @@ def usage(trained: TrainedModel, formats: tuple[str, ...]) -> str:
     """The README of an export: how to call each form, in code that runs beside a photo.jpg."""
     from jinja2 import Environment
 
-    text = (resources.files("unet.packaging") / "usage.md.jinja").read_text()
+    text = (resources.files("unet.packaging") / "usage.md.jinja").read_text("utf-8")
     template = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(text)
     return template.render(trained.about, size=trained.image_size, formats=formats)
 

@@ -73,7 +73,7 @@ def read_space(name: str) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}, or give a YAML file."
         raise InputError(f"There is no space {name!r}: {hint}")
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read --space {path}: {getattr(error, 'strerror', None) or error}.") from error
 

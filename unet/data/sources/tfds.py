@@ -165,7 +165,7 @@ def _write(builder, target: Path) -> Iterator[tuple[int, int]]:
                 names.add(name)
                 if len(names) % 64 == 0 or len(names) == total:
                     yield len(names), total
-            (folder / "annotations" / f"{listing}.txt").write_text("".join(sorted(lines)))
+            (folder / "annotations" / f"{listing}.txt").write_text("".join(sorted(lines)), "utf-8")
         folder.rename(target)
     return names
 
