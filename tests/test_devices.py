@@ -1,5 +1,6 @@
 """What TensorFlow sees and how it computes in a process: with GPUs that are only played, and on Ray's word for some."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def pretended(tmp_path_factory):
     finally:
         processes = [*own.children(recursive=True), own]
         for process in processes:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended with one before it
+                process.kill()
         psutil.wait_procs(processes, 30)
 
 
