@@ -324,9 +324,7 @@ def _existing(storage: Folder) -> Path | None:
     """The nearest folder above a local storage path that exists already."""
     if not storage.is_local:
         return None
-    return next(
-        p for p in [Path(storage.path), *Path(storage.path).parents] if os.path.exists(p)
-    )  # not where nothing may be read
+    return next(p for p in [Path(storage.path), *Path(storage.path).parents] if os.path.exists(p))
 
 
 def cpus_per_worker(node_cpus: list[float], workers: int) -> float:
