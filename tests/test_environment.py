@@ -172,7 +172,7 @@ def test_a_cluster_of_another_version_is_a_sentence(ray_cluster):
 
 
 @pytest.fixture
-def fresh_temporary(monkeypatch):
+def fresh_temporary(tmp_path, monkeypatch):
     """The folder for temporary files is looked for anew."""
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in ("RAY_TMPDIR", "RAY_object_spilling_directory"):
@@ -185,14 +185,14 @@ def test_a_long_temporary_folder_keeps_what_is_spilled_and_not_the_sockets(fresh
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
     session._settle_temporary_folder()
-    assert len(os.environ["RAY_TMPDIR"]) <= session.SOCKET_BYTES
+    assert len(os.environ["TMPDIR"]) <= session.SOCKET_BYTES
     assert os.environ["RAY_object_spilling_directory"] == str(long)  # noqa: SIM112
 
 
 def test_a_temporary_folder_that_is_not_there_is_not_made(fresh_temporary, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "no"))
     session._settle_temporary_folder()
-    assert os.environ["RAY_TMPDIR"] in ("/tmp", "/var/tmp", "/usr/tmp") and not (tmp_path / "no").exists()
+    assert os.environ["TMPDIR"] in ("/tmp", "/var/tmp", "/usr/tmp") and not (tmp_path / "no").exists()
 
 
 def test_a_temporary_folder_for_ray_that_cannot_be_is_refused(fresh_temporary, monkeypatch, tmp_path):

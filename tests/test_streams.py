@@ -1,10 +1,13 @@
 """Words for the screen never end the work, whatever stdout and stderr are."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -21,7 +24,8 @@ from unet.terminal import Display
 display = Display()
 classes = (ClassInfo("Straße", (0, 0, 0)), ClassInfo("other", (1, 1, 1)))
 for step in range(40):
-    display.working("scoring · words " + "and words " * 2000, step, 0)
+    display.working("scoring · words " * 9, step, 0)
+    display.say("words " * 2000)
     display.epoch({"epoch": 1, "train_loss": 0.5, "images_per_second": 3.0}, 9, classes)
 table = Table()
 table.add_row("–")
@@ -65,7 +69,10 @@ def test_a_full_pipe_that_does_not_block_is_waited_for(tmp_path):
     os.set_blocking(writing, False)
     done = start(tmp_path, stdout=writing)
     os.close(writing)
-    time.sleep(1)  # the pipe is full by now
+    full, waiting = struct.pack("i", fcntl.fcntl(reading, fcntl.F_GETPIPE_SZ)), b""
+    while waiting != full:  # to the last byte
+        waiting = fcntl.ioctl(reading, termios.FIONREAD, bytes(4))
+        time.sleep(0.05)
     with os.fdopen(reading, "rb") as pipe:
         told = pipe.read().decode()
     assert done.wait(60) == 0 and (tmp_path / "done").exists()

@@ -126,7 +126,7 @@ def _settle_temporary_folder() -> None:
             f"Ray cannot start: TMPDIR={usual} {UNFIT}, and so are {', '.join(SHORT_FOLDERS)}: set TMPDIR."
         )
     if folder != os.environ.get("TMPDIR", "/tmp"):
-        os.environ["RAY_TMPDIR"] = folder
+        os.environ["TMPDIR"] = folder  # of Ray's processes: Python makes sockets there as well
         os.environ.setdefault("RAY_object_spilling_directory", usual)  # it may be there because of its size
 
 
