@@ -1,5 +1,6 @@
 """MLflow's database in a file: many first starts, kills in their midst, broken ones, odd paths, moved folders."""
 
+import contextlib
 import json
 import os
 import random
@@ -156,6 +157,45 @@ def test_the_files_of_others_stay_where_they_are(tmp_path):
     before = Store(Folder(tmp_path / "own"), "mine", uri).client.get_experiment_by_name("mine").artifact_location
     after = Store(Folder(tmp_path / "other"), "mine", uri).client.get_experiment_by_name("mine").artifact_location
     assert before == after == (tmp_path / "own" / "mlartifacts" / "mine").as_uri()
+
+
+def place_of(folder: Path, uri: str, name: str) -> str:
+    return Store(Folder(folder), name, uri).client.get_experiment_by_name(name).artifact_location
+
+
+@pytest.mark.parametrize("database", ["team.db", "mlflow.db"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_files_that_only_others_see_stay_theirs(tmp_path, database, begun):
+    """A team's database, from a machine that does not see the disk of another; with a store of its own or without."""
+    uri, mine = sqlite_uri(tmp_path / "shared" / database), tmp_path / "mine"
+    before = place_of(mine, uri, "mine")
+    if begun:
+        Folder(mine).write_text("mlartifacts/mine/file", "")
+        ready(default_uri(Folder(mine)))
+    mine.mkdir(exist_ok=True)
+    mine.rename(tmp_path / "unseen")
+    place_of(tmp_path / "theirs", uri, "theirs")
+    (tmp_path / "unseen").rename(mine)
+    assert place_of(mine, uri, "mine") == before == (mine / "mlartifacts" / "mine").as_uri()
+
+
+def test_a_copy_of_the_database_alone_knows_the_files_where_they_are(whole, tmp_path):
+    origin = shutil.copytree(whole[0], tmp_path / "origin")
+    ready(default_uri(Folder(origin)))
+    (tmp_path / "backup").mkdir()
+    shutil.copy(origin / "mlflow.db", tmp_path / "backup")
+    copied = place_of(origin, sqlite_uri(tmp_path / "backup" / "mlflow.db"), "50% more?")
+    assert copied == (origin / "mlartifacts" / "50% more?").as_uri()
+
+
+def test_an_older_database_follows_by_the_files_that_are_there(whole, tmp_path):
+    """Of one that MLflow made by itself the first experiment lies below whatever folder a job was started in."""
+    origin, there = shutil.copytree(whole[0], tmp_path / "origin"), tmp_path / "there"
+    ready(default_uri(Folder(origin)))
+    with contextlib.closing(sqlite3.connect(origin / "mlflow.db")) as connection, connection:
+        connection.execute("update experiments set artifact_location = '/elsewhere/mlruns/0' where experiment_id = 0")
+    origin.rename(there)
+    assert place_of(there, default_uri(Folder(there)), "50% more?") == (there / "mlartifacts" / "50% more?").as_uri()
 
 
 OLDER = "update alembic_version set version_num = '89d3d66ed43f'"

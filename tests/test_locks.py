@@ -136,6 +136,25 @@ def test_who_was_frozen_for_too_long_has_lost_the_folder_and_writes_no_more(s3, 
             run.write_summary(status="running")
 
 
+def test_an_object_that_comes_too_late_takes_no_folder(s3, tmp_path, monkeypatch):
+    """It was on its way while another process took the holder for dead, and would be there again beside that one's."""
+    folder, say, sent = Folder(s3(f"{tmp_path.name}/x")), locks._say_so, []
+
+    def late(place, own):
+        sent.append(own)
+        if own == sent[0] and sent.count(own) == 2:  # the first holder's first sign of life
+            time.sleep(2 * LAPSE)
+        say(place, own)
+
+    monkeypatch.setattr(locks, "_say_so", late)
+    monkeypatch.setattr(locks, "_has_ended", lambda holder: False)
+    with held(folder) as first, held(folder) as second:
+        until = time.monotonic() + 60
+        while not first.lost and time.monotonic() < until:
+            time.sleep(BEAT)
+        assert first.lost and not second.lost and len((folder / locks.LOCK).names()) == 1
+
+
 def test_of_many_at_once_never_two_have_it(folder):
     inside, most, done, guard = 0, 0, 0, threading.Lock()
 

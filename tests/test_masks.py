@@ -187,7 +187,6 @@ LOSSY = {
 LOSSLESS = {
     "WebP": ("WEBP", {"lossless": True}),
     "WebP with EXIF": ("WEBP", {"lossless": True, "exif": EXIF}),
-    "animated WebP": ("WEBP", {"lossless": True, "save_all": True, "append_images": [Image.new("L", (64, 48), 200)]}),
     **{f"TIFF, {kind}": ("TIFF", {"compression": kind}) for kind in ("tiff_lzw", "tiff_deflate", "packbits", "zstd")},
     **{format: (format, {}) for format in ("TIFF", "PNG", "BMP", "GIF", "TGA", "PPM")},
 }
@@ -206,6 +205,15 @@ def test_lossless_masks_are_read(tmp_path, form):
     format, options = LOSSLESS[form]
     content = saved(Image.fromarray(TWO), format, **options)
     assert np.array_equal(read(tmp_path, content, THREE | {"masks": "grey"}), TWO)  # GIF makes a palette of them
+
+
+@pytest.mark.parametrize(("format", "options"), [("TIFF", {}), ("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True})])
+def test_masks_of_several_pictures_are_refused(tmp_path, format, options):
+    """Such as a TIFF with a class a page: of all but the first nothing would be seen."""
+    pages = {"save_all": True, "append_images": [Image.new("L", (64, 48), 200)]}
+    with pytest.raises(Unusable, match="holds 2 pictures") as error:
+        read(tmp_path, saved(Image.fromarray(TWO), format, **pages, **options), THREE)
+    assert error.value.problem == "several_frames"
 
 
 STORED_AS = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}

@@ -10,6 +10,7 @@ from unet.config import TrainSettings, unflat
 from unet.errors import InputError
 from unet.evaluation.pool import plan_pool, reduced
 from unet.prediction import stream
+from unet.training import resources
 from unet.training.placement import Node, in_words
 from unet.training.resources import plan, plan_now, plan_trials
 from unet.training.room import check_free_gpus
@@ -182,6 +183,27 @@ def test_a_large_node_and_a_small_one_have_memory_of_their_own():
     """Workers are many where there is much memory, and few where there is little."""
     nodes = [Node(8, memory=64e9), Node(2, memory=3e9)]
     assert plan(settings(num_workers=9, batch_size=90), nodes, 0).num_workers == 9
+
+
+def test_a_prediction_counts_free_cpus_on_the_node_of_the_free_gpu():
+    """8 free CPUs beside a node whose GPU is free and whose CPUs are not hold no process on a GPU."""
+    held = [Node(8, free_cpus=8), Node(4, 1, free_cpus=0.5, free_gpus=1)]
+    fitted = stream.plan(held, 1, "gpu")
+    assert fitted.use_gpu and stream.places_now(fitted, held) == 0
+    assert stream.places_now(fitted, [held[0], Node(4, 1, free_cpus=4, free_gpus=1)]) == 1
+
+
+def test_trials_on_a_large_cluster_are_planned_in_few_steps(monkeypatch):
+    """As many as memory allows, of hundreds that the CPUs would hold."""
+    asked, whole = [], resources._plan
+    monkeypatch.setattr(resources, "_plan", lambda *given: asked.append(given[3]) or whole(*given))
+    nodes = [Node(64, memory=32e9, object_store=10e9) for _ in range(4)]
+    large = settings(base_filters=64, image_size=128, batch_size=64)
+    _, together = plan_trials(large, nodes, 0)
+    assert max(asked) > 200 and len(asked) < 12
+    whole(large, nodes, 0, together, 1, False)
+    with pytest.raises(InputError):
+        whole(large, nodes, 0, together + 1, 1, False)
 
 
 def test_held_gpus_are_refused_with_what_would_fit():

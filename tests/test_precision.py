@@ -52,6 +52,7 @@ def test_what_is_slow_or_fails_is_said_with_the_remedy():
         "without AVX512_BF16 and AMX on 1 of 2 machines): --precision float32"
         in choose("mixed_bfloat16", [ZEN5, SKYLAKE], False).warning
     )
+    assert "nvidia-smi does not tell" in choose("auto", [BROKEN], True).reason
     assert "compute capability 7.5" in choose("mixed_bfloat16", [T4], True).warning
     limited = Machine(ZEN5.instructions, limited_by="ONEDNN_MAX_CPU_ISA=AVX2")
     with pytest.raises(InputError, match=r"fails under ONEDNN_MAX_CPU_ISA=AVX2: unset"):

@@ -29,6 +29,8 @@ PINNED = {
     "MLFLOW_RUN_ID": None,
     # The registry is the store's own: a version refers to the run that it is of.
     "MLFLOW_REGISTRY_URI": None,
+    # A database under the storage path has no workspaces; with them every job would be asked for one.
+    "MLFLOW_ENABLE_WORKSPACES": "false",
     # A metric counts as delivered when the store has it, not when it is promised.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     # Long values of settings are cut, as MLflow does by default, and not refused.

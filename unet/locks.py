@@ -163,7 +163,13 @@ def _beat(place: Folder, own: str, lock: Lock, over: threading.Event) -> None:
             if not place.exists(own):
                 lock.lost = True
                 return
+            began = time.monotonic()
             _say_so(place, own)
+            # An object that was on its way for so long may come after another has removed it, and taken the folder.
+            if time.monotonic() - began > LAPSE_SECONDS - BEAT_SECONDS and _entries(place).keys() - {own}:
+                place.fs.delete_file(place.at(own))
+                lock.lost = True
+                return
 
 
 def _say_so(place: Folder, own: str) -> None:

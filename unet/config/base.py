@@ -95,13 +95,16 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag in _OF_PLAIN_KEYS:
                 key.tag, line = _OF_TEXTS, key.start_mark.line + 1
                 if key.value in lines:
-                    raise ValueError(f"{key.value} is given twice, in lines {lines[key.value]} and {line}")
+                    first = lines[key.value]
+                    where = f"in lines {first} and {line}" if first != line else f"in line {line}"
+                    raise ValueError(f"{key.value} is given twice, {where}")
                 lines[key.value] = line
         return node
 
 
 _OF_TEXTS = "tag:yaml.org,2002:str"
-_OF_PLAIN_KEYS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "int", "float", "null", "timestamp")}
+_PLAIN = ("str", "bool", "int", "float", "null", "timestamp", "binary")
+_OF_PLAIN_KEYS = {f"tag:yaml.org,2002:{kind}" for kind in _PLAIN}
 
 
 def parse_yaml(content: bytes | str, what: str) -> Any:

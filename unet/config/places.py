@@ -27,6 +27,8 @@ class StoreSettings(Part):
     @classmethod
     def _absolute(cls, value):
         # Absolute, because a submitted job runs in a temporary copy of the working directory.
+        if not value.strip():
+            raise ValueError("--storage-path is empty: name a folder, or leave it out for ~/unet-runs")
         if "://" in value:
             return Folder(value).uri if value.startswith("file:") else value
         return str(absolute(value))

@@ -68,6 +68,8 @@ def check_storage(mask: Picture) -> None:
     """
     if mask.lossy:
         raise Unusable("lossy_mask", f"{mask.name} is {mask.lossy}: its values may be changed, so save masks as PNG")
+    if mask.frames > 1:
+        raise Unusable("several_frames", f"{mask.name} holds {mask.frames} pictures: save each mask as one")
     if mask.white_is_zero:
         raise Unusable(
             "inverted_mask", f"{mask.name} stores 0 for white, which programs read as 0 or as 1: save masks as PNG"

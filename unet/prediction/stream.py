@@ -13,10 +13,20 @@ import ray
 from unet.config import Device
 from unet.config.use import PredictPart
 from unet.data.packed import packed, unpacked
+from unet.errors import InputError
 from unet.prediction.stages import Predictor, Work, read, write
 from unet.session import silenced
 from unet.trained import TrainedModel
-from unet.training.placement import Node, check_enough, cpus_for_each, fits, most_processes, on_device, with_cpus
+from unet.training.placement import (
+    Node,
+    check_enough,
+    cpus_for_each,
+    fits,
+    fits_now,
+    most_processes,
+    on_device,
+    with_cpus,
+)
 from unet.training.resources import cluster_nodes
 from unet.training.room import check_free, check_free_gpus, free_cpus
 
@@ -75,8 +85,20 @@ def check_room(fitted: Plan) -> None:
         InputError: with how many would fit.
     """
     check_free(fitted.workers, fitted.cpus, free_cpus(fitted.workers * fitted.cpus + TASK_CPUS) - TASK_CPUS)
-    if fitted.use_gpu:
-        check_free_gpus(fitted.workers, cluster_nodes())
+    if not fitted.use_gpu:
+        return
+    nodes = cluster_nodes()
+    check_free_gpus(fitted.workers, nodes)
+    if places_now(fitted, nodes) < fitted.workers:
+        raise InputError(
+            f"No node has a free GPU and {fitted.cpus:g} free CPUs for each of {fitted.workers} processes: wait for "
+            "other jobs, or give fewer --num-workers, or --device cpu."
+        )
+
+
+def places_now(fitted: Plan, nodes: list[Node]) -> int:
+    """How many of the planned processes find room beside what others hold, node by node."""
+    return sum(fits_now(node, fitted.cpus, fitted.use_gpu, _half) for node in nodes)
 
 
 def groups(sizes: np.ndarray, most: int) -> list[int]:

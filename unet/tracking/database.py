@@ -23,6 +23,7 @@ from unet.errors import InputError
 from unet.locks import waited_for
 from unet.paths import database_of, sqlite_uri
 from unet.storage import Folder
+from unet.tracking.reach import DATABASE
 
 ARTIFACTS = "mlartifacts"
 """The folder of files beside a database."""
@@ -163,8 +164,7 @@ def _make(path: Path) -> None:
 def _follow(path: Path) -> None:
     """Where a storage path was moved or copied, have its database say so of its files: MLflow cannot."""
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:
-        places = [place for (place,) in connection.execute("select artifact_location from experiments")]
-        before = {root for place in places if (root := _root(place)) and _was(root, path)}
+        before = {root for root in _made_below(connection, path) if _was(root, path)}
         if not before:
             return
         connection.create_function("moved", 1, lambda place: _moved(place, before, path.parent))
@@ -172,11 +172,25 @@ def _follow(path: Path) -> None:
             connection.execute(f"update {table} set {column} = moved({column}) where {column} is not null")
 
 
+def _made_below(connection: sqlite3.Connection, path: Path) -> set[Path]:
+    """The storage paths that the database may have been made for: experiments of others have their files elsewhere.
+
+    `_make` puts the first experiment's files beside the database. Older ones tell by the files that are there now.
+    """
+    found = set()
+    for number, place in connection.execute("select experiment_id, artifact_location from experiments"):
+        if root := _root(place):
+            here = path.parent / Path(_local(place)).relative_to(root)
+            if number == 0 or (path.name == DATABASE and here.exists()):
+                found.add(root)
+    return found
+
+
 def _was(root: Path, path: Path) -> bool:
     """Whether what this program keeps below another folder, as the database says, is now beside the database."""
     if not (root / ARTIFACTS).exists():
         return root != path.parent
-    return (root / path.name).exists() and not root.samefile(path.parent)
+    return (path.parent / ARTIFACTS).exists() and (root / path.name).exists() and not root.samefile(path.parent)
 
 
 def _root(place: str | None) -> Path | None:

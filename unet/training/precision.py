@@ -101,8 +101,10 @@ def _lack(precision: str, machines: Sequence[Machine], use_gpu: bool) -> str:
     if not slow:
         return "no machine told what it has"
     where = "" if len(machines) == 1 else f" on {len(slow)} of {len(machines)} machines"
+    if use_gpu and not all(machine.gpus for machine in slow):
+        return f"a GPU whose compute capability nvidia-smi does not tell{where}"
     if use_gpu:
-        return f"a GPU of compute capability {min((g for m in slow for g in m.gpus), default=0):g}{where}"
+        return f"a GPU of compute capability {min(gpu for machine in slow for gpu in machine.gpus):g}{where}"
     if slow[0].limited_by:
         return f"{slow[0].limited_by}{where}"
     return f"a processor without {NEEDED_NAMES[precision]}{where}"

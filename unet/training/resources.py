@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -228,19 +229,35 @@ def plan_trials(
     def planned(use_gpu: bool) -> tuple[Plan, int]:
         together = max(1, most_processes(with_cpus(nodes), use_gpu) // workers)
         together = min(together, at_most or together)
-        while True:
-            try:
-                found = _plan(settings, nodes, data_bytes, together, workers, use_gpu)
-                if found.kept or together <= READERS * len(nodes):
-                    return found, together
-                together = READERS * len(nodes)  # each trial that streams has readers of its own
-            except InputError:
-                if together == 1:
-                    raise
-                together -= 1
+
+        def plan_of(trials: int) -> Plan:
+            return _plan(settings, nodes, data_bytes, trials, workers, use_gpu)
+
+        found, together = _most(plan_of, together)
+        if not found.kept and together > READERS * len(nodes):  # each trial that streams has readers of its own
+            found, together = _most(plan_of, READERS * len(nodes))
+        return found, together
 
     (found, together), why = on_device(settings.compute.device, nodes, planned)
     return replace(found, why_cpus=why), together
+
+
+def _most(plan_of: Callable[[int], Plan], limit: int) -> tuple[Plan, int]:
+    """The plan for as many as fit, at most `limit`, and their number: where many fit, fewer do.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    with contextlib.suppress(InputError):
+        return plan_of(limit), limit
+    found, fits, too_many = plan_of(1), 1, limit
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        try:
+            found, fits = plan_of(middle), middle
+        except InputError:
+            too_many = middle
+    return found, fits
 
 
 def check_writable(storage: Folder, flag: str = "--storage-path") -> None:

@@ -66,7 +66,7 @@ class Description(BaseModel):
     @field_validator("ignore", mode="before")
     @classmethod
     def _ignored(cls, given: Any):
-        return [] if given is None else _values("ignore", given)
+        return [] if given in (None, []) else _values("ignore", given)
 
     @field_validator("colours")
     @classmethod

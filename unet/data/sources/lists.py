@@ -3,7 +3,7 @@
 import codecs
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from unet.data.sources import SUFFIXES, Problem, is_plain, shown, split_of
@@ -45,7 +45,7 @@ def listed(listing: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in named if line and not line.startswith("#")]
 
 
-def refuse_unmatched(listing: Path, lines: list[tuple[int, str]], names: Iterable[str], where: str) -> None:
+def refuse_unmatched(listing: Path, lines: list[tuple[int, str]], names: Collection[str], where: str) -> None:
     """Refuse a list of which no line names a sample; `names` are those that there are, in the folder `where`.
 
     Raises:
