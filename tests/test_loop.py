@@ -191,7 +191,7 @@ def test_a_resume_on_another_device_says_so_and_an_older_checkpoint_says_nothing
     assert first.checkpoints.state(name).equality.items() >= {("device", "cpu"), ("op_determinism", False)}
     assert not told(name)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("unet.training.loop.device_name", lambda: "NVIDIA A10G 8.6")
+        elsewhere.setattr("unet.training.equality.device_name", lambda: "NVIDIA A10G 8.6")
         assert told(name) == [["device"]] and told(name, deterministic=True) == [["device", "op_determinism"]]
         del first.state.equality["device"]
         first.state.step += 1

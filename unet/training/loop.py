@@ -5,7 +5,6 @@ travels with the sum of a step or with a batch of validation, so nobody waits fo
 """
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from unet.data.resize import ignore_padding
 from unet.data.shards import opened, pixels
 from unet.errors import StorageFailed
 from unet.evaluation.score import score
-from unet.network import device_name
 from unet.packaging.model import package
 from unet.storage import Folder, persistently, reported
 from unet.trained import TrainedModel
 from unet.training.checkpoint import Checkpoints, State, name_of
+from unet.training.equality import equality_of
 from unet.training.job import Job
 from unet.training.monitor import Clock, Line, Live
 
@@ -67,7 +66,8 @@ class Loop:
         self.last_save = time.monotonic()
 
     def _restore(self) -> None:
-        equality, job = self._equality(), self.job
+        job = self.job
+        equality = equality_of(self.settings, self.world_size, job.threads)
         if job.checkpoint is None:
             seed, window = self.settings.training.seed, self.reader.ingest.chunks_of_window
             self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes), window=window)
@@ -82,23 +82,6 @@ class Loop:
             self.state.equality, self.state.settings = equality, job.shown
             if changed and not self.is_done:
                 self.line.event("changed", changed)
-
-    def _equality(self) -> dict:
-        import keras
-        import tensorflow as tf
-
-        return {
-            "num_workers": self.world_size,
-            "threads": self.job.threads,
-            "precision": self.settings.training.precision,
-            "processor": _processor(),
-            "device": device_name(),
-            "op_determinism": self.settings.compute.deterministic,
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": np.__version__,
-        }
 
     def train(self, report: Callable[[dict], None]) -> bool:
         """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
@@ -339,14 +322,3 @@ def not_finite(content: dict) -> str:
         f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss sum "
         f"{content['loss_sum']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
     )
-
-
-def _processor() -> str:
-    """The kind of processor, as far as the system says."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            lines = dict(line.split(":", 1) for line in info.read().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {k.strip(): v.strip() for k, v in lines.items()}
-        return " ".join(fields.get(k, "") for k in ("model name", "cpu family", "model", "stepping")).strip()
-    except OSError:
-        return platform.processor() or platform.machine()
