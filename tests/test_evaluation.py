@@ -467,8 +467,7 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     assert worse["verdict"].startswith("b is worse than a:") and "own_size" not in worse
     mixed = before.copy()
     mixed[::2], mixed[1::2] = after[::2], 2 * before[1::2] - after[1::2]  # as much better here as worse there
-    column = pa.array(mixed.reshape(-1, 9).tolist(), pa.list_(pa.int64()))
-    third = tables[0].set_column(0, "confusion", column).set_column(1, "confusion_band", column)
+    third = counted_twice(mixed)
     for pair in ((tables[0], third), (third, tables[0])):
         (found,) = compare(["a", "b"], pair, NAMES, 500)["pairs"]
         low, high = found["network_size"]["mean_iou"]["interval"]

@@ -74,8 +74,8 @@ def parse(settings: type[BaseModel], description: str, argv: list[str]) -> BaseM
                 raise InputError(f"Give --{again} again: what is secret in {values[flag]} was not saved.")
     if given.config:
         values |= config.load_yaml(Path(given.config))
-    if given.storage_path:
-        values["storage_path"] = given.storage_path
+    # Here already: a default may be impossible, and one is checked beside the other.
+    values |= {name: getattr(given, name) for name in ("storage_path", "tracking_uri") if getattr(given, name)}
     defaults = config.unflat(settings, values, f"--config {given.config}" if given.config else "the settings")
     return tyro.cli(settings, args=argv, default=defaults, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
