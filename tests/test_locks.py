@@ -1,6 +1,7 @@
 """One process at a time in a folder: runs, sweeps, predictions and preparations, on a disk and in an object store."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -173,6 +174,20 @@ def beside(lock, until: threading.Event):
     finally:
         until.set()
         thread.join()
+
+
+def test_a_lock_that_is_removed_as_it_is_taken_is_none(tmp_path, monkeypatch):
+    """The one before ends between the opening of its file and the wish to have it: others would make another file."""
+    flock, ends = fcntl.flock, [lambda: (tmp_path / locks.LOCK).unlink()]
+
+    def taking(*arguments):
+        if ends:
+            ends.pop()()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", taking)
+    with held(Folder(tmp_path)), pytest.raises(Busy), held(Folder(tmp_path)):
+        pass
 
 
 def test_predictions_refuse_and_preparations_wait(folder):

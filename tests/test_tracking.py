@@ -218,6 +218,8 @@ def test_what_can_never_work_is_refused_and_an_outage_is_not(server, couriers):
         make(server.uri, "gone").check(60)
     with pytest.raises(InputError, match=r"MLflow cannot use foo://me: .*unsupported URI"):
         make("foo://me", "x").check(60)
+    nothing_is_delivered(make("foo://me", "x"), words, 1)  # as a run that continues finds it
+    assert "MLflow at foo://me cannot be used (MLflow cannot use foo://me: " in words.pop()
     away = make("http://127.0.0.1:9", "x")
     away.check(60)
     # A run that continues asks nothing; it takes what is deleted as an outage.
