@@ -226,9 +226,12 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     assert door("evaluate", "--model", f"trained,{uri}", *flags) == 0
     results = folder / "evaluations" / "test"
     told = read_json(results / "metrics.json")
-    assert told["confusion"] == found["test"]["confusion"] and told["images"] == found["test"]["images"] == 21
+    counts, trained_counts = np.array(told["confusion"]), np.array(found["test"]["confusion"])
+    assert np.array_equal(counts.sum(1), trained_counts.sum(1)) and told["images"] == found["test"]["images"] == 21
+    # In batches of another size, which on some processors changes last bits: at most two near ties of 21,000 pixels.
+    assert np.abs(counts - trained_counts).sum() <= 4
     assert told["loss"] == pytest.approx(found["test"]["loss"], rel=1e-5)
-    assert told["mean_iou"] == found["test"]["mean_iou"] and "own_size" not in told
+    assert told["mean_iou"] == pytest.approx(found["test"]["mean_iou"], abs=1e-3) and "own_size" not in told
     (pair,) = told["comparison"]["pairs"]
     assert (
         pair["network_size"]["mean_iou"] == {"value": 0.0, "interval": [0.0, 0.0]}
