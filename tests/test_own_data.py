@@ -101,7 +101,7 @@ def test_values_names_formats_and_folders(ray_cluster, tmp_path):
         ({"classes": {"road": "#804080", "car": "#804080"}}, "the mask value #804080 is given twice"),
         ({"classes": {"road": 1, "car": 2}, "masks": "gray"}, "masks: input should be 'index', 'grey'"),
         ({"classes": {"road": 1, "car": 2}, "exif_orientation": True}, "exif_orientation: input should be 'applied'"),
-        ("classes: {road: 1, road: 2, car: 3}", "road is given twice, in lines 1 and 1"),
+        ("classes: {road: 1, road: 2, car: 3}", "road is given twice, in line 1"),
         ("classes: {a: 1, b: 2}\nignore: 3\nclasses: {a: 2, b: 1}", "classes is given twice, in lines 1 and 3"),
     ],
 )
