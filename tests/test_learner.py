@@ -91,7 +91,7 @@ def test_evaluation_of_a_mixed_model_runs_in_float32(pets):
     assert mixed.evaluate(*pets)[1] == plain.evaluate(*pets)[1]
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("precision", [pytest.param("mixed_bfloat16", marks=pytest.mark.bfloat16), "mixed_float16"])
 def test_a_mixed_model_is_scored_with_the_weights_of_now(pets, precision):
     """And not with those it had when its float32 twin was built, or scored last."""
 
@@ -149,6 +149,7 @@ def test_float16_doubles_its_loss_scale_after_so_many_finite_steps_in_a_row(pets
     assert not one.train_step(*pets, 5).finite and int(one.good_steps.numpy()) == 0
 
 
+@pytest.mark.bfloat16
 def test_only_float16_scales_its_loss(pets):
     for precision in ("float32", "mixed_bfloat16"):
         one = learner(precision=precision)
