@@ -20,7 +20,7 @@ $(STAMP): requirements.txt pyproject.toml
 train: setup  ## Train on drawn pets with two workers: about three minutes on 2 cores
 	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --base-filters 16 --batch-size 32 --epochs 15 --num-workers 2
 
-test: setup  ## The suite, about ten minutes
+test: setup  ## The suite, about thirteen minutes
 	$(BIN)/python -m pytest -q
 
 test-avx2: setup  ## The suite as on a processor without AVX-512, on one that has it

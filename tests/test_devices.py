@@ -120,6 +120,7 @@ def flags_of(storage: Path, data: Path) -> list[str]:
     return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_given_a_gpu_and_sees_none_fails_at_once(pretended, packed, tmp_path):
     """In one sentence, whichever of two workers says it; nobody is started again."""
     failed = on(pretended, "train", *flags_of(tmp_path, packed), "--num-workers=2", "--run-name=r")

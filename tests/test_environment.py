@@ -42,6 +42,7 @@ def keras_json(folder: Path, **values) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_hostile_shell_trains_the_same_network(trained, storage, packed, tmp_path):
     """With a Ray of its own, two workers, a home that takes nothing, a long TMPDIR, and no stdout."""
     folder, summary = trained
