@@ -26,6 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_PETS = ROOT.parent / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def shell():
+    """MLflow leaves the store of an earlier test in the environment, which no shell of a user's would hold."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def real_pets() -> Path:
     """A folder of real pets; it does not exist on users' machines."""
