@@ -137,12 +137,12 @@ def see(task: dict) -> None:
 
 def compute(task: dict) -> None:
     """Gradients and an evaluation with the weights of `task["weights"]`, or with those of a few steps from here."""
+    from unet.cluster.devices import start_tensorflow
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
-    from unet.network import start_tensorflow
 
     start_tensorflow(task["threads"], task["use_gpu"])
-    from unet.training.learner import Learner
+    from unet.recipe.step import Learner
 
     settings, device = SETTINGS[task["device"]], task["device"]
     side, size = settings["image_size"], settings["batch_size"]

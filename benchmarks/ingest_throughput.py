@@ -25,12 +25,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
+from unet.cluster.session import ray_session
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import CHUNK, window_of
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
-from unet.session import ray_session
 from unet.storage import Folder
 
 BATCH, SIZE, FILES = 64, 128, 4

@@ -33,7 +33,7 @@ from prepare_throughput import cpu_seconds
 from unet.classes import PETS
 from unet.config import ModelSettings
 from unet.config.use import PredictPart
-from unet.trained import TrainedModel
+from unet.models.trained import TrainedModel
 
 BATCH, CORES, DRAWINGS, SHIFT = 16, os.cpu_count(), 100, 3
 LOOP, LOOP_AHEAD = "loop", "loop, reading ahead only"
@@ -51,7 +51,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def model(image_size: int, base_filters: int) -> TrainedModel:
-    from unet.training.arrays import weight_shapes
+    from unet.runs.arrays import weight_shapes
 
     network, rng = ModelSettings(base_filters=base_filters), np.random.default_rng(0)
     shapes = weight_shapes(base_filters, network.depth, len(PETS.classes)).values()
@@ -62,9 +62,10 @@ def model(image_size: int, base_filters: int) -> TrainedModel:
 def loop(folder: Path, output: Path, trained: TrainedModel, writes_ahead: bool, answer) -> None:
     """Send (images/s, seconds of start, images a CPU second)."""
     begun = time.perf_counter()
+    from unet.cluster.devices import start_tensorflow
     from unet.data import decode
     from unet.data.resize import to_square
-    from unet.network import Network, start_tensorflow
+    from unet.models.inference import Network
     from unet.prediction.enlarge import bands, likeliest
     from unet.prediction.stages import overlay
 
@@ -130,12 +131,12 @@ def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, f
     """(images/s, seconds of start, images a CPU second)"""
     import pyarrow as pa
 
+    from unet.cluster.nodes import cluster_nodes
     from unet.prediction.photos import find_photos
     from unet.prediction.results import Results
     from unet.prediction.stages import Work
     from unet.prediction.stream import plan, predicted
     from unet.storage import Folder
-    from unet.training.resources import cluster_nodes
 
     with tempfile.TemporaryDirectory() as output:
         begun = time.perf_counter()
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--base-filters", type=int, default=16)
     options = parser.parse_args()
-    from unet.session import ray_session
+    from unet.cluster.session import ray_session
 
     trained = model(options.image_size, options.base_filters)
     workers = sorted({1, CORES})

@@ -162,9 +162,9 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=8000, help="photos of 128x128 to draw; 0 leaves them out")
     parser.add_argument("--photos", type=Path, help="a folder in the official layout, unpacked, instead of drawn pets")
     options = parser.parse_args()
+    from unet.cluster.session import ray_session
     from unet.data.pieces import Recipe
     from unet.data.prepare import prepare
-    from unet.session import ray_session
     from unet.storage import Folder
 
     begun = time.perf_counter()

@@ -20,12 +20,12 @@ import psutil
 import ray
 from processes import MB, slope, usage
 
+from unet.cluster.session import ray_session
 from unet.data.ingest import Ingest, shards
 from unet.data.order import PADDING, epoch_order, window_of
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import MANIFEST, Prepared
-from unet.session import ray_session
 from unet.storage import Folder
 
 SIZE, BATCH, SEED, SETTLED = 128, 64, 7, 3

@@ -31,7 +31,7 @@ def bare(precision: str, started: float) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
     import keras
 
-    from unet.model import DropoutKey, build_unet, dropout_key
+    from unet.recipe.layers import DropoutKey, build_unet, dropout_key
 
     keras.config.set_dtype_policy(precision)
     model = build_unet(SIZE, FILTERS)

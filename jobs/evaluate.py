@@ -9,12 +9,12 @@ from unet.config import EvaluateSettings
 
 
 def run(settings: EvaluateSettings) -> None:
-    from unet.evaluation.place import check_settings
+    from unet.evaluation.output import check_settings
 
     check_settings(settings)
+    from unet.cluster.session import ray_session
     from unet.evaluation import outcome, tables
     from unet.evaluation.run import evaluate
-    from unet.session import ray_session
     from unet.terminal import Display
 
     display = Display()

@@ -10,14 +10,14 @@ from unet.errors import InputError
 
 
 def run(settings: ExportSettings) -> None:
+    from unet.cluster.session import silenced
+    from unet.disk import check_writable
+    from unet.models.trained import TrainedModel, tracking_uri_of
     from unet.packaging.export import export, table, target_of
-    from unet.session import silenced
     from unet.storage import Folder
     from unet.terminal import Display
     from unet.tracking.reach import default_uri
     from unet.tracking.registry import register
-    from unet.trained import TrainedModel, tracking_uri_of
-    from unet.training.resources import check_writable
 
     part, store, display = settings.export, settings.store, Display()
     if part.output:

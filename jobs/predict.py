@@ -10,11 +10,11 @@ from unet.config import PredictSettings
 
 
 def run(settings: PredictSettings) -> int:
+    from unet.cluster.session import ray_session
+    from unet.models.trained import located
     from unet.prediction.job import photos_of, predict
-    from unet.session import ray_session
     from unet.storage import Folder
     from unet.terminal import Display
-    from unet.trained import located
 
     display, photos = Display(), photos_of(settings)
     located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is told before Ray starts

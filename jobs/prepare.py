@@ -12,11 +12,11 @@ from unet.config import DataSettings, PrepareSettings
 
 
 def run(settings: PrepareSettings) -> int:
+    from unet.cluster.session import ray_session
     from unet.data.pieces import Recipe
     from unet.data.prepare import cache_of, kept_folder, prepare
     from unet.data.shards import MANIFEST, REPORT
     from unet.data.sources.find import check_source
-    from unet.session import ray_session
     from unet.storage import Folder
     from unet.terminal import Display
 

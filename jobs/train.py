@@ -15,12 +15,12 @@ from unet.config import TrainSettings  # noqa: E402
 
 
 def run(settings: TrainSettings) -> int:
-    from unet.session import ray_session
+    from unet.cluster.session import ray_session
+    from unet.supervise.driver import train
+    from unet.supervise.preflight import open_run
     from unet.terminal import Display
     from unet.tracking.registry import register_run
     from unet.tracking.send import sync
-    from unet.training.driver import train
-    from unet.training.run import open_run
 
     if settings.run.sync:
         sync(settings, Display())

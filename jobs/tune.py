@@ -10,7 +10,7 @@ from unet.config import TuneSettings
 
 
 def run(settings: TuneSettings) -> int:
-    from unet.session import ray_session
+    from unet.cluster.session import ray_session
     from unet.terminal import Display
     from unet.tuning.runner import run_sweep
     from unet.tuning.sweep import open_sweep

@@ -45,7 +45,7 @@ def ray_cluster(tmp_path_factory):
     """A local cluster of two CPUs for the whole session; its address is where submitted jobs go."""
     import ray
 
-    from unet.session import ray_session
+    from unet.cluster.session import ray_session
 
     # The environment reaches the workers: the checkout wins over whatever is installed.
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -133,8 +133,8 @@ def trained(ray_cluster, storage, packed):
 
 def train(storage: Path, data: Path, as_trial: bool = False, **changes) -> dict:
     """Train in this process, on the session's cluster; the summary."""
-    from unet.training import driver
-    from unet.training.run import open_run
+    from unet.supervise import driver
+    from unet.supervise.preflight import open_run
 
     return driver.train(open_run(tiny_settings(storage, data, **changes)), as_trial=as_trial)
 

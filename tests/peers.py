@@ -31,7 +31,7 @@ def main(rank, ports, output, values, steps, poison, devices):
     if world > 1:
         cluster = {"cluster": {"worker": [f"127.0.0.1:{p}" for p in ports]}, "task": {"type": "worker", "index": rank}}
         os.environ["TF_CONFIG"] = json.dumps(cluster)
-    from unet.network import start_tensorflow
+    from unet.cluster.devices import start_tensorflow
     from unet.training.backend import join_workers
 
     start_tensorflow(1, deterministic=values.get("deterministic", False))
@@ -41,7 +41,7 @@ def main(rank, ports, output, values, steps, poison, devices):
 
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
-    from unet.training.learner import Learner
+    from unet.recipe.step import Learner
 
     settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
     learner = Learner(settings, 3, rank, world, strategy)

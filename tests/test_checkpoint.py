@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from unet.classes import PETS, ClassInfo
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import Damaged, InputError, StorageFailed
-from unet.model import build_unet
+from unet.models.trained import TrainedModel
+from unet.recipe.layers import build_unet
+from unet.recipe.step import Learner
+from unet.runs.arrays import optimizer_shapes, weight_shapes
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.state import State
 from unet.storage import Folder
-from unet.trained import TrainedModel
-from unet.training.arrays import optimizer_shapes, weight_shapes
-from unet.training.checkpoint import Checkpoints, State
-from unet.training.learner import Learner
 
 SMALL = unflat(
     TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2, "precision": "float32"}

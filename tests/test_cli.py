@@ -66,7 +66,7 @@ def test_what_cannot_work_is_one_sentence(flags, words, tmp_path):
 
 def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
     """Neither one that somebody names, which is said, nor one that left word of itself when it was killed."""
-    from unet.session import _address
+    from unet.cluster.session import _address
 
     with socket.socket() as nobody:  # bound, so that nobody else takes the port, but not listening
         nobody.bind(("127.0.0.1", 0))

@@ -21,14 +21,15 @@ from conftest import ROOT, door
 from unet.config import read_config
 from unet.errors import InputError
 from unet.paths import database_of, sqlite_uri
+from unet.runs.run import prepared_of
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking import database
 from unet.tracking.database import check_database, ready
+from unet.tracking.library import load_mlflow
 from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
-from unet.tracking.store import Store, load_mlflow
-from unet.training.run import prepared_of
+from unet.tracking.store import Store
 
 START = """
 import sys

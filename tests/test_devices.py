@@ -15,8 +15,8 @@ import tensorflow as tf
 from conftest import TINY, job, read_json
 from test_token import free_ports
 
-from unet import network
 from unet.errors import NoGpu
+from unet.models import inference as network
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 

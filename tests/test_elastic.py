@@ -9,7 +9,7 @@ import ray
 from conftest import TINY, ray_processes, read_json, train, weights_of
 from test_run import wait_for
 
-from unet.training import supervisor
+from unet.supervise import supervisor
 
 FIXED = TINY | {"grad_shards": 2, "threads": 1, "epochs": 40, "base_filters": 4}
 

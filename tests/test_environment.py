@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT, TINY, door, job, read_json, weights_of
 
 import unet
-from unet import environment, session
+from unet import environment
+from unet.cluster import session
 from unet.errors import InputError
 
 JOBS = ("train", "tune", "prepare", "evaluate", "predict", "export")
@@ -163,7 +164,7 @@ def test_a_cluster_of_another_user_is_left_alone(monkeypatch, tmp_path):
 def test_a_cluster_of_another_version_is_a_sentence(ray_cluster):
     code = (
         "import ray; ray.__version__ = '2.0.0'; from unet.errors import InputError\n"
-        "from unet.session import ray_session\n"
+        "from unet.cluster.session import ray_session\n"
         "try: ray_session().__enter__()\n"
         "except InputError as error: print(error)"
     )

@@ -25,22 +25,23 @@ from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
+from unet.cluster.planner import Node
 from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
-from unet.evaluation import intervals, outcome, place, scorer, tables
+from unet.evaluation import intervals, outcome, scorer, tables
+from unet.evaluation import output as place
 from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary
+from unet.models.trained import TrainedModel
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel
-from unet.training.resources import Node
 
 NAMES, BAND = ("pet", "background", "outline"), 2
 
@@ -294,7 +295,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_scoring(trained, sto
 
 
 def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("unet.session.ray_session", lambda *given: pytest.fail("Ray was started"))
+    monkeypatch.setattr("unet.cluster.session.ray_session", lambda *given: pytest.fail("Ray was started"))
     for flags, words in (
         (["--model", "typo"], "'typo' is neither a run"),
         ([], "Say which model"),

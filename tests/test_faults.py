@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from ray.train import WorkerGroupError
 from test_run import start_job, wait_for
 
+from unet.cluster.planner import Node, Plan
 from unet.errors import Diverged, StepFailed
+from unet.runs.run import Run
 from unet.storage import Folder
+from unet.supervise import supervisor
+from unet.supervise.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
 from unet.terminal import Display
-from unet.training import resources, supervisor
-from unet.training.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
-from unet.training.resources import Node, Plan
-from unet.training.run import Run
 
 DIED = RuntimeError(
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 4711"
@@ -113,7 +113,7 @@ def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
     """Others hold the CPUs for longer than a run waits; an elastic one is content with what is left after a moment."""
     monkeypatch.setattr(supervisor, "ROOM_SECONDS", 0.5)
     monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0.2)
-    monkeypatch.setattr(resources, "cluster_nodes", lambda: [Node(2, memory=16e9, object_store=6e9, free_cpus=0.8)])
+    monkeypatch.setattr(supervisor, "cluster_nodes", lambda: [Node(2, memory=16e9, object_store=6e9, free_cpus=0.8)])
 
     def find_room(num_workers) -> supervisor.Supervisor:
         run = Run("crowded", tiny_settings(tmp_path, tmp_path, num_workers=num_workers), Folder(tmp_path))

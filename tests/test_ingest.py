@@ -7,19 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from unet.cluster.planner import Plan
 from unet.config import TrainSettings, flat
 from unet.data import ingest
-from unet.data.augment import flips
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import CHUNK, PADDING, epoch_order
 from unet.data.packed import packed, unpacked
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared, pixels
+from unet.recipe.augment import flips
+from unet.runs.state import State
 from unet.storage import Folder
-from unet.training.checkpoint import State
-from unet.training.reading import Reading
-from unet.training.resources import Plan
+from unet.supervise.reading import Reading
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ from conftest import listening, read_json, tiny_settings, words_of
 from unet.classes import PETS
 from unet.config import flat
 from unet.errors import InputError
+from unet.recipe.step import Learner
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.run import Run
+from unet.runs.state import State
 from unet.storage import Folder
-from unet.training import driver
-from unet.training.checkpoint import Checkpoints, State
-from unet.training.journal import Journal
-from unet.training.learner import Learner
-from unet.training.run import Run, refuse_changes
+from unet.supervise import driver
+from unet.supervise.preflight import refuse_changes
+from unet.supervise.recorder import Journal
 
 
 @pytest.fixture

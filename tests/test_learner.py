@@ -7,8 +7,8 @@ from unet.config import TrainSettings, unflat
 from unet.data.ingest import Batch
 from unet.data.order import PADDING
 from unet.data.synthetic import draw_pet
-from unet.evaluation.score import score
-from unet.training.learner import LOSS_SCALE_STEPS, Learner
+from unet.recipe.step import LOSS_SCALE_STEPS, Learner
+from unet.training.scoring import score
 
 SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
 

@@ -14,14 +14,15 @@ from conftest import ROOT
 
 from unet import locks
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.data.place import Place
+from unet.data.output import Place
 from unet.errors import InputError, StorageFailed
 from unet.locks import Busy, held
 from unet.prediction import results
+from unet.runs.run import Run, locked
 from unet.storage import Folder
+from unet.supervise.driver import train
+from unet.supervise.preflight import open_run
 from unet.terminal import Display
-from unet.training.driver import train
-from unet.training.run import Run, locked, open_run
 from unet.tuning.runner import run_sweep
 from unet.tuning.sweep import open_sweep
 

@@ -13,15 +13,16 @@ from unet.data.ingest import Ingest, Shard, keep
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare, resolve
 from unet.data.shards import Prepared
+from unet.recipe.step import Learner
+from unet.runs.run import Run
+from unet.runs.state import name_of
 from unet.storage import Folder
+from unet.supervise import driver
+from unet.supervise.preflight import open_run
 from unet.terminal import Display
-from unet.training import driver
-from unet.training.checkpoint import name_of
 from unet.training.job import Job
-from unet.training.learner import Learner
+from unet.training.link import Monitor
 from unet.training.loop import Loop, not_finite
-from unet.training.monitor import Monitor
-from unet.training.run import Run, open_run
 
 
 class Line:

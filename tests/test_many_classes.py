@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from unet import report
 from unet.classes import MANY, ClassInfo
 from unet.evaluation import tables
 from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.records import written
 from unet.evaluation.summary import compare, summary
+from unet.pages import figures
+from unet.terminal import score_table
 
 
 @settings(deadline=None)
@@ -64,14 +65,14 @@ def test_pictures_have_a_bounded_size(tmp_path):
     masks[:, 16:] = rng.integers(0, 200, (16, 32))
     photos = np.zeros((2, 32, 32, 3), np.uint8)
     for draw in (
-        lambda path: report.confusion_picture(confusion, classes, path),
-        lambda path: report.training_curves(history, classes, path),
-        lambda path: report.gallery(photos, masks, masks, ["a", "b"], classes, path),
+        lambda path: figures.confusion_picture(confusion, classes, path),
+        lambda path: figures.training_curves(history, classes, path),
+        lambda path: figures.gallery(photos, masks, masks, ["a", "b"], classes, path),
     ):
         width, height = Image.open(draw(tmp_path / "picture.png")).size
         assert width < 3000 and height < 3000
     picture = np.asarray(
-        Image.open(report.confusion_picture(confusion, classes, tmp_path / "picture.png")).convert("L")
+        Image.open(figures.confusion_picture(confusion, classes, tmp_path / "picture.png")).convert("L")
     )
     dark = picture < 120  # the diagonal, which is all of its rows, across the picture
     rows, columns = np.nonzero(dark[:, 200:])
@@ -92,7 +93,7 @@ def test_tables_show_the_lowest_classes_and_say_so():
     console = Console(width=160, file=io.StringIO())
     tables.show(console, "run", found)
     tables.show_comparison(console, compare(["a", "b"], [table, table], names, 0))
-    console.print(report.score_table("Test", found))
+    console.print(score_table("Test", found))
     lines = console.file.getvalue().splitlines()
     assert len(lines) < 3 * MANY + 60 and sum(line.split()[:2] == worst.split() for line in lines) >= 2
     assert sum("lowest 30 of 200 classes" in line for line in lines) == 2

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.model import DropoutKey, KeyedDropout, build_unet, dropout_key
-from unet.training.resources import count_parameters
+from unet.recipe.layers import DropoutKey, KeyedDropout, build_unet, dropout_key
+from unet.runs.arrays import count_parameters
 
 
 def test_the_reference_network():

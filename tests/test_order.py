@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet.data.augment import flips, mirror
 from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
+from unet.recipe.augment import flips, mirror
 
 sizes, seeds, epochs = st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(1, 10_000)
 

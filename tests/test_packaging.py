@@ -22,15 +22,16 @@ from unet.config import ExportSettings, TrainSettings, flat, unflat
 from unet.data.resize import ignore_padding, letterbox_box
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError, RunFailed
+from unet.models.trained import TrainedModel
 from unet.packaging.export import export, target_of
 from unet.packaging.forms import FORMS
 from unet.packaging.model import package
 from unet.prediction.resizing import as_network_input
+from unet.recipe.step import Learner
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.state import State
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel
-from unet.training.checkpoint import Checkpoints, State
-from unet.training.learner import Learner
 
 SETTINGS = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 2, "learning_rate": 0.01}
 pytestmark = pytest.mark.bfloat16
@@ -91,7 +92,7 @@ class Handed:
     def export(self, formats, target):
         settings = unflat(ExportSettings, {"formats": formats, "output": str(target), "debug": True})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unet.network.start_tensorflow", lambda threads: None)  # it has begun here
+            patch.setattr("unet.models.inference.start_tensorflow", lambda threads: None)  # it has begun here
             return export(settings, self.trained, Folder(target), Display(quiet=True))
 
     def probabilities(self, photo: Image.Image) -> np.ndarray:

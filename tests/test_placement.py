@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unet.cluster import planner
+from unet.cluster.placement import Node, in_words
+from unet.cluster.planner import plan, plan_now, plan_trials
+from unet.cluster.room import check_free_gpus
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
 from unet.evaluation.pool import plan_pool, reduced
 from unet.prediction import stream
-from unet.training import resources
-from unet.training.placement import Node, in_words
-from unet.training.resources import plan, plan_now, plan_trials
-from unet.training.room import check_free_gpus
 
 
 def settings(**changes):
@@ -195,8 +195,8 @@ def test_a_prediction_counts_free_cpus_on_the_node_of_the_free_gpu():
 
 def test_trials_on_a_large_cluster_are_planned_in_few_steps(monkeypatch):
     """As many as memory allows, of hundreds that the CPUs would hold."""
-    asked, whole = [], resources._plan
-    monkeypatch.setattr(resources, "_plan", lambda *given: asked.append(given[3]) or whole(*given))
+    asked, whole = [], planner._plan
+    monkeypatch.setattr(planner, "_plan", lambda *given: asked.append(given[3]) or whole(*given))
     nodes = [Node(64, memory=32e9, object_store=10e9) for _ in range(4)]
     large = settings(base_filters=64, image_size=128, batch_size=64)
     _, together = plan_trials(large, nodes, 0)

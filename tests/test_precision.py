@@ -6,9 +6,9 @@ import subprocess
 import pytest
 from conftest import tiny_settings
 
+from unet.cluster.precision import Machine, choose, settled, this_machine
 from unet.errors import InputError
-from unet.training.precision import Machine, choose, settled, this_machine
-from unet.training.run import open_run
+from unet.supervise.preflight import open_run
 from unet.tuning.space import parse_space
 
 ZEN5 = Machine(frozenset({"avx512f", "avx512_bf16"}))

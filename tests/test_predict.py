@@ -22,13 +22,13 @@ from PIL import Image
 
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
-from unet.model import build_unet
+from unet.models.trained import TrainedModel
 from unet.prediction import stages, tiles
 from unet.prediction.photos import find_photos, output_names
 from unet.prediction.stages import Predictor, Work
 from unet.prediction.stream import groups
+from unet.recipe.layers import build_unet
 from unet.storage import Folder
-from unet.trained import TrainedModel
 
 TURNS = {
     2: lambda a: a[:, ::-1],

@@ -10,11 +10,11 @@ from conftest import job, read_json, tiny_settings, weights_of
 
 from unet.config import ExportSettings, TrainSettings, flat, unflat
 from unet.errors import InputError, RunFailed
+from unet.models.trained import TrainedModel, tracking_uri_of
 from unet.secrets import MASK
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.registry import Version, judge, register, register_run
-from unet.trained import TrainedModel, tracking_uri_of
 
 OLD = Version("pets", "1", 0.6, "data")
 

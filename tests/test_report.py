@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from unet import report
-from unet.terminal import Display
+from unet.pages import figures
+from unet.terminal import Display, score_table
 
 
 class Item(NamedTuple):
@@ -35,13 +35,13 @@ def size_of(path) -> tuple[int, int]:
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     """Collect figures instead of saving them, so that a test can read what was drawn."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    return figures
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
+    return saved
 
 
 def test_import_loads_neither_matplotlib_nor_rich():
-    program = "import sys, unet.report; print(sorted({'matplotlib', 'rich'} & set(sys.modules)))"
+    program = "import sys, unet.pages.figures; print(sorted({'matplotlib', 'rich'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
@@ -50,13 +50,13 @@ def test_image_iou_and_its_caption_by_hand():
     truth = np.array([[0, 0, 0, 255], [1, 1, 1, 255]], np.uint8)
     predicted = np.array([[0, 0, 1, 2], [1, 1, 1, 0]], np.uint8)
     # Pet shares 2 of 3 pixels, background 3 of 4. The ignored column must neither add a pet nor call up an outline.
-    assert report.image_iou(truth, predicted, 3) == [pytest.approx(2 / 3), 0.75, None]
-    caption = report.iou_caption(truth, predicted, PETS).replace("\N{NO-BREAK SPACE}", " ")
+    assert figures.image_iou(truth, predicted, 3) == [pytest.approx(2 / 3), 0.75, None]
+    caption = figures.iou_caption(truth, predicted, PETS).replace("\N{NO-BREAK SPACE}", " ")
     assert caption == "pet 0.67 · background 0.75 · outline –"
-    caption = report.iou_caption(truth, predicted, MANY).replace("\N{NO-BREAK SPACE}", " ")
+    caption = figures.iou_caption(truth, predicted, MANY).replace("\N{NO-BREAK SPACE}", " ")
     assert caption == "class 0 0.67 · class 1 0.75"
     predicted[0, 0] = 2  # A class found where it is not scores zero; it is not absent.
-    assert report.image_iou(truth, predicted, 3) == [pytest.approx(1 / 3), 0.75, 0.0]
+    assert figures.image_iou(truth, predicted, 3) == [pytest.approx(1 / 3), 0.75, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_image_iou_and_its_caption_by_hand():
     ],
 )
 def test_cell_text(pixels, row_total, expected):
-    assert report.cell_text(pixels, row_total) == expected
+    assert figures.cell_text(pixels, row_total) == expected
 
 
 def test_best_epoch_is_the_earliest_highest_mean():
     values = [float("nan"), None, 0.7, 0.2, 0.7, 0.6]
     history = [{"epoch": 1 + index, "val_mean_iou": value} for index, value in enumerate(values)]
-    assert report.best_epoch([*history, {"epoch": 7}]) == (3, 0.7)
-    assert report.best_epoch([{"epoch": 1}]) is None
+    assert figures.best_epoch([*history, {"epoch": 7}]) == (3, 0.7)
+    assert figures.best_epoch([{"epoch": 1}]) is None
 
 
 def test_curves_show_each_class_and_mark_the_best_epoch(drawn):
@@ -89,7 +89,7 @@ def test_curves_show_each_class_and_mark_the_best_epoch(drawn):
         {"epoch": 2, "train_loss": 1.0, "val_loss": None, "val_mean_iou": 0.7, "val_iou_pet": 0.8},
         {"epoch": 3, "train_loss": 0.5, "val_loss": 1.5, "val_mean_iou": 0.6, "val_iou_pet": 0.6, "val_dice_pet": 0.9},
     ]
-    report.training_curves(history, PETS, "curves.png")
+    figures.training_curves(history, PETS, "curves.png")
     loss, iou, dice = ({line.get_label(): line for line in axes.get_lines()} for axes in drawn[0].axes)
     assert loss["training"].get_xydata().tolist() == [[1, 2], [2, 1], [3, 0.5]]
     assert loss["validation"].get_xydata().tolist() == [[1, 3], [3, 1.5]]
@@ -106,18 +106,18 @@ def test_training_curves(tmp_path, classes, epochs):
     for record in history:
         record["val_mean_iou"] = 0.5
         record |= {f"val_iou_{item.name}": 0.5 for item in classes[1:]}
-    path = report.training_curves(history, classes, tmp_path / "curves.png")
+    path = figures.training_curves(history, classes, tmp_path / "curves.png")
     assert path == tmp_path / "curves.png"
     assert size_of(path)[0] == 1690
 
 
 def test_training_curves_need_an_epoch(tmp_path):
     with pytest.raises(ValueError, match="history is empty"):
-        report.training_curves([], PETS, tmp_path / "curves.png")
+        figures.training_curves([], PETS, tmp_path / "curves.png")
 
 
 def test_confusion_cells_are_shares_of_their_row(drawn):
-    report.confusion_picture(np.array([[900, 100, 0], [0, 0, 0], [0, 1500, 500]]), PETS, "confusion.png")
+    figures.confusion_picture(np.array([[900, 100, 0], [0, 0, 0], [0, 1500, 500]]), PETS, "confusion.png")
     axes = drawn[0].axes[0]
     cells = {(round(text.get_position()[1]), text.get_position()[0]): text.get_text() for text in axes.texts[::2]}
     assert [cells[0, column] for column in range(3)] == ["90.0 %", "10.0 %", "0.0 %"]
@@ -130,17 +130,17 @@ def test_confusion_cells_are_shares_of_their_row(drawn):
 @pytest.mark.parametrize("classes", [PETS[:2], PETS, MANY])
 def test_confusion_picture(tmp_path, classes):
     confusion = np.diag(np.arange(len(classes), dtype=np.int64) * 1000)  # The first class has no pixels.
-    width, height = size_of(report.confusion_picture(confusion, classes, tmp_path / "confusion.png"))
+    width, height = size_of(figures.confusion_picture(confusion, classes, tmp_path / "confusion.png"))
     assert width > 400 and height > 400
     with pytest.raises(ValueError, match="classes need"):
-        report.confusion_picture(confusion[1:], classes, tmp_path / "confusion.png")
+        figures.confusion_picture(confusion[1:], classes, tmp_path / "confusion.png")
 
 
 def test_gallery_tints_masks_and_greys_ignored_pixels(tmp_path):
     images = np.full((1, 32, 32, 3), 128, np.uint8)
     truth = np.full((1, 32, 32), 255, np.uint8)
     predicted = np.zeros((1, 32, 32), np.uint8)
-    path = report.gallery(images, truth, predicted, ["cat"], PETS, tmp_path / "gallery.png")
+    path = figures.gallery(images, truth, predicted, ["cat"], PETS, tmp_path / "gallery.png")
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     middle = pixels[pixels.shape[0] * 6 // 10]
@@ -154,7 +154,7 @@ def test_gallery_tints_masks_and_greys_ignored_pixels(tmp_path):
 def test_gallery_sets_more_than_four_samples_two_abreast(tmp_path, count, classes):
     masks = np.random.default_rng(0).integers(0, len(classes), (2, count, 24, 32)).astype(np.uint8)
     images = np.zeros((count, 24, 32, 3), np.uint8)
-    width, _ = size_of(report.gallery(images, *masks, ["cat"] * count, classes, tmp_path / "gallery.png"))
+    width, _ = size_of(figures.gallery(images, *masks, ["cat"] * count, classes, tmp_path / "gallery.png"))
     assert (width > 1500) == (count > 4)
 
 
@@ -178,7 +178,7 @@ def test_score_table():
         "images": 3669,
     }
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(report.score_table("Test set", scores))
+    console.print(score_table("Test set", scores))
     text = console.export_text()
     rows = [line.split() for line in text.splitlines()]
     assert ["pet", "0.8413", "0.9100"] in rows

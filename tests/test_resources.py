@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unet.cluster.placement import Node
+from unet.cluster.planner import plan, plan_now, worker_bytes
+from unet.cluster.room import check_free
 from unet.config import TrainSettings, unflat
 from unet.data.streaming import task_bytes
 from unet.errors import InputError
-from unet.training.placement import Node
-from unet.training.resources import plan, plan_now, worker_bytes
-from unet.training.room import check_free
 
 
 def settings(**changes):

@@ -19,8 +19,8 @@ from PIL import Image
 
 from unet.data.shards import Manifest
 from unet.errors import InputError, RunFailed
+from unet.runs.run import locked
 from unet.storage import Folder
-from unet.training.run import locked
 
 CLASSES = ("pet", "background", "outline")
 SCORES = {f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES} | {
@@ -297,7 +297,7 @@ def test_steps_that_are_not_finite_are_passed_over_and_counted(ray_cluster, stor
 def test_a_run_has_one_driver(packed, tmp_path):
     """Another process that has the run is named; a kill of it lets go."""
     hold = (
-        "import sys; from unet.training.run import Folder, locked\n"
+        "import sys; from unet.runs.run import Folder, locked\n"
         "with locked(Folder(sys.argv[1]), 'x'): print(1, flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}

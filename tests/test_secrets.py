@@ -8,9 +8,9 @@ from conftest import ROOT, door, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unet.runs.run import Run, where
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
-from unet.training.run import Run, where
 
 # Long enough not to stand in the rest of a URI by chance; what ends a host or a value is among it.
 PLAIN = string.ascii_letters + string.digits

@@ -27,10 +27,11 @@ from unet.data.sources.archives import extract
 from unet.data.sources.description import describe
 from unet.data.verify import verify
 from unet.errors import InputError
+from unet.runs.arrays import optimizer_shapes, weight_shapes, write_arrays, write_weights
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.state import State
 from unet.storage import Folder
-from unet.training.arrays import optimizer_shapes, weight_shapes, write_arrays, write_weights
-from unet.training.checkpoint import Checkpoints, State
-from unet.training.run import _identify
+from unet.supervise.preflight import _identify
 from unet.tuning.space import parse_space
 
 SMALL = unflat(

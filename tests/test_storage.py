@@ -20,10 +20,11 @@ from conftest import TINY, door, job, read_json, train, weights_of
 from unet import storage as storage_module
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import StorageFailed
+from unet.recipe.step import Learner
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.run import Run
+from unet.runs.state import State
 from unet.storage import IN_MEMORY, Folder
-from unet.training.checkpoint import Checkpoints, State
-from unet.training.learner import Learner
-from unet.training.run import Run
 
 PAGE = 4096
 

@@ -17,15 +17,15 @@ from mlflow_server import Line, Server
 from test_run import start_job, wait_for
 
 from unet.errors import InputError
+from unet.runs.checkpoint import OPTIMIZER, STATE, WEIGHTS
+from unet.runs.run import Run
 from unet.storage import Folder
-from unet.tracking.courier import Courier
 from unet.tracking.patience import patient
+from unet.tracking.queue import Courier
 from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
 from unet.tracking.store import KEY, Store
 from unet.tracking.tracker import Tracker
-from unet.training.checkpoint import OPTIMIZER, STATE, WEIGHTS
-from unet.training.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,12 @@ from unet.evaluation.records import with_scores
 from unet.evaluation.run import evaluate
 from unet.evaluation.summary import compare, summary
 from unet.metrics import mean_loss
+from unet.models.trained import best_checkpoint
 from unet.storage import Folder
+from unet.supervise import driver
+from unet.supervise.preflight import check_samples, open_run
 from unet.terminal import Display
 from unet.tracking.registry import Version
-from unet.trained import best_checkpoint
-from unet.training import driver
-from unet.training.resources import check_samples
-from unet.training.run import open_run
 from unet.tuning.runner import run_sweep
 from unet.tuning.sweep import open_sweep
 

@@ -28,9 +28,9 @@ def load(
     """
     from unet.config import StoreSettings
     from unet.environment import check_program
+    from unet.models.trained import TrainedModel
     from unet.prediction.segmenter import Segmenter
     from unet.storage import Folder
-    from unet.trained import TrainedModel
 
     given = {"storage_path": None if storage_path is None else fspath(storage_path), "tracking_uri": tracking_uri}
     check_program()

@@ -4,16 +4,17 @@ Without a terminal the same as plain lines, no control codes.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live as LiveText
+from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
-from unet.data.shards import REPORT, Prepared
+from unet.pages.figures import ABSENT, lowest
+from unet.progress import Live
 from unet.secrets import without_secrets
-from unet.training.monitor import Live
 
 SHOWN = 5
 """Names of samples in a line about them."""
@@ -114,15 +115,6 @@ def names_in_line(classes: Classes) -> list[str]:
     return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
 
 
-def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
-    """The row of an overview that says how much the checks of the data found; none where they found nothing."""
-    manifest = prepared.manifest
-    lists = ("left out", "left_out"), ("mended", "repaired"), ("look wrong", "warnings")
-    counts = [(what, manifest.kinds(found).total()) for what, found in lists]
-    found = ", ".join(f"{count:,} {what}" for what, count in counts if count)
-    return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []
-
-
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
@@ -131,3 +123,28 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def score_table(title: str, scores: Mapping) -> Table:
+    """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
+
+    `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `images` and maybe
+    `loss`; a value that could not be measured is None.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    def four(value: float | None) -> str:
+        return ABSENT if value is None else f"{value:.4f}"
+
+    loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
+    caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
+    columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
+    table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
+    for name in (shown := lowest(scores["iou"])):
+        table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
+    if len(shown) < len(scores["iou"]):
+        table.caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
+    table.add_section()
+    table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
+    return table

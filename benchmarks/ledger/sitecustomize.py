@@ -16,7 +16,7 @@ import time
 from hashlib import blake2b
 from pathlib import Path
 
-WATCHED = "unet.training.learner"
+WATCHED = "unet.recipe.step"
 PADDING = "padding"
 
 

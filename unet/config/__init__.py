@@ -1,6 +1,11 @@
 """The settings of every job, one class per part, one module per kind of job."""
 
-from unet.config.base import (
+from unet.config.common import StoreSettings
+from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
+from unet.config.training import AUTO, MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
+from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
+from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
+from unet.settings import (
     CONFIG,
     Device,
     Part,
@@ -13,11 +18,6 @@ from unet.config.base import (
     read_config,
     unflat,
 )
-from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
-from unet.config.places import StoreSettings
-from unet.config.training import AUTO, MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
-from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
-from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 
 __all__ = [
     "AUTO",

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Part, absolute, parse_bytes
-from unet.config.places import DoorSettings, StoreSettings
+from unet.config.common import DoorSettings, StoreSettings
+from unet.settings import Part, absolute, parse_bytes
 
 SOURCES = ("synthetic", "oxford_iiit_pet")
 

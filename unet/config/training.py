@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Device, Part, parse_interval
+from unet.config.common import DoorSettings, RegisteredName, StoreSettings
 from unet.config.data import DataSettings
-from unet.config.places import DoorSettings, RegisteredName, StoreSettings
+from unet.settings import Device, Part, parse_interval
 
 TICKET = ".ticket"
 """What the workers under way may write into a run's folder by."""

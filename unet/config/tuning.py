@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.base import Part, absolute
 from unet.config.training import MAY_CHANGE, ModelSettings, TrainingSettings, TrainSettings
+from unet.settings import Part, absolute
 
 
 class SweepSettings(Part):

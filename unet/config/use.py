@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from unet.config.base import Device, Part, absolute
-from unet.config.places import DoorSettings, RegisteredName, StoreSettings
+from unet.config.common import DoorSettings, RegisteredName, StoreSettings
+from unet.settings import Device, Part, absolute
 
 
 class EvaluatePart(Part):

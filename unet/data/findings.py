@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unet.data.shards import REPORT, Prepared
 from unet.data.sources import Problem, Source
 from unet.storage import Folder
 
@@ -80,3 +81,12 @@ def _first(table: pa.Table) -> pa.Table:
     kinds = table["kind"].combine_chunks().dictionary_encode().indices.to_numpy()
     rows = [np.flatnonzero(kinds == kind)[:LISTED] for kind in np.unique(kinds)]
     return table.take(pa.array(np.sort(np.concatenate(rows))) if rows else pa.array([], pa.int64()))
+
+
+def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
+    """The row of an overview that says how much the checks of the data found; none where they found nothing."""
+    manifest = prepared.manifest
+    lists = ("left out", "left_out"), ("mended", "repaired"), ("look wrong", "warnings")
+    counts = [(what, manifest.kinds(found).total()) for what, found in lists]
+    found = ", ".join(f"{count:,} {what}" for what, count in counts if count)
+    return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []

@@ -15,10 +15,10 @@ import pyarrow as pa
 import ray
 
 from unet.classes import IGNORE
-from unet.data.augment import flips, mirror
 from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
 from unet.data.shards import Prepared, opened, pixels
 from unet.data.streaming import DATA_CPUS, STREAM_TASKS
+from unet.recipe.augment import flips, mirror
 
 KEEP_BYTES = 2**26
 """What a task reads at least of data that are kept: the start of one takes longer than reading a small chunk."""

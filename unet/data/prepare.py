@@ -20,6 +20,7 @@ from unet.data.findings import FINDINGS, Findings
 from unet.data.look import data_report
 from unet.data.masks import WORDS
 from unet.data.order import CHUNK
+from unet.data.output import Place
 from unet.data.pieces import (
     Piece,
     Recipe,
@@ -32,7 +33,6 @@ from unet.data.pieces import (
     sha256_of,
     write_shard,
 )
-from unet.data.place import Place
 from unet.data.shards import (
     MANIFEST,
     REPORT,

@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 
 from unet.config import EvaluateSettings
 from unet.errors import first_line
+from unet.evaluation.output import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.page import evaluation_page
-from unet.evaluation.place import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.records import written
 from unet.evaluation.run import Evaluation
+from unet.models.trained import TrainedModel, tracking_uri_of
+from unet.runs.run import read_history
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel, tracking_uri_of
-from unet.training.run import read_history
 
 FILES = (METRICS, RECORDS, PAGE)
 

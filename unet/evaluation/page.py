@@ -18,9 +18,9 @@ from unet.evaluation.counts import Counts
 from unet.evaluation.intervals import intervals, named, score_vector
 from unet.evaluation.records import counts_of
 from unet.pages.charts import Axis, training_charts
+from unet.pages.figures import ABSENT, cell_text
 from unet.pages.pictures import contour, data_uri, regions, relative
 from unet.pages.render import percent, render
-from unet.report import ABSENT, cell_text
 
 GALLERY = 8
 """Pictures each of the best, the median and the worst."""
@@ -46,7 +46,7 @@ def evaluation_page(
         records: a row an image, with its scores (`unet.evaluation.records.with_scores`), in any order.
         prepared: the data, which hold photo and mask of each image of the records.
         split: their part that was scored.
-        history: a record an epoch of the training (`unet.report.training_curves`); may be empty.
+        history: a record an epoch of the training (`unet.pages.figures.training_curves`); may be empty.
 
     Raises:
         InputError: the data are damaged.

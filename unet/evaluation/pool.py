@@ -4,20 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import Node, check_enough, cpus_for_each, fits_now, most_processes, on_device, with_cpus
+from unet.cluster.room import check_free_gpus
 from unet.config import Device
 from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError
-from unet.training.placement import (
-    Node,
-    check_enough,
-    cpus_for_each,
-    fits_now,
-    most_processes,
-    on_device,
-    with_cpus,
-)
-from unet.training.resources import cluster_nodes
-from unet.training.room import check_free_gpus
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@ from itertools import combinations
 
 import pyarrow as pa
 
+from unet.cluster.placement import in_words
+from unet.cluster.session import silenced
 from unet.config import EvaluateSettings
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.errors import InputError
-from unet.evaluation.place import asked, check_place, data_of, labels_of, part_of, place_of
+from unet.evaluation.output import asked, check_place, data_of, labels_of, part_of, place_of
 from unet.evaluation.pool import take_pool
 from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
-from unet.session import silenced
+from unet.models.trained import TrainedModel
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel
-from unet.training.placement import in_words
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evaluation:
         label: how it is called among others.
         prepared: the data.
         split: their part.
-        part: the split's name in files and scores (`unet.evaluation.place.part_of`).
+        part: the split's name in files and scores (`unet.evaluation.output.part_of`).
         folder: where the results go.
         metrics: the content of `metrics.json`.
         records: a row an image, with its scores (`unet.evaluation.records`), sorted by name.

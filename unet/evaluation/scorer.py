@@ -17,6 +17,8 @@ import ray
 from PIL import Image
 
 from unet.classes import IGNORE
+from unet.cluster.devices import start_tensorflow
+from unet.cluster.planner import WORKER_BYTES
 from unet.config import Resize
 from unet.data.packed import packed, unpacked
 from unet.data.resize import ignore_padding
@@ -29,9 +31,8 @@ from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.counts import cells_of
 from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
-from unet.network import Network, start_tensorflow
-from unet.trained import TrainedModel
-from unet.training.resources import WORKER_BYTES
+from unet.models.inference import Network
+from unet.models.trained import TrainedModel
 
 BATCH = 16
 """Images that a network takes at a time; of large ones fewer."""

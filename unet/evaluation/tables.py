@@ -9,7 +9,7 @@ from rich.text import Text
 
 from unet.classes import MANY
 from unet.evaluation.intervals import LEAST_IMAGES
-from unet.report import ABSENT, lowest
+from unet.pages.figures import ABSENT, lowest
 
 WORST = 8
 """Breeds that are shown: those with the lowest mean IoU."""

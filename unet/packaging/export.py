@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from unet.cluster.session import silenced
 from unet.config import ExportSettings
+from unet.disk import check_writable
 from unet.errors import InputError, RunFailed
+from unet.models.trained import TrainedModel
 from unet.packaging import compare
 from unet.packaging.forms import FORMS, INPUT, OUTPUT, Run, exportable
-from unet.session import silenced
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.trained import TrainedModel
-from unet.training.resources import check_writable
 
 PASSPORT, USAGE = "export.json", "README.md"
 LIBRARIES = {"saved_model": ("tensorflow",), "tflite": ("tensorflow",), "onnx": ("tf2onnx", "onnx", "onnxruntime")}
@@ -55,7 +55,8 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     images = compare.squares(part.images, size, trained.resize, display.say)
     display.waiting("loading TensorFlow")
     with tempfile.TemporaryDirectory() as scratch, silenced(settings.door.debug):
-        from unet.network import Network, start_tensorflow
+        from unet.cluster.devices import start_tensorflow
+        from unet.models.inference import Network
 
         start_tensorflow(threads)
         network = Network(trained)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unet.network import Network
+from unet.models.inference import Network
 
 if TYPE_CHECKING:
     import keras

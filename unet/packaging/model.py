@@ -8,9 +8,9 @@ padding; then the likeliest class is taken. Float32 throughout.
 import tempfile
 from pathlib import Path
 
-from unet.network import Network
-from unet.tracking.store import load_mlflow
-from unet.trained import TrainedModel
+from unet.models.inference import Network
+from unet.models.trained import TrainedModel
+from unet.tracking.library import load_mlflow
 
 
 def package(trained: TrainedModel) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unet.classes import MANY
-from unet.report import best_epoch, series
+from unet.pages.figures import best_epoch, series
 
 STEPS = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
 
@@ -62,7 +62,7 @@ class Chart(NamedTuple):
 
 
 def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart]:
-    """The loss, and the IoU on the validation split, of records an epoch (see `unet.report.training_curves`).
+    """The loss, and the IoU on the validation split, of records an epoch (see `unet.pages.figures.training_curves`).
 
     Of more classes than `MANY` the mean IoU only.
     """

@@ -8,20 +8,21 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import in_words
+from unet.cluster.session import cause_of
 from unet.config import PredictSettings
 from unet.data.sources import shown
+from unet.disk import check_writable
 from unet.errors import InputError, RunFailed, first_line, own_words
+from unet.models.trained import TrainedModel
 from unet.prediction.photos import Photos, find_photos, output_names
 from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
 from unet.prediction.stream import check_room, plan, predicted
 from unet.secrets import without_secrets
-from unet.session import cause_of
 from unet.storage import Folder
 from unet.terminal import Display, duration
-from unet.trained import TrainedModel
-from unet.training.placement import in_words
-from unet.training.resources import check_writable, cluster_nodes
 
 SHOWN_PROBLEMS = 20
 """More lines about bad photos would push everything else off the screen; `predictions.csv` has them all."""

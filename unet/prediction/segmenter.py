@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from unet.network import Network, float32_exactly
-from unet.trained import TrainedModel
+from unet.cluster.devices import float32_exactly
+from unet.models.inference import Network
+from unet.models.trained import TrainedModel
 
 PIXELS = 2**22
 """So many of the photos are taken together, so that a stack of large ones does not fill the memory."""

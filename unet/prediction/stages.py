@@ -14,16 +14,17 @@ import pyarrow as pa
 from PIL import Image
 
 from unet.classes import Classes
+from unet.cluster.devices import start_tensorflow
 from unet.config import Resize
 from unet.data import decode
 from unet.data.pictures import Unusable
 from unet.data.resize import box_of, to_square
-from unet.network import Network, start_tensorflow
+from unet.models.inference import Network
+from unet.models.trained import TrainedModel
 from unet.prediction import tiles
 from unet.prediction.enlarge import bands, likeliest
 from unet.prediction.results import KINDS, MASKS, OVERLAYS, PROBABILITIES, row_schema, write_part
 from unet.storage import Folder
-from unet.trained import TrainedModel
 
 GREY_BYTES, GREY_GROUP_BYTES = 2**22, 2**26
 """Up to this size a photo's grey copy goes along, and up to that of a group's."""

@@ -10,14 +10,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.config import Device
-from unet.config.use import PredictPart
-from unet.data.packed import packed, unpacked
-from unet.errors import InputError
-from unet.prediction.stages import Predictor, Work, read, write
-from unet.session import silenced
-from unet.trained import TrainedModel
-from unet.training.placement import (
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import (
     Node,
     check_enough,
     cpus_for_each,
@@ -27,8 +21,14 @@ from unet.training.placement import (
     on_device,
     with_cpus,
 )
-from unet.training.resources import cluster_nodes
-from unet.training.room import check_free, check_free_gpus, free_cpus
+from unet.cluster.room import check_free, check_free_gpus, free_cpus
+from unet.cluster.session import silenced
+from unet.config import Device
+from unet.config.use import PredictPart
+from unet.data.packed import packed, unpacked
+from unet.errors import InputError
+from unet.models.trained import TrainedModel
+from unet.prediction.stages import Predictor, Work, read, write
 
 GROUP_PHOTOS, GROUP_BYTES, GROUP_OUTPUT_BYTES = 32, 2**23, 2**26
 """What a task takes at a time, at most: photos, bytes of their files, bytes that the network says of them."""

@@ -214,8 +214,8 @@ def _moved(place: str, before: set[Path], now: Path) -> str:
 
 if __name__ == "__main__":
     from unet.config import StoreSettings
+    from unet.tracking.library import load_mlflow
     from unet.tracking.reach import default_uri
-    from unet.tracking.store import load_mlflow
 
     load_mlflow()
     try:

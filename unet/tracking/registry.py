@@ -16,9 +16,9 @@ from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.database import ready
+from unet.tracking.library import load_mlflow
 from unet.tracking.patience import patient
 from unet.tracking.reach import default_uri
-from unet.tracking.store import load_mlflow
 
 CHAMPION = "champion"
 TEST = "test_mean_iou"

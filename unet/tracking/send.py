@@ -9,14 +9,14 @@ from unet.config import TrainSettings, read_config
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
+from unet.runs.checkpoint import OPTIMIZER
+from unet.runs.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
-from unet.tracking.courier import Courier
 from unet.tracking.database import check_database
+from unet.tracking.queue import Courier
 from unet.tracking.reach import check_server, default_uri
-from unet.training.checkpoint import OPTIMIZER
-from unet.training.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
 
 PATIENCE = 30.0
 """Seconds after which a store that takes nothing any more is given up."""

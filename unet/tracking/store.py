@@ -8,8 +8,6 @@ import contextlib
 import copy
 import getpass
 import json
-import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from unet.errors import InputError, first_line
 from unet.secrets import shown, without_secrets
 from unet.storage import Folder
 from unet.tracking.database import ARTIFACTS, ready
+from unet.tracking.library import load_mlflow
 from unet.tracking.patience import patient
 from unet.tracking.reach import default_uri, is_database
 
@@ -34,22 +33,6 @@ MISUSES = (*REFUSALS, "ENDPOINT_NOT_FOUND", "UNAUTHENTICATED", "CUSTOMER_UNAUTHO
 """What it answers where it can never be used so, as far as one can tell at a run's start."""
 BATCH = 1000
 """How many metrics MLflow takes at a time."""
-
-
-def load_mlflow():
-    """MLflow's package, told to be patient for a bounded time and to keep quiet."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing of a job goes where nobody sent it
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    import mlflow
-
-    # It prints every failed use of a database, with its stack.
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    return mlflow
 
 
 def refused(error: BaseException) -> bool:

@@ -4,8 +4,8 @@ import platform
 
 import numpy as np
 
+from unet.cluster.devices import device_name
 from unet.config import TrainSettings
-from unet.network import device_name
 
 
 def equality_of(settings: TrainSettings, world_size: int, threads: int) -> dict:

@@ -17,14 +17,16 @@ from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import opened, pixels
 from unet.errors import StorageFailed
-from unet.evaluation.score import score
+from unet.models.trained import TrainedModel
 from unet.packaging.model import package
+from unet.progress import Clock, Live
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.state import State, name_of
 from unet.storage import Folder, persistently, reported
-from unet.trained import TrainedModel
-from unet.training.checkpoint import Checkpoints, State, name_of
 from unet.training.equality import equality_of
 from unet.training.job import Job
-from unet.training.monitor import Clock, Line, Live
+from unet.training.link import Line
+from unet.training.scoring import score
 
 SAVE, STOP, LEAVE = 1, 2, 4
 ENDS = {STOP: "stopped", LEAVE: "left"}

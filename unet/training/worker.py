@@ -2,12 +2,12 @@
 
 import ray
 
+from unet.cluster.devices import start_tensorflow
 from unet.data.ingest import Shard
 from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
-from unet.network import start_tensorflow
 from unet.training.backend import join_workers
+from unet.training.link import Line
 from unet.training.loop import FirstCannotWrite, Loop
-from unet.training.monitor import Line
 
 
 def train_worker(config: dict) -> None:
@@ -22,7 +22,7 @@ def train_worker(config: dict) -> None:
         start_tensorflow(job.threads, job.use_gpu, job.settings.compute.deterministic)
         strategy = join_workers(job.use_gpu) if world_size > 1 else None
 
-        from unet.training.learner import Learner
+        from unet.recipe.step import Learner
 
         learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
         if config["streamed"]:

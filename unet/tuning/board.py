@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
+from unet.progress import Live
 from unet.terminal import PLAIN_SECONDS, Display, duration, names_in_line
-from unet.training.monitor import Live
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.recorder import name
 from unet.tuning.search import BEST

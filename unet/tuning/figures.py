@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray.tune.search.sample import Categorical
 
-from unet.report import DPI, INK, LEGEND, QUIET, calm
+from unet.pages.figures import DPI, INK, LEGEND, QUIET, calm
 from unet.tuning.search import BEST
 from unet.tuning.space import Space, is_log
 

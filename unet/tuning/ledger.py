@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterable
 
 from unet.locks import Lock
+from unet.runs.checkpoint import Checkpoints
+from unet.runs.run import METRICS, SUMMARY
 from unet.storage import Folder
-from unet.training.checkpoint import Checkpoints
-from unet.training.run import METRICS, SUMMARY
 
 TRIALS = "trials.jsonl"
 UNDER_WAY = ("running", "stopped")

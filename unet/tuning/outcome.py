@@ -10,16 +10,15 @@ from pathlib import Path
 
 import yaml
 
-from unet import report
 from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metrics import flat as flat_metrics
 from unet.secrets import shown
-from unet.terminal import Display
+from unet.supervise.driver import train
+from unet.supervise.preflight import open_run
+from unet.terminal import Display, score_table
 from unet.tracking.tracker import Tracker
-from unet.training.driver import train
-from unet.training.run import open_run
 from unet.tuning import figures
 from unet.tuning.board import epochs_saved, trial_table
 from unet.tuning.ledger import Ledger, ranked
@@ -122,7 +121,7 @@ def show(
     display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", classes, width, title))
     if summary.get("test"):
         title = f"Test split, {summary['best_trial']}"
-        display.console.print(report.score_table(title, summary["test"]))
+        display.console.print(score_table(title, summary["test"]))
     saved, total = summary["trial_epochs_saved"], len(rows) * epochs
     lines = [
         ("best", f"{summary['best_trial']}, val mean IoU {rows[0][BEST]:.4f} at epoch {rows[0]['best_epoch']}"),

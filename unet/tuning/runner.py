@@ -1,14 +1,17 @@
 """A sweep from its opened folder to its end: everything that can be refused, then its trials."""
 
 import unet.data.prepare as preparing
+from unet.cluster import planner, precision
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.room import take_places
 from unet.errors import InputError
+from unet.runs.arrays import count_parameters
 from unet.storage import Folder
+from unet.supervise.preflight import check_disk, check_samples
 from unet.terminal import Display
 from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
 from unet.tracking.tracker import Tracker
-from unet.training import precision, resources
-from unet.training.room import take_places
 from unet.tuning.ledger import Ledger
 from unet.tuning.search import BEST, variants
 from unet.tuning.sweep import Sweep
@@ -33,8 +36,8 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
         return _finished(sweep, ledger, display)
     planned = _planned(sweep, len(ledger))
-    nodes, storage, largest = resources.cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
-    resources.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
+    nodes, storage, largest = cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
+    planner.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
     try:
         prepared = preparing.resolve(
             settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working
@@ -44,18 +47,18 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     digest = prepared.manifest.data_digest
     if sweep.summary.get("data_digest", digest) != digest:
         raise InputError(f"The sweep {sweep.name} was begun with other data: give those, or another --run-name.")
-    counts = resources.check_samples(settings, prepared)
+    counts = check_samples(settings, prepared)
     if not prepared.is_labelled("val"):
         raise InputError(
             f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "
             "have a score to be chosen by: label val, list other samples for it, or give a larger --image-size."
         )
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
-    plan, together = resources.plan_trials(largest, nodes, data_bytes, planned)
+    plan, together = planner.plan_trials(largest, nodes, data_bytes, planned)
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
     classes = len(prepared.manifest.classes)
-    parameters = resources.count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
-    resources.check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
+    parameters = count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
+    check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
     _settle_precision(sweep, plan.use_gpu, display)
     tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
     session = Trials(sweep, ledger, prepared, counts, plan, together, at_a_time, planned, tracker, display)

@@ -10,14 +10,15 @@ import yaml
 
 import unet.data.prepare as preparing
 from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
+from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
+from unet.runs.run import CONFIG, SUMMARY, locked, read_summary
 from unet.secrets import shown
 from unet.storage import Folder
+from unet.supervise.preflight import refuse_changes, with_chosen_precision
 from unet.tracking.database import check_database
 from unet.tracking.reach import check_server, default_uri
-from unet.training import resources
-from unet.training.run import CONFIG, SUMMARY, locked, read_summary, refuse_changes, with_chosen_precision
 from unet.tuning.schedule import check_schedule
 from unet.tuning.space import Space, parse_space, read_space
 
@@ -76,7 +77,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         InputError: the settings, the space, the data or the tracking server cannot work.
     """
     storage = Folder(settings.run.storage_path)
-    resources.check_writable(storage)
+    check_writable(storage)
     name = settings.run.resume or settings.run.run_name or time.strftime("sweep-%Y%m%d-%H%M%S")
     folder, saved, summary = storage / name, None, {}
     if folder.exists(CONFIG):

@@ -15,16 +15,18 @@ import ray
 from ray import tune
 
 from unet.classes import Classes
+from unet.cluster.devices import start_tensorflow
 from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged, NoGpu
-from unet.network import start_tensorflow
+from unet.progress import Live
+from unet.runs.checkpoint import FILES, Checkpoints
+from unet.runs.run import Run
 from unet.storage import Folder
-from unet.training.checkpoint import FILES, Checkpoints
+from unet.supervise.preflight import open_run
 from unet.training.job import Job
+from unet.training.link import Line
 from unet.training.loop import Loop, not_finite
-from unet.training.monitor import Line, Live
-from unet.training.run import Run, open_run
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
 from unet.tuning.watch import Watch
@@ -192,7 +194,7 @@ class Learners:
         """A learner at the start of a training with these settings: equal, bit for bit, to a new one."""
         import keras
 
-        from unet.training.learner import Learner, traced_for
+        from unet.recipe.step import Learner, traced_for
 
         key = traced_for(settings, classes)
         if key in self._kept:
@@ -213,8 +215,8 @@ def group_trial(config: dict, shared: Shared) -> None:
     """A trial of several workers, in a process of Tune that only waits for them."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from unet.session import ray_session
-    from unet.training.driver import train
+    from unet.cluster.session import ray_session
+    from unet.supervise.driver import train
 
     settings = shared.settings(tune.get_context().get_trial_name(), config["draw"])
     run = open_run(settings, tracked=False)

@@ -8,20 +8,21 @@ from dataclasses import dataclass, field
 import ray
 from ray import tune
 
+from unet.cluster import planner
+from unet.cluster.placement import in_words
 from unet.config import SweepSettings
 from unet.data import ingest
+from unet.data.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import RunFailed
+from unet.runs.run import where
 from unet.secrets import without_secrets
-from unet.terminal import Display, checks_row
+from unet.supervise.signals import stop_wish
+from unet.terminal import Display
 from unet.tracking.registry import register
 from unet.tracking.store import code_version
 from unet.tracking.tracker import Tracker
-from unet.training import resources
-from unet.training.monitor import Monitor
-from unet.training.placement import in_words
-from unet.training.run import where
-from unet.training.signals import stop_wish
+from unet.training.link import Monitor
 from unet.tuning import outcome
 from unet.tuning.board import Board, epochs_saved
 from unet.tuning.children import ChildRuns
@@ -81,7 +82,7 @@ class Trials:
     ledger: Ledger
     prepared: Prepared
     counts: dict[str, int]
-    plan: resources.Plan
+    plan: planner.Plan
     together: int
     at_a_time: int
     planned: int | None

@@ -3,10 +3,11 @@
 import time
 from typing import NoReturn
 
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import Node, fits_now
+from unet.cluster.planner import Plan, plan, plan_now
 from unet.config import TrainSettings
 from unet.errors import InputError
-from unet.training.placement import Node, fits_now
-from unet.training.resources import Plan, cluster_nodes, plan, plan_now
 
 
 def take_room(settings: TrainSettings, data_bytes: int) -> Plan:

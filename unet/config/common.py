@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from unet.config.base import Part, absolute
 from unet.secrets import without_secrets
+from unet.settings import Part, absolute
 from unet.storage import Folder
 
 RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]

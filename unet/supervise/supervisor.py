@@ -11,20 +11,21 @@ from dataclasses import dataclass
 
 import ray
 
+from unet.cluster import planner
+from unet.cluster.nodes import cluster_nodes, draining_nodes, free_abandoned_places, live_nodes
 from unet.config import parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import Diverged, InputError, NoGpu, RunFailed, StorageFailed
+from unet.runs.run import milliseconds
+from unet.runs.state import State
 from unet.storage import reported
-from unet.training import resources
-from unet.training.checkpoint import State
-from unet.training.faults import Fault, Tries, fault_of, with_nodes
-from unet.training.group import Group
+from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
+from unet.supervise.group import Group
+from unet.supervise.reading import Reading
+from unet.supervise.recorder import Journal
+from unet.supervise.signals import stop_wish
 from unet.training.job import Job
-from unet.training.journal import Journal
 from unet.training.loop import not_finite
-from unet.training.reading import Reading
-from unet.training.run import milliseconds
-from unet.training.signals import stop_wish
 
 POLL_SECONDS = 0.25
 LOOK_SECONDS = 3.0
@@ -56,7 +57,7 @@ class Supervisor:
 
     journal: Journal
     counts: dict[str, int]
-    plan: resources.Plan
+    plan: planner.Plan
     callbacks: tuple
     together: int
     latest: tuple[str, State] | None
@@ -184,11 +185,11 @@ class Supervisor:
                 self.display.waiting(f"waiting for room: {why}")
             wish.wait(POLL_SECONDS)
 
-    def _plan_now(self, held: int = 0) -> resources.Plan | None:
+    def _plan_now(self, held: int = 0) -> planner.Plan | None:
         """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""
         device = "gpu" if self.plan.use_gpu else "cpu"
-        nodes, data_bytes = resources.cluster_nodes(), self.plan.data_bytes
-        return resources.plan_now(self.settings, nodes, data_bytes, self.together, held, device)
+        nodes, data_bytes = cluster_nodes(), self.plan.data_bytes
+        return planner.plan_now(self.settings, nodes, data_bytes, self.together, held, device)
 
     def _one_group(self, wish: threading.Event, reason: str | None) -> Fault | None:
         """Workers from their start to their end; what ended them if it was not themselves.
@@ -216,12 +217,12 @@ class Supervisor:
             if ray.is_initialized():
                 group.close()
                 if not self.journal.as_trial:  # a sweep's job has other groups too
-                    resources.free_abandoned_places()
+                    free_abandoned_places()
         if hung:
             return Fault(hung)
         if group.error is None or (self.stopped and group.aborted_at is not None):
             return None
-        lost = group.nodes - resources.live_nodes().keys()
+        lost = group.nodes - live_nodes().keys()
         return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
 
     def _job(self, group: Group, checkpoint: str | None) -> Job:
@@ -284,7 +285,7 @@ class Supervisor:
         Returns:
             Whether there is room for more: twice in a row, and the group is to grow.
         """
-        called_back, reason, room = group.nodes & resources.draining_nodes(), None, False
+        called_back, reason, room = group.nodes & draining_nodes(), None, False
         if called_back:
             reason = f"{len(called_back)} of {len(group.nodes)} nodes called back"
         elif may_grow:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from unet.cluster.nodes import live_nodes
 from unet.config import AUTO, TrainSettings
 from unet.errors import InputError
-from unet.training.resources import live_nodes
 
 FLOAT32, BFLOAT16, FLOAT16 = "float32", "mixed_bfloat16", "mixed_float16"
 INSTRUCTIONS = {BFLOAT16: {"avx512_bf16", "amx_bf16"}, FLOAT16: {"avx512_fp16", "amx_fp16"}}

@@ -2,20 +2,10 @@
 
 import contextlib
 import math
-import os
-import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from unet.config import Device, TrainSettings, parse_bytes
-from unet.data.shards import Prepared
-from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
-from unet.errors import InputError
-from unet.storage import Folder
-from unet.training.arrays import weight_shapes
-from unet.training.placement import (
+from unet.cluster.placement import (
     Node,
     check_enough,
     cpus_for_each,
@@ -25,10 +15,11 @@ from unet.training.placement import (
     on_device,
     with_cpus,
 )
+from unet.config import Device, TrainSettings, parse_bytes
+from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
+from unet.errors import InputError
 
 READERS = 2
-ANSWER_SECONDS = 1.0
-"""How long a node has to take a connection."""
 WORKER_BYTES = 0.8e9
 """A worker with TensorFlow loaded, before its first step (measured: 0.6 GB)."""
 
@@ -57,59 +48,6 @@ class Plan:
     stream_bytes: int
     stream_tasks: int = STREAM_TASKS
     why_cpus: str = ""
-
-
-def cluster_nodes() -> list[Node]:
-    """The nodes of the connected cluster that live and are to stay."""
-    import ray
-
-    leaving, found = draining_nodes(), []
-    # What of each node is free Ray tells by no public call; only the sum of all.
-    free = ray._private.state.available_resources_per_node()
-    for name, node in live_nodes().items():
-        if name not in leaving:
-            r, left = node["Resources"], free.get(name, {})
-            sizes = (r.get("CPU", 0), r.get("GPU", 0), r["memory"], r["object_store_memory"])
-            found.append(Node(*sizes, left.get("CPU", 0), left.get("GPU", 0)))
-    return found
-
-
-def live_nodes() -> dict[str, dict]:
-    """What Ray says of the nodes that live, by id; each is asked, since Ray misses a lost one only after 15 s or so."""
-    import ray
-
-    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _answers(node)}
-
-
-def _answers(node: dict) -> bool:
-    """Whether its part of Ray still listens, where every other node of the cluster must reach it too."""
-    try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS):
-            return True
-    except OSError:
-        return False
-
-
-def draining_nodes() -> set[str]:
-    """The ids of nodes whose end is announced: a spot machine that is called back."""
-    import ray
-
-    # What Ray Train's own watcher asks. Its public form, `get_preemption_info`, makes the workers wait for each other.
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def free_abandoned_places() -> None:
-    """Give back what the groups of this job's lost controllers reserved; call when none of them is to live.
-
-    Ray's own cleaner does not know the places of a controller that was lost while it started its workers.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    job = ray.get_runtime_context().get_job_id()
-    for name, group in placement_group_table().items():
-        if name.endswith(job) and group["state"] != "REMOVED":  # an id ends with that of the job
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def plan_now(
@@ -258,65 +196,3 @@ def _most(plan_of: Callable[[int], Plan], limit: int) -> tuple[Plan, int]:
         except InputError:
             too_many = middle
     return found, fits
-
-
-def check_writable(storage: Folder, flag: str = "--storage-path") -> None:
-    """Refuse a local place that cannot be written; `flag` gives another.
-
-    Raises:
-        InputError: with what to do.
-    """
-    place = _existing(storage)
-    if place and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"Cannot write to {storage}: give another {flag}, or change who may write there.")
-
-
-def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: int = 1) -> None:
-    """Refuse runs whose checkpoints would not fit on a local disk.
-
-    Raises:
-        InputError: with what is needed and what is free.
-    """
-    place = _existing(storage)
-    if place is None:
-        return
-    # Weights and two moments of Adam; the best, the last, and the one being written; the packaged model.
-    need, free = runs * parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
-    if need > free:
-        raise InputError(
-            f"The checkpoints need about {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "
-            "make room, or give another --storage-path."
-        )
-
-
-def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]:
-    """How many samples of each split the run uses.
-
-    Raises:
-        InputError: a split that training needs is empty, or nothing in train has a class.
-    """
-    counts = dict(prepared.manifest.counts)
-    for split in ("train", "val"):
-        if not counts[split]:
-            raise InputError(
-                f"{prepared.folder} has no {split} samples: give more samples or other lists, or prepare "
-                "them with another --val-fraction."
-            )
-    if not prepared.is_labelled("train"):
-        raise InputError(f"No pixel of train in {prepared.folder} has a class: there is nothing to learn from.")
-    if settings.data.limit_train:
-        counts["train"] = min(counts["train"], settings.data.limit_train)
-    return counts
-
-
-def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
-    """The number of weights of the U-Net, without building it."""
-    return sum(map(math.prod, weight_shapes(base_filters, depth, num_classes, image_channels).values()))
-
-
-def _existing(storage: Folder) -> Path | None:
-    """The nearest folder above a local storage path that exists already."""
-    if not storage.is_local:
-        return None
-    # Not by `Path.exists`, which raises where nothing may be read.
-    return next(p for p in [Path(storage.path), *Path(storage.path).parents] if os.path.exists(p))

@@ -18,7 +18,6 @@ from unet.classes import IGNORE, MANY, ClassInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
 
 ABSENT, DPI = "–", 130
 INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
@@ -253,31 +252,6 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
     parts = [*parts[:MANY], f"and {len(parts) - MANY} more"] if len(parts) > MANY else parts
     # Only the spaces between classes may break: a name and its value stay on one line.
     return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-
-
-def score_table(title: str, scores: Mapping) -> Table:
-    """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
-
-    `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `images` and maybe
-    `loss`; a value that could not be measured is None.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
-    def four(value: float | None) -> str:
-        return ABSENT if value is None else f"{value:.4f}"
-
-    loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
-    caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
-    columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
-    table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
-    for name in (shown := lowest(scores["iou"])):
-        table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
-    if len(shown) < len(scores["iou"]):
-        table.caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
-    table.add_section()
-    table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
-    return table
 
 
 def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:

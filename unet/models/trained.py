@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from unet.classes import Classes, ClassInfo
+from unet.cluster.session import cause_of
 from unet.config import (
     CONFIG,
     MAY_CHANGE,
@@ -25,12 +26,11 @@ from unet.config import (
     unflat,
 )
 from unet.errors import Damaged, InputError, first_line
+from unet.runs.arrays import weight_shapes
+from unet.runs.checkpoint import STATE, Checkpoints
+from unet.runs.run import read_summary
 from unet.secrets import lost, without_secrets
-from unet.session import cause_of
 from unet.storage import Folder
-from unet.training.arrays import weight_shapes
-from unet.training.checkpoint import STATE, Checkpoints
-from unet.training.run import read_summary
 
 MLMODEL = "MLmodel"
 VARIABLES = "variables/variables"
@@ -138,9 +138,9 @@ class TrainedModel:
     @classmethod
     def _of_mlflow(cls, uri: str, storage: Folder, tracking_uri: str | None) -> "TrainedModel":
         from unet.tracking.database import ready
+        from unet.tracking.library import load_mlflow
         from unet.tracking.patience import patient
         from unet.tracking.reach import default_uri
-        from unet.tracking.store import load_mlflow
 
         mlflow = load_mlflow()
         tracking_uri = tracking_uri or default_uri(storage)

@@ -14,17 +14,13 @@ from typing import Any
 
 import yaml
 
-from unet.config import AUTO, CONFIG, MAY_CHANGE, TICKET, RunSettings, TrainSettings, flat, moved_with, read_config
+from unet.config import CONFIG, TICKET, RunSettings, TrainSettings, flat, moved_with, read_config
 from unet.data.shards import MANIFEST
-from unet.data.sources.find import check_source
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
+from unet.runs.checkpoint import Checkpoints
 from unet.secrets import lost, shown, without_secrets
 from unet.storage import Folder, persistently
-from unet.tracking.database import check_database
-from unet.tracking.reach import check_server, default_uri
-from unet.training.checkpoint import Checkpoints
-from unet.training.resources import check_writable
 
 SUMMARY, METRICS, MODEL = "summary.json", "metrics.jsonl", "model"
 KNOWN_LATER = (
@@ -215,61 +211,3 @@ def where(run: RunSettings, tracking: bool = True) -> str:
     if tracking and run.tracking_uri:
         flags += f" --tracking-uri {shlex.quote(without_secrets(run.tracking_uri))}"
     return flags
-
-
-def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
-    """The run that the settings mean, after every check that needs no cluster.
-
-    A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
-
-    Raises:
-        InputError: the settings, the data, MLflow's database or the tracking server cannot work.
-    """
-    storage, uri = Folder(settings.run.storage_path), settings.run.tracking_uri
-    check_writable(storage)
-    run = _identify(settings)
-    check_source(settings.data.data)
-    if tracked:
-        check_database(uri or default_uri(storage))
-        if not run.summary:
-            check_server(uri)
-    return run
-
-
-def _identify(settings: TrainSettings) -> Run:
-    """The run that the settings mean: a new one, or one to continue.
-
-    Raises:
-        InputError: the name belongs to a run with other settings.
-    """
-    name = settings.run.resume or settings.run.run_name or time.strftime("unet-%Y%m%d-%H%M%S")
-    run = Run.load(name, settings)
-    if not run.folder.exists(CONFIG):
-        if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
-            raise InputError(f"{run.folder} is no run: give another --run-name.")
-        return run
-    before = read_config(run.folder)
-    run.settings = with_chosen_precision(settings, before)
-    if "space" in before:
-        raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
-    refuse_changes(name, before, flat(settings), MAY_CHANGE)
-    run.summary.setdefault("run_name", name)
-    return run
-
-
-def with_chosen_precision(settings: TrainSettings, before: dict[str, Any]) -> TrainSettings:
-    """The settings of a run or sweep that goes on, with the precision that it chose at its beginning (`auto`)."""
-    chosen = before.get("precision", AUTO)
-    return settings if settings.training.precision != AUTO else settings.with_precision(chosen)
-
-
-def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:
-    """Refuse to continue under a name with other settings than it was started with.
-
-    Raises:
-        InputError: with the settings that differ.
-    """
-    changed = sorted(k for k in now.keys() - may_change if before.get(k, now[k]) != now[k])
-    if changed:
-        flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
-        raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")

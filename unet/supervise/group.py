@@ -1,7 +1,7 @@
 """One start of the workers: a trainer of Ray Train in a thread, and the mailbox through which they speak.
 
 Ray Train is told to restart nothing: a group that ends in any other way than by itself is replaced by a new one, by
-`unet.training.supervisor`, which so decides alike about workers, controller, nodes and hangs.
+`unet.supervise.supervisor`, which so decides alike about workers, controller, nodes and hangs.
 """
 
 import contextlib
@@ -23,11 +23,12 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from unet.cluster.planner import Plan
 from unet.data.ingest import Ingest, shards
+from unet.progress import Live
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.job import Job
-from unet.training.monitor import Live, Monitor
-from unet.training.resources import Plan
+from unet.training.link import Monitor
 from unet.training.worker import train_worker
 
 ANSWER_SECONDS = 10

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from unet.cluster import planner
+from unet.cluster.nodes import live_nodes
 from unet.data import ingest
-from unet.training import resources
-from unet.training.checkpoint import State
+from unet.runs.state import State
 
 
 @dataclass
@@ -19,10 +20,10 @@ class Reading:
     ingest: ingest.Ingest
     nodes: frozenset[str] = frozenset()
 
-    def begin(self, state: State | None, plan: resources.Plan) -> ingest.Ingest:
+    def begin(self, state: State | None, plan: planner.Plan) -> ingest.Ingest:
         """The data from a checkpoint's place in their order on, read as planned."""
         # What was kept may have gone with a node.
-        kept = self.ingest.kept if resources.live_nodes().keys() >= self.nodes else None
+        kept = self.ingest.kept if live_nodes().keys() >= self.nodes else None
         start = (state.epoch, state.epoch_step) if state else (1, 0)
         # A run goes on in the order that it began with.
         window = state.window if state else None
@@ -34,6 +35,6 @@ class Reading:
     def keep(self) -> ingest.Ingest:
         """The same with all that is trained and validated on in memory."""
         if self.ingest.kept is None:
-            self.nodes = frozenset(resources.live_nodes())
+            self.nodes = frozenset(live_nodes())
             self.ingest = ingest.keep(self.ingest)
         return self.ingest

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from unet import report
 from unet.classes import Classes
-from unet.terminal import Display
-from unet.training.checkpoint import State
-from unet.training.run import MODEL, Run, where
+from unet.pages import figures
+from unet.runs.run import MODEL, Run, where
+from unet.runs.state import State
+from unet.terminal import Display, score_table
 
 
 def keep(run: Run, state: State, history: list[dict], test: dict, gallery: dict, package: dict[str, bytes]) -> None:
@@ -25,9 +25,9 @@ def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> di
     """PNG pictures by file name, and the gallery's arrays as NPZ."""
     g = gallery
     pictures = {
-        "training_curves.png": lambda path: report.training_curves(history, classes, path),
-        "confusion_test.png": lambda path: report.confusion_picture(np.array(test["confusion"]), classes, path),
-        "gallery.png": lambda path: report.gallery(g["images"], g["truth"], g["predicted"], g["names"], classes, path),
+        "training_curves.png": lambda path: figures.training_curves(history, classes, path),
+        "confusion_test.png": lambda path: figures.confusion_picture(np.array(test["confusion"]), classes, path),
+        "gallery.png": lambda path: figures.gallery(g["images"], g["truth"], g["predicted"], g["names"], classes, path),
     }
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **(gallery | {"names": np.array(gallery["names"])}))
@@ -44,7 +44,7 @@ def show(run: Run, uri: str, display: Display) -> None:
     summary, settings = run.summary, run.settings
     scored = summary["best_epoch"] is not None
     kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
-    display.console.print(report.score_table(f"Test split, {kind} epoch's weights", summary["test"]))
+    display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
     more, data = settings.training.epochs + 10, shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience = settings.training.patience

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from unet.config import CONFIG, EvaluateSettings, read_config
 from unet.data.sources.find import check_source
+from unet.disk import check_writable
 from unet.errors import InputError, first_line
+from unet.models.trained import TrainedModel, best_checkpoint, located
+from unet.runs.run import prepared_of
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
-from unet.trained import TrainedModel, best_checkpoint, located
-from unet.training.resources import check_writable
-from unet.training.run import prepared_of
 
 METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
 PLACE = "evaluations"

@@ -5,6 +5,7 @@ kinds that lie in the file itself. Whatever could lead to another file, to a fil
 """
 
 import io
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -106,3 +107,8 @@ def read_arrays(content: bytes, shapes: Shapes) -> Iterator[tuple[str, np.ndarra
             if array.shape != shape or array.dtype.kind not in "iuf":
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not numbers {shape}")
             yield name, array
+
+
+def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
+    """The number of weights of the U-Net, without building it."""
+    return sum(map(math.prod, weight_shapes(base_filters, depth, num_classes, image_channels).values()))

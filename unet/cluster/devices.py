@@ -1,16 +1,10 @@
-"""A trained network in this process, in float32, and TensorFlow's start."""
+"""TensorFlow's start on the devices that a process was given."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from unet import environment
 from unet.errors import NoGpu
-
-if TYPE_CHECKING:
-    from unet.trained import TrainedModel
 
 
 def start_tensorflow(threads: int, use_gpu: bool = False, deterministic: bool = False) -> None:
@@ -75,42 +69,3 @@ def float32_exactly() -> Iterator[None]:
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
-
-
-class Network:
-    """The float32 network of a model. Start TensorFlow first.
-
-    On one thread of a CPU an image's numbers are the same bits in every batch of one size. Another size, another number
-    of threads or another kind of processor may change the last ones.
-    """
-
-    def __init__(self, trained: "TrainedModel"):
-        import keras
-        import tensorflow as tf
-
-        from unet.model import build_unet
-
-        size, network = trained.image_size, trained.network
-        policy = keras.config.dtype_policy()
-        keras.config.set_dtype_policy("float32")
-        try:
-            self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
-        finally:
-            keras.config.set_dtype_policy(policy)  # that of whose process this is
-        self.keras_model.set_weights(trained.weights)
-
-        @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
-        def logits(images):
-            return self.keras_model(tf.cast(images, tf.float32) / 255.0, training=False)
-
-        self._logits = logits
-
-    def logits(self, images: np.ndarray):
-        """A float32 tensor (N, S, S, C) of images uint8 (N, S, S, 3)."""
-        return self._logits(images)
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """float32 (N, S, S, C) of images uint8 (N, S, S, 3)."""
-        import tensorflow as tf
-
-        return tf.nn.softmax(self._logits(images)).numpy()

@@ -2,56 +2,12 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
 
 import ray
 
+from unet.progress import Live
+
 LIVE_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Live:
-    """The state of the step under way, for the progress line.
-
-    Attributes:
-        epoch, step: from 1; `step` within the epoch.
-        steps: in the epoch.
-        phase: "train", "val" or "test".
-        loss: mean per pixel over the epoch so far.
-        images_per_second, data_wait_fraction: over the epoch so far.
-        seconds_per_step: for the time left.
-    """
-
-    epoch: int
-    step: int
-    steps: int
-    phase: str
-    loss: float | None = None
-    images_per_second: float | None = None
-    data_wait_fraction: float | None = None
-    seconds_per_step: float | None = None
-
-
-@dataclass
-class Clock:
-    """Where the time of an epoch's training goes. Validation has no part in it."""
-
-    images: int = 0
-    waiting: float = 0.0
-    stepping: float = 0.0
-    steps: int = 0
-
-    def add(self, images: int, waiting: float, stepping: float) -> None:
-        self.steps, self.images = self.steps + 1, self.images + images
-        self.waiting, self.stepping = self.waiting + waiting, self.stepping + stepping
-
-    @property
-    def images_per_second(self) -> float | None:
-        return self.images / (self.waiting + self.stepping) if self.images else None
-
-    @property
-    def data_wait_fraction(self) -> float | None:
-        return self.waiting / (self.waiting + self.stepping) if self.images else None
 
 
 @ray.remote(num_cpus=0, enable_task_events=False)  # Ray would keep one of each poll

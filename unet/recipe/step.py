@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from unet.classes import IGNORE
 from unet.config import TrainSettings
-from unet.model import DropoutKey, build_unet, dropout_key
+from unet.recipe.layers import DropoutKey, build_unet, dropout_key
 
 MIN_LOSS_SCALE, INITIAL_LOSS_SCALE = 1.0, 2.0**15
 LOSS_SCALE_STEPS = 2000

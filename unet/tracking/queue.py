@@ -12,8 +12,9 @@ from unet.data.shards import Prepared
 from unet.errors import InputError, first_line
 from unet.secrets import without_secrets
 from unet.storage import Folder
+from unet.tracking.library import load_mlflow
 from unet.tracking.reach import default_uri
-from unet.tracking.store import Store, load_mlflow, refused
+from unet.tracking.store import Store, refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds from a failed attempt to the next, doubled each time."""

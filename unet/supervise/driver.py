@@ -3,19 +3,23 @@
 import threading
 import time
 
+from unet.cluster import planner, precision
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import in_words
+from unet.cluster.room import take_room
+from unet.data.findings import checks_row
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
+from unet.runs.arrays import count_parameters
+from unet.runs.run import Run
 from unet.storage import Folder
-from unet.terminal import Display, checks_row
+from unet.supervise.preflight import check_disk, check_samples
+from unet.supervise.recorder import Journal
+from unet.supervise.supervisor import Supervisor
+from unet.terminal import Display
 from unet.tracking.send import send_later
-from unet.training import precision, resources
-from unet.training.journal import Journal
-from unet.training.placement import in_words
-from unet.training.room import take_room
-from unet.training.run import Run
-from unet.training.supervisor import Supervisor
 
 
 def train(
@@ -29,9 +33,9 @@ def train(
 ) -> dict:
     """Train an opened run to its end; its summary (the content of `summary.json`).
 
-    Ray must be connected (`unet.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test split,
-    pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is when the
-    job began, in seconds since 1970; `wish` ends it with a checkpoint (default: set by Ctrl-C).
+    Ray must be connected (`unet.cluster.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test
+    split, pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is
+    when the job began, in seconds since 1970; `wish` ends it with a checkpoint (default: set by Ctrl-C).
 
     Raises:
         InputError: before anything started.
@@ -67,8 +71,8 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
         if done >= settings.training.epochs:
             display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
             return _finished(run, display, as_trial)
-    storage, nodes = Folder(settings.run.storage_path), resources.cluster_nodes()
-    resources.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
+    storage, nodes = Folder(settings.run.storage_path), cluster_nodes()
+    planner.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
     try:
         prepared = resolve(settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working)
     finally:
@@ -82,13 +86,13 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     names = prepared.manifest.classes
     if latest and [c.name for c in latest[1].class_infos] != names:
         raise InputError(f"{prepared.folder} calls the classes {', '.join(names)} now: give another --run-name.")
-    counts = resources.check_samples(settings, prepared)
+    counts = check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     classes = len(prepared.manifest.classes)
-    parameters = resources.count_parameters(3, settings.model.base_filters, settings.model.depth, classes)
+    parameters = count_parameters(3, settings.model.base_filters, settings.model.depth, classes)
     # The sweep of a trial has asked for its room.
-    plan = resources.plan(settings, nodes, data_bytes, together) if as_trial else take_room(settings, data_bytes)
-    resources.check_disk(settings, storage, parameters)
+    plan = planner.plan(settings, nodes, data_bytes, together) if as_trial else take_room(settings, data_bytes)
+    check_disk(settings, storage, parameters)
     run.settings, choice = precision.settled(settings, plan.use_gpu)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice))
@@ -117,7 +121,7 @@ def _finished(run: Run, display: Display, as_trial: bool) -> dict:
 
 
 def _overview(
-    run: Run, prepared: Prepared, counts, parameters: int, plan: resources.Plan, choice: precision.Choice
+    run: Run, prepared: Prepared, counts, parameters: int, plan: planner.Plan, choice: precision.Choice
 ) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"

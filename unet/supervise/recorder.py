@@ -10,14 +10,14 @@ import numpy as np
 
 from unet.data.shards import Prepared
 from unet.errors import InputError, StorageFailed
+from unet.runs.run import Run, milliseconds, where
+from unet.runs.state import State
 from unet.secrets import without_secrets
 from unet.storage import Folder
+from unet.supervise import results
 from unet.terminal import Display
-from unet.tracking.courier import Courier, Untracked
+from unet.tracking.queue import Courier, Untracked
 from unet.tracking.send import PATIENCE, begin, kept_back, restart_tags, send
-from unet.training import results
-from unet.training.checkpoint import State
-from unet.training.run import Run, milliseconds, where
 
 STOP_SECONDS = 2
 """How long a run that was stopped waits for MLflow."""

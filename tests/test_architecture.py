@@ -1,0 +1,79 @@
+"""Imports run one way: a folder knows those below it, and none above."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "unet"
+LAYERS = """
+errors secrets paths streams progress classes metrics
+environment storage
+locks disk settings
+recipe
+config
+pages
+terminal
+data
+cluster
+runs
+tracking
+models
+prediction
+packaging evaluation
+training
+supervise
+tuning
+cli
+""".split("\n")
+"""From the ground up. Modules of a line may not import each other, but for those that share a folder."""
+FLOOR = {name: floor for floor, line in enumerate(LAYERS) for name in line.split()}
+FACE = "unet"
+"""`unet/__init__.py`, the public face: it may import all, and nothing in the package imports it."""
+
+
+def imports(file: Path) -> set[str]:
+    """The folders and top modules of the package that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("unet.")}
+    return found
+
+
+def home(file: Path) -> str:
+    """The folder or top module that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
+
+
+def test_every_folder_has_its_floor():
+    assert {home(file) for file in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_no_import_points_up(name):
+    up = {
+        f"{file.relative_to(PACKAGE)} -> {other}"
+        for file in FILES
+        for other in imports(file)
+        if home(file) == name and other != name and FLOOR[other] >= FLOOR[name]
+    }
+    assert not up
+
+
+def test_what_a_researcher_edits_knows_neither_ray_nor_mlflow_nor_files():
+    """`recipe/` computes: whatever stores, sends, schedules or shows stands above it."""
+    forbidden = {"ray", "mlflow", "h5py", "pathlib", "os", "io", "rich", "pyarrow"}
+    for file in (PACKAGE / "recipe").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not forbidden & {name.split(".")[0] for name in names}, file.name

@@ -1,0 +1,111 @@
+"""What can be refused before anything starts: which run the settings mean, its samples, and room on its disk."""
+
+import shutil
+import time
+from typing import Any
+
+from unet.config import AUTO, CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
+from unet.data.shards import MANIFEST, Prepared
+from unet.data.sources.find import check_source
+from unet.disk import _existing, check_writable
+from unet.errors import InputError
+from unet.runs.run import SUMMARY, Run
+from unet.storage import Folder
+from unet.tracking.database import check_database
+from unet.tracking.reach import check_server, default_uri
+
+
+def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
+    """The run that the settings mean, after every check that needs no cluster.
+
+    A run that continues goes on without its tracking server; one that is not `tracked` asks for none.
+
+    Raises:
+        InputError: the settings, the data, MLflow's database or the tracking server cannot work.
+    """
+    storage, uri = Folder(settings.run.storage_path), settings.run.tracking_uri
+    check_writable(storage)
+    run = _identify(settings)
+    check_source(settings.data.data)
+    if tracked:
+        check_database(uri or default_uri(storage))
+        if not run.summary:
+            check_server(uri)
+    return run
+
+
+def _identify(settings: TrainSettings) -> Run:
+    """The run that the settings mean: a new one, or one to continue.
+
+    Raises:
+        InputError: the name belongs to a run with other settings.
+    """
+    name = settings.run.resume or settings.run.run_name or time.strftime("unet-%Y%m%d-%H%M%S")
+    run = Run.load(name, settings)
+    if not run.folder.exists(CONFIG):
+        if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
+            raise InputError(f"{run.folder} is no run: give another --run-name.")
+        return run
+    before = read_config(run.folder)
+    run.settings = with_chosen_precision(settings, before)
+    if "space" in before:
+        raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
+    refuse_changes(name, before, flat(settings), MAY_CHANGE)
+    run.summary.setdefault("run_name", name)
+    return run
+
+
+def with_chosen_precision(settings: TrainSettings, before: dict[str, Any]) -> TrainSettings:
+    """The settings of a run or sweep that goes on, with the precision that it chose at its beginning (`auto`)."""
+    chosen = before.get("precision", AUTO)
+    return settings if settings.training.precision != AUTO else settings.with_precision(chosen)
+
+
+def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:
+    """Refuse to continue under a name with other settings than it was started with.
+
+    Raises:
+        InputError: with the settings that differ.
+    """
+    changed = sorted(k for k in now.keys() - may_change if before.get(k, now[k]) != now[k])
+    if changed:
+        flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
+        raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")
+
+
+def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: int = 1) -> None:
+    """Refuse runs whose checkpoints would not fit on a local disk.
+
+    Raises:
+        InputError: with what is needed and what is free.
+    """
+    place = _existing(storage)
+    if place is None:
+        return
+    # Weights and two moments of Adam; the best, the last, and the one being written; the packaged model.
+    need, free = runs * parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
+    if need > free:
+        raise InputError(
+            f"The checkpoints need about {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "
+            "make room, or give another --storage-path."
+        )
+
+
+def check_samples(settings: TrainSettings, prepared: Prepared) -> dict[str, int]:
+    """How many samples of each split the run uses.
+
+    Raises:
+        InputError: a split that training needs is empty, or nothing in train has a class.
+    """
+    counts = dict(prepared.manifest.counts)
+    for split in ("train", "val"):
+        if not counts[split]:
+            raise InputError(
+                f"{prepared.folder} has no {split} samples: give more samples or other lists, or prepare "
+                "them with another --val-fraction."
+            )
+    if not prepared.is_labelled("train"):
+        raise InputError(f"No pixel of train in {prepared.folder} has a class: there is nothing to learn from.")
+    if settings.data.limit_train:
+        counts["train"] = min(counts["train"], settings.data.limit_train)
+    return counts
