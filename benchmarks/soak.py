@@ -29,7 +29,7 @@ SETTINGS = {"image_size": 64, "base_filters": 8, "depth": 3, "batch_size": 32, "
 KINDS = {
     "TrainController": "controller",
     "RayTrainWorker": "workers",
-    "ray::Monitor": "monitor",
+    "ray::DriverLink": "driver link",
     "/raylet": "raylet",
     "gcs_server": "gcs",
     "SplitCoordinator": "Ray Data",

@@ -18,7 +18,7 @@ def run(settings: EvaluateSettings) -> None:
     from unet.terminal import Display
 
     display = Display()
-    with ray_session(settings.door.debug):
+    with ray_session(settings.command.debug):
         try:
             found = evaluate(settings, display)
         finally:

@@ -22,7 +22,7 @@ def run(settings: ExportSettings) -> None:
     part, store, display = settings.export, settings.store, Display()
     if part.output:
         check_writable(Folder(part.output), "--output")
-    with silenced(settings.door.debug):  # TensorFlow reads the variables of an MLflow model here
+    with silenced(settings.command.debug):  # TensorFlow reads the variables of an MLflow model here
         trained = TrainedModel.find(part.model, Folder(store.storage_path), store.tracking_uri)
     if part.register and trained.mlflow_run_id is None:
         raise InputError(f"{part.model} has no run in MLflow, so there is nothing to register.")

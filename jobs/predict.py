@@ -18,7 +18,7 @@ def run(settings: PredictSettings) -> int:
 
     display, photos = Display(), photos_of(settings)
     located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is told before Ray starts
-    with ray_session(settings.door.debug):
+    with ray_session(settings.command.debug):
         try:
             summary = predict(settings, photos, display)
         except KeyboardInterrupt:

@@ -28,7 +28,7 @@ def run(settings: PrepareSettings) -> int:
     storage = Folder(settings.store.storage_path)
     folder = Folder(part.output) if part.output else kept_folder(part.source, recipe, storage)
     title = "There already:" if folder.exists(MANIFEST) else "Prepared"
-    with ray_session(settings.door.debug):
+    with ray_session(settings.command.debug):
         try:
             manifest = prepare(
                 part.source, folder, recipe, part.strict, part.source_dir, cache_of(storage), display.working

@@ -26,7 +26,7 @@ def run(settings: TrainSettings) -> int:
         sync(settings, Display())
         return cli.DONE
     opened, display = open_run(settings), Display()
-    with ray_session(settings.door.debug):
+    with ray_session(settings.command.debug):
         summary = train(opened, display, started=STARTED)
     if settings.run.register and summary["status"] == "finished":
         register_run(summary, settings.run, display)

@@ -17,7 +17,7 @@ def run(settings: TuneSettings) -> int:
 
     sweep = open_sweep(settings)
     # Without it Ray Train never frees the places of a trial of several workers that was stopped early.
-    with ray_session(settings.door.debug, dashboard=True):
+    with ray_session(settings.command.debug, dashboard=True):
         summary = run_sweep(sweep, Display())
     return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
 

@@ -6,30 +6,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "unet"
-LAYERS = """
-errors secrets paths streams progress classes metrics
-environment storage
-locks disk settings
-recipe
-config
-pages
-terminal
-data
-cluster
-runs
-tracking
-models
-prediction
-packaging evaluation
-training
-supervise
-tuning
-cli
-""".split("\n")
-"""From the ground up. Modules of a line may not import each other, but for those that share a folder."""
-FLOOR = {name: floor for floor, line in enumerate(LAYERS) for name in line.split()}
-FACE = "unet"
-"""`unet/__init__.py`, the public face: it may import all, and nothing in the package imports it."""
+LAYERS = (
+    ("errors", "secrets", "paths", "streams", "progress", "classes", "metrics"),
+    ("environment", "storage"),
+    ("locks", "disk", "settings"),
+    ("recipe",),
+    ("config",),
+    ("pages",),
+    ("terminal",),
+    ("data",),
+    ("cluster",),
+    ("runs",),
+    ("tracking",),
+    ("models",),
+    ("prediction",),
+    ("packaging", "evaluation"),
+    ("training",),
+    ("supervise",),
+    ("tuning",),
+    ("cli",),
+)
+"""From the ground up: what stands on one floor knows nothing of its neighbours."""
+FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
+# `unet/__init__.py`, the public face, may import all, and nothing in the package imports it.
 
 
 def imports(file: Path) -> set[str]:

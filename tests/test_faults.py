@@ -28,7 +28,7 @@ DIED = RuntimeError(
 MEMORY = RuntimeError("Task was killed due to the node running low on memory; memory usage threshold was exceeded")
 AWAY = RuntimeError("The actor 4e is unavailable: The actor is temporarily unavailable: RpcError: Socket closed")
 BROKEN = StepFailed("UnavailableError: Connection reset by peer")
-MAILBOX = RuntimeError("The actor died unexpectedly.\n\tclass_name: Monitor\n\tpid: 4711")
+MAILBOX = RuntimeError("The actor died unexpectedly.\n\tclass_name: DriverLink\n\tpid: 4711")
 NODE = RuntimeError("The actor died because its node has died. Node Id: 4e")
 WRAPPED = RuntimeError("a page of Ray's\nKeyError: 'another line'")
 WRAPPED.cause = KeyError("width")
@@ -41,7 +41,7 @@ WRAPPED.cause = KeyError("width")
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
         ({0: BROKEN, 1: AWAY}, "lost", "worker 1 is out of reach"),
-        ({0: MAILBOX}, "lost", "the mailbox between driver and workers was lost"),
+        ({0: MAILBOX}, "lost", "the link between driver and workers was lost"),
         ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
         ({0: ValueError("")}, "raised", "worker 0: ValueError"),
@@ -118,9 +118,9 @@ def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
     def find_room(num_workers) -> supervisor.Supervisor:
         run = Run("crowded", tiny_settings(tmp_path, tmp_path, num_workers=num_workers), Folder(tmp_path))
         prepared = SimpleNamespace(folder=Folder(tmp_path))
-        journal = SimpleNamespace(run=run, display=Display(quiet=True), prepared=prepared)
+        recorder = SimpleNamespace(run=run, display=Display(quiet=True), prepared=prepared)
         plan = Plan(2, 0.75, 1, False, True, 0, 0)
-        found = supervisor.Supervisor(journal, {"train": 8, "val": 8}, plan, (), 1, None)
+        found = supervisor.Supervisor(recorder, {"train": 8, "val": 8}, plan, (), 1, None)
         found._find_room(threading.Event())
         return found
 
@@ -139,9 +139,9 @@ def stop_processes(folder, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["RayTrainWorker", "TrainController", "ray::Monitor"])
+@pytest.mark.parametrize("kind", ["RayTrainWorker", "TrainController", "ray::DriverLink"])
 def test_processes_that_hang_are_replaced(kind, trained, storage, packed):
-    """All workers are stopped, so that none can notice, or their controller, or the mailbox between driver and workers;
+    """All workers are stopped, so that none can notice, or their controller, or the link between driver and workers;
     the run ends bit-equal to the unbroken one."""
     folder, summary = trained
     name = f"frozen-{kind.rpartition(':')[2]}"

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from unet import locks
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.data.output import Place
+from unet.data.output import OutputFolder
 from unet.errors import InputError, StorageFailed
 from unet.locks import Busy, held
 from unet.prediction import results
@@ -197,7 +197,7 @@ def beside(lock, until: threading.Event):
 
 
 def test_a_lock_that_is_removed_as_it_is_taken_is_none(tmp_path, monkeypatch):
-    """The one before ends between the opening of its file and the wish to have it: others would make another file."""
+    """The one before ends between opening its file and locking it: others would make another file."""
     flock, ends = fcntl.flock, [lambda: (tmp_path / locks.LOCK).unlink()]
 
     def taking(*arguments):
@@ -216,7 +216,7 @@ def test_predictions_refuse_and_preparations_wait(folder):
         words = r"^Another job is predicting into .* \(process \d+ on "
         with pytest.raises(InputError, match=words), results.locked(folder):
             pass
-    place, said = Place.of(folder), []
+    place, said = OutputFolder.of(folder), []
 
     def progress(*words):
         said.append(words)

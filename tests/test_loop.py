@@ -1,4 +1,4 @@
-"""The loop of one worker where a wish comes in the middle of a validation."""
+"""The loop of one worker where a stop signal comes in the middle of a validation."""
 
 import threading
 from dataclasses import replace
@@ -9,7 +9,7 @@ import ray
 from conftest import tiny_settings, train, weights_of
 
 from unet.classes import PETS
-from unet.data.ingest import Ingest, Shard, keep
+from unet.data.ingest import Ingest, WorkerShard, keep
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare, resolve
 from unet.data.shards import Prepared
@@ -21,20 +21,20 @@ from unet.supervise import driver
 from unet.supervise.preflight import open_run
 from unet.terminal import Display
 from unet.training.job import Job
-from unet.training.link import Monitor
+from unet.training.link import DriverLink
 from unet.training.loop import Loop, not_finite
 
 
-class Line:
-    """What the loop says, and a wish that comes with a batch of the first validation."""
+class WorkerLink:
+    """What the loop says, and a request that comes with a batch of the first validation."""
 
-    def __init__(self, wish=None, batch=2):
-        self.events, self.lives, self._wish, self._batch, self._live = [], [], wish, batch, None
+    def __init__(self, stop_signal=None, batch=2):
+        self.events, self.lives, self._stop_signal, self._batch, self._live = [], [], stop_signal, batch, None
 
     @property
-    def wish(self):
+    def request(self):
         there = self._live and self._live.phase == "val" and self._live.step >= self._batch
-        return self._wish if there else None
+        return self._stop_signal if there else None
 
     def live(self, live):
         self._live = live
@@ -51,33 +51,33 @@ def reading(ray_cluster, storage, packed) -> Ingest:
     return keep(Ingest(prepared.folder.uri, 32, counts, 4, 0, 2, (1, 0), int(256e6)))
 
 
-def loop_of(storage, name, reading, line, checkpoint=None, **changes) -> Loop:
+def loop_of(storage, name, reading, link, checkpoint=None, **changes) -> Loop:
     settings = tiny_settings(storage, "x", num_workers=1, batch_size=4, epochs=2, run_name=name, **changes)
     run = Run.load(name, settings)
     run.start()
-    job = Job(settings, run.shown_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
+    job = Job(settings, run.public_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
     state = run.checkpoints.state(checkpoint) if checkpoint else None
     here = replace(reading, start=(state.epoch, state.epoch_step) if state else (1, 0))
-    return Loop(job, Learner(settings, 3), Shard(here, 0, 1).reader(), line, 0, 1)
+    return Loop(job, Learner(settings, 3), WorkerShard(here, 0, 1).reader(), link, 0, 1)
 
 
 def same(record: dict) -> dict:
     return {k: v for k, v in record.items() if k not in ("time", "images_per_second", "data_wait_fraction")}
 
 
-def test_a_wish_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
-    whole = loop_of(storage, "whole", reading, Line())
+def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
+    whole = loop_of(storage, "whole", reading, WorkerLink())
     assert whole.train(lambda record: None)
-    check_told(whole, whole.line.lives)
-    line = Line("leave")
-    first = loop_of(storage, "left", reading, line)
+    check_told(whole, whole.link.lives)
+    link = WorkerLink("leave")
+    first = loop_of(storage, "left", reading, link)
     steps = first.plan.steps
-    assert not first.train(lambda record: None) and line.events[-1] == ("left", steps)
+    assert not first.train(lambda record: None) and link.events[-1] == ("left", steps)
     (name,) = first.checkpoints.whole()
     state = first.checkpoints.state(name)
     assert (state.epoch, state.epoch_step, state.step, state.history) == (1, steps, steps, [])
 
-    second = loop_of(storage, "left", reading, Line(), name)
+    second = loop_of(storage, "left", reading, WorkerLink(), name)
     assert second.train(lambda record: None)
     assert list(map(same, second.state.history)) == list(map(same, whole.state.history))
     for one, other in zip(whole.learner.model.weights, second.learner.model.weights, strict=True):
@@ -100,49 +100,49 @@ def check_told(loop: Loop, lives) -> None:
 
 
 def test_a_start_elsewhere_says_what_is_other_and_keeps_its_own(reading, storage):
-    first = loop_of(storage, "moved", reading, Line("leave"))
+    first = loop_of(storage, "moved", reading, WorkerLink("leave"))
     assert not first.train(lambda record: None)
     (name,) = first.checkpoints.whole()
-    second = loop_of(storage, "moved", reading, Line(), name, precision="mixed_bfloat16", checkpoint_every="7m")
-    assert second.line.events == [("changed", ["precision"])]
+    second = loop_of(storage, "moved", reading, WorkerLink(), name, precision="mixed_bfloat16", checkpoint_every="7m")
+    assert second.link.events == [("changed", ["precision"])]
     assert second.state.equality == first.state.equality | {"precision": "mixed_bfloat16"}
     assert (first.state.settings["checkpoint_every"], second.state.settings["checkpoint_every"]) == ("10m", "7m")
-    third = loop_of(storage, "moved", reading, Line(), name)
-    assert third.line.events == [] and third.state.equality == first.state.equality
+    third = loop_of(storage, "moved", reading, WorkerLink(), name)
+    assert third.link.events == [] and third.state.equality == first.state.equality
 
 
 def test_scores_are_told_of_the_best_epoch_only(reading, storage):
     """They hold the confusion matrix, which grows with the classes squared."""
-    loop = loop_of(storage, "told", reading, Line())
+    loop = loop_of(storage, "told", reading, WorkerLink())
     loop.run_epoch()
     best = loop.state.validation
     loop.state.best_score = 2.0  # no later epoch is better
     loop.run_epoch()
-    told = [content for kind, content in loop.line.events if kind == "epoch"]
+    told = [content for kind, content in loop.link.events if kind == "epoch"]
     assert [content["record"]["epoch"] for content in told] == [1, 2]
     assert told[0]["validation"] == best and told[1]["validation"] is None and loop.state.validation == best
 
 
-def test_the_mailbox_keeps_no_event_that_was_fetched(ray_cluster):
-    monitor = Monitor.remote()
+def test_the_driver_link_keeps_no_event_that_was_fetched(ray_cluster):
+    link = DriverLink.remote()
     for number in range(3):
-        ray.get(monitor.event.remote("epoch", number))
+        ray.get(link.event.remote("epoch", number))
 
     def events(seen):
-        return [content for _, content in ray.get(monitor.poll.remote(seen))[1]]
+        return [content for _, content in ray.get(link.poll.remote(seen))[1]]
 
     assert events(0) == events(0) == [0, 1, 2]  # again where the answer was lost
-    ray.get(monitor.event.remote("epoch", 3))
+    ray.get(link.event.remote("epoch", 3))
     assert events(3) == [3] and events(4) == [] and events(0) == []
-    ray.get(monitor.event.remote("epoch", 4))
+    ray.get(link.event.remote("epoch", 4))
     assert events(4) == [4]
 
 
 def test_a_batch_whose_numbers_are_not_finite_is_named_or_passed_over(reading, storage):
     names = Prepared(Folder(reading.folder)).names("train")
-    stopped = loop_of(storage, "wild", reading, Line(), learning_rate=1e30)
+    stopped = loop_of(storage, "wild", reading, WorkerLink(), learning_rate=1e30)
     assert not stopped.train(lambda record: None)
-    kind, content = stopped.line.events[-1]
+    kind, content = stopped.link.events[-1]
     step = stopped.state.step + 1
     assert (kind, content["epoch"], content["step"]) == ("not_finite", 1, step) and 1 < step < stopped.plan.steps
     batch = list(stopped.reader.train(1, 0))[step - 1]
@@ -152,17 +152,17 @@ def test_a_batch_whose_numbers_are_not_finite_is_named_or_passed_over(reading, s
     many = not_finite(content | {"samples": [f"s{i}" for i in range(10)]})
     assert many.endswith("The batch: s0, s1, s2, s3, s4, s5, s6, s7 and 2 more.")
 
-    skipping = loop_of(storage, "skipping", reading, Line(), learning_rate=1e30, on_nan="skip")
+    skipping = loop_of(storage, "skipping", reading, WorkerLink(), learning_rate=1e30, on_nan="skip")
     assert not skipping.train(lambda record: None)  # of the second epoch no step is finite, and that is its end
     (record,) = skipping.state.history
     assert record["skipped_steps"] == skipping.plan.steps - (step - 1) and record["train_loss"] > 0
-    kind, content = skipping.line.events[-1]
+    kind, content = skipping.link.events[-1]
     assert (kind, content["epoch"], content["step"]) == ("not_finite", 2, 2 * skipping.plan.steps)
 
 
 def test_the_clock_saves_in_a_validation_too(reading, storage):
     """A validation that outlasts the interval does not put the epoch's steps at risk."""
-    loop = loop_of(storage, "clocked", reading, Line(), checkpoint_every="10m")
+    loop = loop_of(storage, "clocked", reading, WorkerLink(), checkpoint_every="10m")
     saved = []
     loop.checkpoints.save = lambda learner, state: saved.append((state.epoch, state.epoch_step))
     loop.checkpoints.prune = lambda keep: None
@@ -182,11 +182,11 @@ def test_a_resume_on_another_device_says_so_and_an_older_checkpoint_says_nothing
     """Whose device nobody wrote down has none to differ from."""
 
     def told(checkpoint, **changes):
-        line = Line()
-        loop_of(storage, "on-another-device", reading, line, checkpoint, **changes)
-        return [content for kind, content in line.events if kind == "changed"]
+        link = WorkerLink()
+        loop_of(storage, "on-another-device", reading, link, checkpoint, **changes)
+        return [content for kind, content in link.events if kind == "changed"]
 
-    first = loop_of(storage, "on-another-device", reading, Line())
+    first = loop_of(storage, "on-another-device", reading, WorkerLink())
     first._save()
     (name,) = first.checkpoints.whole()
     assert first.checkpoints.state(name).equality.items() >= {("device", "cpu"), ("op_determinism", False)}
@@ -205,12 +205,12 @@ class Watcher(Display):
 
     def __init__(self):
         super().__init__(quiet=True)
-        self.wish, self.seen = threading.Event(), None
+        self.stop_signal, self.seen = threading.Event(), None
 
     def progress(self, live, epochs):
         if live.phase == "val" and live.step < live.steps - 2:
             self.seen = self.seen or live
-            self.wish.set()
+            self.stop_signal.set()
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_long_validation_of_two_workers(ray_cluster, storage, tmp_pa
     settings = {"image_size": 64, "base_filters": 16, "epochs": 2, "num_workers": 2, "learning_rate": 0.001}
     whole = train(storage, data.path, run_name="scored-whole", **settings)
     opened, display = open_run(tiny_settings(storage, data.path, run_name="scored-later", **settings)), Watcher()
-    stopped = driver.train(opened, display, wish=display.wish)
+    stopped = driver.train(opened, display, stop_signal=display.stop_signal)
     assert display.seen and display.seen.epoch == 1 and stopped["status"] == "stopped"
     name, state = opened.checkpoints.latest()
     assert state.epoch == 1 and name == name_of(state.epoch_step) and not state.history

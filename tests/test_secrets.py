@@ -75,8 +75,8 @@ def test_a_run_saves_and_shows_none(tmp_path):
     # What went to a worker is shown by Ray as text.
     from unet.training.job import Job
 
-    job = Job(settings, run.shown_settings(), run.folder.uri, 1, "digest", (), None, None, None)
-    assert not any(word in str(job) + str(job.shown) for word in WORDS)
+    job = Job(settings, run.public_settings(), run.folder.uri, 1, "digest", (), None, None, None)
+    assert not any(word in str(job) + str(job.public_settings) for word in WORDS)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from unet.storage import Folder
 from unet.tuning import figures, outcome
 from unet.tuning.board import Board, trial_table
 from unet.tuning.ledger import Ledger
-from unet.tuning.recorder import Recorder
 from unet.tuning.space import parse_space
+from unet.tuning.trial_recorder import TrialRecorder
 
 SPACE = "dropout: {uniform: [0.0, 0.5]}\nlearning_rate: {loguniform: [0.0001, 0.1]}\n"
 EPOCHS = 5
@@ -44,7 +44,7 @@ def ledger(tmp_path):
 
 @pytest.fixture
 def recorder(ledger):
-    return Recorder(ledger, Children(), EPOCHS, "asha")
+    return TrialRecorder(ledger, Children(), EPOCHS, "asha")
 
 
 def trial_of(ledger, **facts):
@@ -126,7 +126,7 @@ def test_an_epoch_that_diverged_is_none_and_an_error_gives_its_last_line(recorde
 
 def test_a_sweep_without_a_process_is_idle(recorder, ledger, monkeypatch):
     trial, now = trial_of(ledger, status="PENDING"), [1000.0]
-    monkeypatch.setattr("unet.tuning.recorder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("unet.tuning.trial_recorder.time.monotonic", lambda: now[0])
     for status, passed, idle, running in (
         ("RUNNING", 5, 0.0, {"trial-001"}),
         ("PENDING", 7, 7.0, set()),
@@ -192,7 +192,7 @@ def test_the_parent_run_is_told_of_every_end(rows):
             return lambda *given: told.__setitem__(name, given)
 
     summary = {"status": "finished", "reason": "all trials ended"}
-    outcome.tell_parent(Tracker(), rows, EPOCHS, summary, {"sweep.csv": b""})
+    outcome.report_to_parent(Tracker(), rows, EPOCHS, summary, {"sweep.csv": b""})
     counts, step, _ = told["metrics"]
     ends = {f"trials_{end}": 1 for end in ("finished", "pruned", "failed", "stopped")}
     assert counts == ends | {"trials": 4, "trial_epochs_saved": 3, "best_val_mean_iou": 0.6} and step == 0

@@ -21,11 +21,11 @@ from unet.runs.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from unet.runs.run import Run
 from unet.storage import Folder
 from unet.tracking.patience import patient
-from unet.tracking.queue import Courier
 from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
 from unet.tracking.store import KEY, Store
 from unet.tracking.tracker import Tracker
+from unet.tracking.writer import AsyncWriter
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +44,24 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture
-def couriers(tmp_path):
-    """Makes couriers, and ends them; what they say goes into the list of the second value."""
+def writers(tmp_path):
+    """Makes writers, and ends them; what they say goes into the list of the second value."""
     made, words = [], []
 
     def make(uri, experiment):
-        made.append(Courier(Folder(tmp_path), experiment, uri, words.append))
+        made.append(AsyncWriter(Folder(tmp_path), experiment, uri, words.append))
         made[-1].open()
         return made[-1]
 
     yield make, words
-    for courier in made:
-        courier.close()
+    for writer in made:
+        writer.close()
 
 
-def nothing_is_delivered(courier: Courier, words: list[str], count: int) -> None:
-    """Try until the courier has said so much: a first failure in a row is not told yet."""
+def nothing_is_delivered(writer: AsyncWriter, words: list[str], count: int) -> None:
+    """Try until the writer has said so much: a first failure in a row is not told yet."""
     for _ in range(20):
-        assert not courier.deliver(0, at_most=60)
+        assert not writer.deliver(0, at_most=60)
         if len(words) >= count:
             return
     pytest.fail(f"nothing is said of an outage: {words}")
@@ -91,32 +91,32 @@ def runs_of(server: Server, key: str) -> list[str]:
     return [row[0] for row in server.rows(f"{query} and r.lifecycle_stage = 'active'", KEY, key)]
 
 
-def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, couriers, tmp_path):
-    make, words = couriers
+def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, writers, tmp_path):
+    make, words = writers
     (tmp_path / "some.txt").write_text("text")
     server.freeze()
-    courier = make(server.uri, "frozen")
-    courier.start("run", None, {"a": 1, "none": None}, {"kind": "x"}, "key-1", 1)
+    writer = make(server.uri, "frozen")
+    writer.start("run", None, {"a": 1, "none": None}, {"kind": "x"}, "key-1", 1)
     for epoch in (1, 2):
-        courier.epoch(line(epoch))
-    courier.file(Folder(tmp_path), "some.txt", "below")
-    assert courier.run_id is None, "the calls were to return before the server answers"
-    nothing_is_delivered(courier, words, 1)
-    assert courier.run_id is None
+        writer.epoch(line(epoch))
+    writer.file(Folder(tmp_path), "some.txt", "below")
+    assert writer.run_id is None, "the calls were to return before the server answers"
+    nothing_is_delivered(writer, words, 1)
+    assert writer.run_id is None
     server.thaw()
-    assert courier.deliver(60)
+    assert writer.deliver(60)
     server.kill()
-    courier.epoch(*map(line, (1, 2, 3)))  # the first two were given before
-    courier.epoch(line(4))
-    nothing_is_delivered(courier, words, 3)
+    writer.epoch(*map(line, (1, 2, 3)))  # the first two were given before
+    writer.epoch(line(4))
+    nothing_is_delivered(writer, words, 3)
     server.start()
-    courier.epoch(line(5))
-    courier.status("finished", 5)
-    assert courier.deliver(60)
+    writer.epoch(line(5))
+    writer.status("finished", 5)
+    assert writer.deliver(60)
 
-    assert runs_of(server, "key-1") == [courier.run_id]
-    assert metrics_of(server, courier.run_id) == expected(list(map(line, range(1, 6))))
-    run = mlflow.MlflowClient(server.uri).get_run(courier.run_id)
+    assert runs_of(server, "key-1") == [writer.run_id]
+    assert metrics_of(server, writer.run_id) == expected(list(map(line, range(1, 6))))
+    run = mlflow.MlflowClient(server.uri).get_run(writer.run_id)
     assert run.data.params == {"a": "1"} and run.data.tags["kind"] == "x" and run.info.status == "FINISHED"
     assert (run.info.start_time, run.info.end_time) == (1, 5)
     assert [p.read_text() for p in (server.folder / "artifacts").rglob("below/some.txt")] == ["text"]
@@ -126,20 +126,20 @@ def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, couriers, 
     assert all("the training goes on, what is kept back is sent later" in w for w in words[::2])
 
 
-def test_a_run_whose_creation_was_not_answered_is_made_once(server, couriers):
+def test_a_run_whose_creation_was_not_answered_is_made_once(server, writers):
     """Also the experiment and the metrics: what the server has taken is not taken twice."""
-    make, _ = couriers
+    make, _ = writers
     wire = Line(server, ["experiments/create", "runs/create", "runs/log-batch"])
     try:
-        courier = make(wire.uri, "lost")
-        courier.start("run", None, {"a": 1}, {}, "key-2", 1)
-        courier.epoch(line(1))
-        assert courier.deliver(60)
+        writer = make(wire.uri, "lost")
+        writer.start("run", None, {"a": 1}, {}, "key-2", 1)
+        writer.epoch(line(1))
+        assert writer.deliver(60)
     finally:
         wire.close()
     assert sorted(wire.lost) == ["experiments/create", "runs/create", "runs/log-batch"]
-    assert runs_of(server, "key-2") == [courier.run_id]
-    assert metrics_of(server, courier.run_id) == expected([line(1)])
+    assert runs_of(server, "key-2") == [writer.run_id]
+    assert metrics_of(server, writer.run_id) == expected([line(1)])
 
 
 def test_of_two_runs_with_one_key_one_stays(server, tmp_path):
@@ -152,33 +152,33 @@ def test_of_two_runs_with_one_key_one_stays(server, tmp_path):
     assert Store(Folder(tmp_path), "doubled", server.uri).start("run", None, {}, {}, key="key-3") == own
 
 
-def test_a_file_that_cannot_be_sent_holds_nothing_up(server, couriers, tmp_path):
-    make, words = couriers
-    courier = make(server.uri, "files")
-    courier.start("run", None, {}, {}, "key-5", 1)
-    courier.file(Folder(tmp_path), "late.txt")
-    courier.epoch(line(1))
-    courier.status("finished", 5)
-    assert not courier.deliver(0, at_most=60)
-    assert metrics_of(server, courier.run_id) == expected([line(1)])
-    assert mlflow.MlflowClient(server.uri).get_run(courier.run_id).info.status == "FINISHED"
+def test_a_file_that_cannot_be_sent_holds_nothing_up(server, writers, tmp_path):
+    make, words = writers
+    writer = make(server.uri, "files")
+    writer.start("run", None, {}, {}, "key-5", 1)
+    writer.file(Folder(tmp_path), "late.txt")
+    writer.epoch(line(1))
+    writer.status("finished", 5)
+    assert not writer.deliver(0, at_most=60)
+    assert metrics_of(server, writer.run_id) == expected([line(1)])
+    assert mlflow.MlflowClient(server.uri).get_run(writer.run_id).info.status == "FINISHED"
     (tmp_path / "late.txt").write_text("late")
-    assert courier.deliver(60)
+    assert writer.deliver(60)
     assert [p.read_text() for p in (server.folder / "artifacts").rglob("late.txt")] == ["late"]
     assert not any("does not answer" in w for w in words)
 
 
-def test_a_file_may_take_longer_than_a_metric(server, couriers, tmp_path):
+def test_a_file_may_take_longer_than_a_metric(server, writers, tmp_path):
     """The server takes three seconds to hand it on, and a request is given up after one."""
-    make, words = couriers
+    make, words = writers
     wire = Line(server, [], slow=3)
     (tmp_path / "large.bin").write_bytes(b"x" * 100_000)
     try:
-        courier = make(wire.uri, "slow")
-        courier.start("run", None, {}, {}, "key-7", 1)
-        courier.file(Folder(tmp_path), "large.bin")
-        courier.epoch(line(1))
-        assert courier.deliver(0, at_most=60) and not words
+        writer = make(wire.uri, "slow")
+        writer.start("run", None, {}, {}, "key-7", 1)
+        writer.file(Folder(tmp_path), "large.bin")
+        writer.epoch(line(1))
+        assert writer.deliver(0, at_most=60) and not words
         tracker = Tracker(Folder(tmp_path), "slow", wire.uri)
         tracker.start("run", None, {}, {})
         tracker.artifacts("", {"other.bin": b"x"})
@@ -192,8 +192,8 @@ def test_a_file_may_take_longer_than_a_metric(server, couriers, tmp_path):
     assert sent == {"large.bin": 100_000, "other.bin": 1}
 
 
-def test_a_run_that_was_removed_is_made_anew(server, couriers):
-    make, words = couriers
+def test_a_run_that_was_removed_is_made_anew(server, writers):
+    make, words = writers
     client, lines = mlflow.MlflowClient(server.uri), [line(1), line(2)]
     first = make(server.uri, "removed")
     first.start("run", None, {}, {}, "key-6", 1)
@@ -210,8 +210,8 @@ def test_a_run_that_was_removed_is_made_anew(server, couriers):
     assert runs_of(server, "key-6") == [again.run_id] and metrics_of(server, again.run_id) == expected(lines)
 
 
-def test_what_can_never_work_is_refused_and_an_outage_is_not(server, couriers):
-    make, words = couriers
+def test_what_can_never_work_is_refused_and_an_outage_is_not(server, writers):
+    make, words = writers
     client = mlflow.MlflowClient(server.uri)
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(InputError, match="experiment gone was deleted: restore it"):
@@ -232,22 +232,22 @@ def test_what_can_never_work_is_refused_and_an_outage_is_not(server, couriers):
     assert any("does not answer" in w for w in words)
 
 
-def test_a_locked_sqlite_delays_nobody(server, couriers, tmp_path):
-    make, words = couriers
+def test_a_locked_sqlite_delays_nobody(server, writers, tmp_path):
+    make, words = writers
     database = shutil.copy(server.database, tmp_path / "locked.db")
     lock = sqlite3.connect(database, isolation_level=None)
     lock.execute("begin exclusive")
-    courier = make(f"sqlite:///{database}", "locked")
-    courier.start("run", None, {}, {}, "key-4", 1)
-    courier.epoch(line(1), line(2))
-    courier.status("stopped")
-    courier.check(60)  # the first attempt has failed, which is no reason to refuse
-    assert courier.run_id is None and "locked" in courier.reason
+    writer = make(f"sqlite:///{database}", "locked")
+    writer.start("run", None, {}, {}, "key-4", 1)
+    writer.epoch(line(1), line(2))
+    writer.status("stopped")
+    writer.check(60)  # the first attempt has failed, which is no reason to refuse
+    assert writer.run_id is None and "locked" in writer.reason
     lock.close()
-    assert courier.deliver(60)
+    assert writer.deliver(60)
     found = sqlite3.connect(database).execute("select key, value, timestamp, step from metrics").fetchall()
     assert Counter(row for row in found) >= expected([line(1), line(2)])
-    assert mlflow.MlflowClient(courier.uri).get_run(courier.run_id).info.status == "KILLED"
+    assert mlflow.MlflowClient(writer.uri).get_run(writer.run_id).info.status == "KILLED"
     assert "locked" in words[0]
 
 
@@ -260,12 +260,12 @@ def unsent(trained, tmp_path):
     return folder
 
 
-def test_a_store_that_never_comes_back_is_given_up(unsent, couriers):
-    make, _ = couriers
+def test_a_store_that_never_comes_back_is_given_up(unsent, writers):
+    make, _ = writers
     settings = tiny_settings(unsent.parent, ROOT, tracking_uri="http://me:word@127.0.0.1:9")
-    run, courier = Run.load("trained", settings), make(settings.run.tracking_uri, "x")
-    assert not send(run, courier, patience=0)
-    words = kept_back(run, courier)
+    run, writer = Run.load("trained", settings), make(settings.run.tracking_uri, "x")
+    assert not send(run, writer, patience=0)
+    words = kept_back(run, writer)
     command = (
         f"python jobs/train.py --sync trained --storage-path {unsent.parent} --tracking-uri 'http://***@127.0.0.1:9'"
     )
@@ -327,7 +327,7 @@ def check_synced(folder: Path, server: Server) -> dict:
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "summary.json", ".ticket")
+        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "summary.json", ".fencing-token")
     }
     assert {name: content for name, content in files.items() if name in own} == own and "model/MLmodel" in own
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}

@@ -317,7 +317,7 @@ def test_nothing_is_left_behind(swept, storage):
     import ray
     from ray.util.state import list_actors, list_placement_groups
 
-    names = ("Train", "trial", "Trial", "Monitor")
+    names = ("Train", "trial", "Trial", "DriverLink")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         actors = list_actors(filters=[("state", "=", "ALIVE")])

@@ -50,7 +50,7 @@ PINNED = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Trials find what relative paths mean where the job was started.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Ctrl-C is our wish to stop, not Tune's, which would end the sweep as if it were finished.
+    # Ctrl-C is our stop signal, not Tune's, which would end the sweep as if it were finished.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # What a sweep leaves is the ledger's, and what is shown the board's.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

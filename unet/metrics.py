@@ -42,7 +42,7 @@ def mean_loss(loss_sum: float, pixels: int) -> float | None:
     return loss_sum / pixels if pixels and math.isfinite(loss_sum) else None
 
 
-def flat(split: str, result: dict) -> dict[str, float]:
+def as_metrics(split: str, result: dict) -> dict[str, float]:
     """Scores as MLflow metric names: `val_loss, val_mean_iou, val_iou_pet, …`; absent ones are left out."""
     metrics = {f"{split}_{key}": result[key] for key in ("loss", "accuracy", "mean_iou", "mean_dice")}
     for kind in ("iou", "dice"):

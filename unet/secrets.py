@@ -21,7 +21,7 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
 
 
-def shown(values: dict[str, Any]) -> dict[str, Any]:
+def without_passwords(values: dict[str, Any]) -> dict[str, Any]:
     """Settings as they may be shown and saved."""
     return {name: without_secrets(v) if isinstance(v, str) else v for name, v in values.items()}
 

@@ -33,7 +33,7 @@ Device = Literal["auto", "cpu", "gpu"]
 """What processes with TensorFlow compute on."""
 
 
-class Part(BaseModel):
+class SettingsGroup(BaseModel):
     """A group of settings: unknown names are refused, and nothing changes after the door."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

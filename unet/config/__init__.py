@@ -2,13 +2,13 @@
 
 from unet.config.common import StoreSettings
 from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
-from unet.config.training import AUTO, MAY_CHANGE, TICKET, ModelSettings, RunSettings, TrainSettings
+from unet.config.training import AUTO, FENCING_TOKEN, MAY_CHANGE, ModelSettings, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import (
     CONFIG,
     Device,
-    Part,
+    SettingsGroup,
     flat,
     load_yaml,
     moved_with,
@@ -22,21 +22,21 @@ from unet.settings import (
 __all__ = [
     "AUTO",
     "CONFIG",
+    "FENCING_TOKEN",
     "MAY_CHANGE",
     "SEARCHABLE",
     "SOURCES",
     "SWEEP_MAY_CHANGE",
-    "TICKET",
     "DataSettings",
     "Device",
     "EvaluateSettings",
     "ExportSettings",
     "ModelSettings",
-    "Part",
     "PredictSettings",
     "PrepareSettings",
     "Resize",
     "RunSettings",
+    "SettingsGroup",
     "StoreSettings",
     "SweepSettings",
     "TrainSettings",

@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from unet.secrets import without_secrets
-from unet.settings import Part, absolute
+from unet.settings import SettingsGroup, absolute
 from unet.storage import Folder
 
 RegisteredName = Annotated[str | None, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 """Of a model in MLflow's registry: it stands in URIs and in queries."""
 
 
-class StoreSettings(Part):
+class StoreSettings(SettingsGroup):
     """Where runs and prepared data are."""
 
     storage_path: str = Field(default_factory=lambda: os.environ.get("UNET_STORAGE_PATH") or "~/unet-runs")
@@ -42,7 +42,7 @@ class StoreSettings(Part):
         return value
 
 
-class DoorSettings(Part):
+class CommandSettings(SettingsGroup):
     """This command."""
 
     config: Path | None = None

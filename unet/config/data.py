@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.common import DoorSettings, StoreSettings
-from unet.settings import Part, absolute, parse_bytes
+from unet.config.common import CommandSettings, StoreSettings
+from unet.settings import SettingsGroup, absolute, parse_bytes
 
 SOURCES = ("synthetic", "oxford_iiit_pet")
 
@@ -18,7 +18,7 @@ def is_source_name(source: str) -> bool:
     return source.partition(":")[0] in SOURCES
 
 
-class DataSettings(Part):
+class DataSettings(SettingsGroup):
     """What is read."""
 
     data: str = "synthetic"
@@ -50,7 +50,7 @@ class DataSettings(Part):
         return value
 
 
-class PreparePart(Part):
+class PreparePart(SettingsGroup):
     """What is prepared, and how."""
 
     source: str = "synthetic"
@@ -93,9 +93,9 @@ class PreparePart(Part):
         return self
 
 
-class PrepareSettings(Part):
+class PrepareSettings(SettingsGroup):
     """Turn raw pets into shards."""
 
     prepare: PreparePart = PreparePart()
     store: StoreSettings = Field(default_factory=StoreSettings)
-    door: DoorSettings = DoorSettings()
+    command: CommandSettings = CommandSettings()

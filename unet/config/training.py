@@ -5,11 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.common import DoorSettings, RegisteredName, StoreSettings
+from unet.config.common import CommandSettings, RegisteredName, StoreSettings
 from unet.config.data import DataSettings
-from unet.settings import Device, Part, parse_interval
+from unet.settings import Device, SettingsGroup, parse_interval
 
-TICKET = ".ticket"
+FENCING_TOKEN = ".fencing-token"
 """What the workers under way may write into a run's folder by."""
 
 AUTO = "auto"
@@ -17,7 +17,7 @@ AUTO = "auto"
 Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
 
 
-class ModelSettings(Part):
+class ModelSettings(SettingsGroup):
     """The U-Net."""
 
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
@@ -28,7 +28,7 @@ class ModelSettings(Part):
     """Share of activations dropped after each pooling and concatenation."""
 
 
-class TrainingSettings(Part):
+class TrainingSettings(SettingsGroup):
     """How it learns."""
 
     epochs: Annotated[int, Field(ge=1)] = 10
@@ -53,7 +53,7 @@ class TrainingSettings(Part):
     """Of initial weights, order, flips and dropout."""
 
 
-class ComputeSettings(Part):
+class ComputeSettings(SettingsGroup):
     """What it runs on."""
 
     num_workers: int | str = 1
@@ -145,7 +145,7 @@ class RunSettings(StoreSettings):
         return self
 
 
-class TrainSettings(Part):
+class TrainSettings(SettingsGroup):
     """Train a U-Net on several workers and track it in MLflow."""
 
     data: DataSettings = DataSettings()
@@ -153,7 +153,7 @@ class TrainSettings(Part):
     training: TrainingSettings = TrainingSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
-    door: DoorSettings = DoorSettings()
+    command: CommandSettings = CommandSettings()
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unet.config.training import MAY_CHANGE, ModelSettings, TrainingSettings, TrainSettings
-from unet.settings import Part, absolute
+from unet.settings import SettingsGroup, absolute
 
 
-class SweepSettings(Part):
+class SweepSettings(SettingsGroup):
     """The search."""
 
     space: str = "default"

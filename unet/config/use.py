@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from unet.config.common import DoorSettings, RegisteredName, StoreSettings
-from unet.settings import Device, Part, absolute
+from unet.config.common import CommandSettings, RegisteredName, StoreSettings
+from unet.settings import Device, SettingsGroup, absolute
 
 
-class EvaluatePart(Part):
+class EvaluatePart(SettingsGroup):
     """What is scored on what."""
 
     model: str = ""
@@ -46,15 +46,15 @@ class EvaluatePart(Part):
         return str(absolute(value)) if value and "://" not in value else value
 
 
-class EvaluateSettings(Part):
+class EvaluateSettings(SettingsGroup):
     """Score trained models."""
 
     evaluate: EvaluatePart = EvaluatePart()
     store: StoreSettings = Field(default_factory=StoreSettings)
-    door: DoorSettings = DoorSettings()
+    command: CommandSettings = CommandSettings()
 
 
-class PredictPart(Part):
+class PredictPart(SettingsGroup):
     """What is segmented by what."""
 
     model: str = ""
@@ -87,15 +87,15 @@ class PredictPart(Part):
         return str(absolute(value)) if value and "://" not in value else value
 
 
-class PredictSettings(Part):
+class PredictSettings(SettingsGroup):
     """Segment photos."""
 
     predict: PredictPart = PredictPart()
     store: StoreSettings = Field(default_factory=StoreSettings)
-    door: DoorSettings = DoorSettings()
+    command: CommandSettings = CommandSettings()
 
 
-class ExportPart(Part):
+class ExportPart(SettingsGroup):
     """What is handed on, and in which form."""
 
     model: str = ""
@@ -132,9 +132,9 @@ class ExportPart(Part):
         return value
 
 
-class ExportSettings(Part):
+class ExportSettings(SettingsGroup):
     """Export and register a trained model."""
 
     export: ExportPart = ExportPart()
     store: StoreSettings = Field(default_factory=StoreSettings)
-    door: DoorSettings = DoorSettings()
+    command: CommandSettings = CommandSettings()

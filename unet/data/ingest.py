@@ -87,9 +87,9 @@ class Ingest:
         return np.arange(self.samples[split], dtype=np.int64)
 
 
-def shards(ingest: Ingest, world_size: int) -> list["Shard"]:
+def shards(ingest: Ingest, world_size: int) -> list["WorkerShard"]:
     """Each worker's shard; where the data are streamed, of one execution of Ray Data for all that is left to read."""
-    found = [Shard(ingest, rank, world_size) for rank in range(world_size)]
+    found = [WorkerShard(ingest, rank, world_size) for rank in range(world_size)]
     units = [] if ingest.kept is not None else list(_units(ingest, world_size))
     if units:  # none where only the test is left to do
         streams = _stream(ingest, units, world_size).streaming_split(world_size, equal=False)
@@ -98,7 +98,7 @@ def shards(ingest: Ingest, world_size: int) -> list["Shard"]:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WorkerShard:
     """One worker's way to its batches."""
 
     ingest: Ingest
@@ -114,7 +114,7 @@ class Shard:
 class Reader:
     """Batches of a worker, assembled one ahead of their use in a thread."""
 
-    def __init__(self, shard: Shard):
+    def __init__(self, shard: WorkerShard):
         self.ingest, self.rank, self.world_size = shard.ingest, shard.rank, shard.world_size
         # One thread for all epochs: each new one would leave an arena of its own in the memory of the process.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -164,7 +164,7 @@ class Reader:
 
 
 class _Kept(Reader):
-    def __init__(self, shard: Shard):
+    def __init__(self, shard: WorkerShard):
         super().__init__(shard)
         self._chunks = {
             split: [_arrays(table, self.ingest.image_size) for table in ray.get(refs)]
@@ -176,7 +176,7 @@ class _Kept(Reader):
 
 
 class _Streamed(Reader):
-    def __init__(self, shard: Shard):
+    def __init__(self, shard: WorkerShard):
         super().__init__(shard)
         self._blocks = iter(shard.stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
 

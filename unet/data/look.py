@@ -173,7 +173,7 @@ def _size(samples: Samples, row: int) -> tuple[str, str]:
     return f"{samples.widths[row]} × {samples.heights[row]}", samples.names[row]
 
 
-class Group(NamedTuple):
+class FindingGroup(NamedTuple):
     """Samples worth a second look for one reason; `rows` are (row of `Samples`, the number that put it there)."""
 
     reason: str
@@ -181,22 +181,22 @@ class Group(NamedTuple):
     rows: list[tuple[int, str]]
 
 
-def offenders(samples: Samples, classes: Classes) -> list[Group]:
+def offenders(samples: Samples, classes: Classes) -> list[FindingGroup]:
     """The groups that are not empty; `found` counts those that are no mere end of a ranking."""
     single = np.flatnonzero(samples.shares.max(axis=1, initial=0) == 1)
     unfit = np.argsort(samples.mask_fit)[: np.isfinite(samples.mask_fit).sum()]
     ignored = samples.ignored / (samples.boxes[:, 2] * samples.boxes[:, 3])
     gaps = np.argsort(-ignored, kind="stable")[: (ignored > 0).sum()]
     groups = [
-        Group("unfit", None, [(row, f"mask fit {signed(samples.mask_fit[row])}") for row in unfit[:OFFENDERS]]),
-        Group(
+        FindingGroup("unfit", None, [(row, f"mask fit {signed(samples.mask_fit[row])}") for row in unfit[:OFFENDERS]]),
+        FindingGroup(
             "single",
             len(single),
             [(row, _share(samples, classes, row, samples.shares[row].argmax())) for row in single[:OFFENDERS]],
         ),
-        Group("least", None, _extremes(samples, classes, 1)),
-        Group("most", None, _extremes(samples, classes, -1)),
-        Group("ignored", len(gaps), [(row, f"ignored {percent(ignored[row])}") for row in gaps[:OFFENDERS]]),
+        FindingGroup("least", None, _extremes(samples, classes, 1)),
+        FindingGroup("most", None, _extremes(samples, classes, -1)),
+        FindingGroup("ignored", len(gaps), [(row, f"ignored {percent(ignored[row])}") for row in gaps[:OFFENDERS]]),
     ]
     return [group for group in groups if group.rows]
 

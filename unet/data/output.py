@@ -20,7 +20,7 @@ RECIPE, WORK = "recipe.json", ".preparing"
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputFolder:
     """Where shards come to lie, and the folder for unfinished work.
 
     On a local disk the shards are made beside the target, which then appears by renaming. In an object store, or where
@@ -32,7 +32,7 @@ class Place:
     shards: Folder
 
     @classmethod
-    def of(cls, target: Folder) -> "Place":
+    def of(cls, target: Folder) -> "OutputFolder":
         """The place of a target, however it is spelled.
 
         Raises:
@@ -69,7 +69,7 @@ class Place:
 
     @contextlib.contextmanager
     def unfinished(self, wanted: dict) -> Iterator[None]:
-        """The folder for unfinished work: found again by the same wish, emptied for another, gone when all is done."""
+        """The folder for unfinished work: found again by the same request, emptied for another, gone at the end."""
         text = json.dumps(wanted, indent=2)
         if not (self.work.exists(RECIPE) and self.work.read_text(RECIPE) == text):
             if any(not name.startswith(WORK) for name in self.target.names()):

@@ -194,7 +194,7 @@ def read_table(folder: Folder, name: str) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """A file of shards to write.
 
     Attributes:
@@ -206,7 +206,7 @@ class Shard:
     rows: pa.Table
 
 
-def write_shard(shard: Shard, recipe: Recipe, work: str, target: str) -> str:
+def write_shard(shard: ShardFile, recipe: Recipe, work: str, target: str) -> str:
     """Write a shard, a row group a chunk; the sha256 of the file. One that a killed preparation wrote is kept."""
     folder = Folder(target)
     if not (folder.is_local and folder.exists(shard.file)):

@@ -20,11 +20,11 @@ from unet.data.findings import FINDINGS, Findings
 from unet.data.look import data_report
 from unet.data.masks import WORDS
 from unet.data.order import CHUNK
-from unet.data.output import Place
+from unet.data.output import OutputFolder
 from unet.data.pieces import (
     Piece,
     Recipe,
-    Shard,
+    ShardFile,
     cut,
     decode_piece,
     facts_schema,
@@ -118,7 +118,7 @@ def prepare(
         InputError: the source cannot be read, nothing in it can be used, or the target holds something else.
     """
     check_source(source, prepared_too=False)
-    place = Place.of(target)
+    place = OutputFolder.of(target)
     version = version_of(source)
     wanted = asdict(recipe) | {"source": source, "source_version": version, "schema_version": SCHEMA_VERSION}
     wanted |= {"samples_of_a_piece": samples_of_a_piece(recipe.image_size), "facts": facts_schema(1).names}
@@ -136,7 +136,7 @@ def prepare(
                 raise RunFailed(f"Preparing the data failed: {cause}. The same command goes on from here.") from error
 
 
-def _existing(place: Place, recipe: Recipe, version: str, strict: bool) -> Manifest:
+def _existing(place: OutputFolder, recipe: Recipe, version: str, strict: bool) -> Manifest:
     """The manifest of a target that holds just what is wanted."""
     manifest = Prepared(place.target).manifest
     found = asdict(manifest)
@@ -160,7 +160,7 @@ class _Preparation:
     """One source on its way into one place."""
 
     source: str
-    place: Place
+    place: OutputFolder
     recipe: Recipe
     version: str
     progress: Progress
@@ -282,14 +282,14 @@ def _placed(facts: pa.Table, piece: Piece) -> pa.Table:
     return facts.append_column("row", pa.array(np.arange(len(facts))))
 
 
-def _cut_files(kept: pa.Table, split: str, shards: int) -> list[Shard]:
+def _cut_files(kept: pa.Table, split: str, shards: int) -> list[ShardFile]:
     """The split's samples in at most so many files of whole chunks."""
     rows = _of_split(kept, split)
     chunks = Counter(files_of_chunks(len(rows), shards))
     found, first = [], 0
     for file, count in sorted(chunks.items()):
         name = f"{split}-{file:05d}-of-{len(chunks):05d}.parquet"
-        found.append(Shard(name, rows.slice(first * CHUNK, count * CHUNK)))
+        found.append(ShardFile(name, rows.slice(first * CHUNK, count * CHUNK)))
         first += count
     return found
 

@@ -51,7 +51,7 @@ IRISES = ((0.75, 0.7, 0.25), (0.45, 0.65, 0.35), (0.4, 0.6, 0.8), (0.7, 0.45, 0.
 DARK, PINK, WHITE = (0.1, 0.08, 0.08), (0.78, 0.5, 0.48), (0.95, 0.95, 0.95)
 
 
-class Part(NamedTuple):
+class BodyPart(NamedTuple):
     """One filled polygon. Its role decides whether the coat is marked there; a colour makes it an eye or a nose."""
 
     role: str
@@ -121,27 +121,27 @@ def _limb(x0, y0, r0, x1, y1, r1) -> np.ndarray:
     return np.stack([x, y], axis=1)
 
 
-def _turn(parts, angle=0.0, scale=1.0, shift=0.0) -> list[Part]:
+def _turn(parts, angle=0.0, scale=1.0, shift=0.0) -> list[BodyPart]:
     """Scale, rotate by angle (radians), then shift."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return [part._replace(points=part.points * scale @ turn + shift) for part in parts]
 
 
-def _tail(rng, cat, x, y, heading) -> list[Part]:
+def _tail(rng, cat, x, y, heading) -> list[BodyPart]:
     length, r0, r1 = (rng.uniform(0.9, 1.5), 0.12, 0.09) if cat else (rng.uniform(0.4, 1.1), 0.14, 0.05)
     turns = heading + rng.uniform(-0.4, 0.9) + rng.uniform(-0.6, 0.6) * np.arange(5)
     steps = np.stack([length / 5 * np.cos(turns), length / 5 * np.sin(turns), np.full(5, (r1 - r0) / 5)], axis=1)
     joints = np.cumsum([(x, y, r0), *steps], axis=0)
-    return [Part("tail", _limb(*start, *end)) for start, end in pairwise(joints)]
+    return [BodyPart("tail", _limb(*start, *end)) for start, end in pairwise(joints)]
 
 
-def _leg(rng, x0, y0, r0, x1, y1, r1) -> list[Part]:
+def _leg(rng, x0, y0, r0, x1, y1, r1) -> list[BodyPart]:
     knee = (x0 + x1) / 2 + rng.normal(0, 0.05), (y0 + y1) / 2 + 0.05, r1 * 1.2
     thigh, shin = _limb(x0, y0, r0, *knee), _limb(*knee, x1, y1, r1 * 0.9)
-    return [Part("leg", thigh), Part("leg", shin), Part("paw", _oval(x1 + r1 * 0.4, y1, r1 * 1.4, r1))]
+    return [BodyPart("leg", thigh), BodyPart("leg", shin), BodyPart("paw", _oval(x1 + r1 * 0.4, y1, r1 * 1.4, r1))]
 
 
-def _animal(rng, species) -> tuple[list[Part], list[Part]]:
+def _animal(rng, species) -> tuple[list[BodyPart], list[BodyPart]]:
     """A whole animal of random pose and build, far parts first, and the parts a photographer would frame."""
     pose = rng.choice(list(POSES), p=(0.2, 0.17, 0.17, 0.16, 0.1, 0.2))
     place, tail, limbs = POSES[pose]
@@ -152,7 +152,7 @@ def _animal(rng, species) -> tuple[list[Part], list[Part]]:
         if role == "leg":
             body += _leg(rng, x0, y0, r0, x1, y1, max(r1, 0.07))
         else:
-            body.append(Part(role, _limb(x0, y0, r0 * girth, x1, y1, r1 * girth)))
+            body.append(BodyPart(role, _limb(x0, y0, r0 * girth, x1, y1, r1 * girth)))
     # Only what hangs below the back grows with leg length, so the head stays on its neck.
     tall = rng.uniform(0.75, 1.1 if cat else 1.35)
     body = [part._replace(points=part.points * np.where(part.points > 0, (1, tall), 1)) for part in body]
@@ -161,7 +161,7 @@ def _animal(rng, species) -> tuple[list[Part], list[Part]]:
     return body + head, head if pose == "portrait" else body + head
 
 
-def _head(rng, cat, yaw, asleep) -> list[Part]:
+def _head(rng, cat, yaw, asleep) -> list[BodyPart]:
     """A head of radius 1 at the origin; yaw runs from -1 (nearly in profile) over 0 (at the camera) to 1."""
     snout = rng.uniform(0.05, 0.25) if cat else rng.uniform(0.25, 0.8)
     floppy, tip, spread = not cat and rng.random() < 0.65, rng.uniform(1.25, 1.6), rng.uniform(0.05, 0.3)
@@ -170,26 +170,26 @@ def _head(rng, cat, yaw, asleep) -> list[Part]:
     for side in (-1, 1):
         root, eye = side * 0.6 - yaw * 0.15, side * 0.42 + yaw * 0.4
         if floppy:
-            ears.append(Part("ear", _limb(root * 1.2, -0.5, 0.24, root + side * 0.4, tip - 1, 0.3)))
+            ears.append(BodyPart("ear", _limb(root * 1.2, -0.5, 0.24, root + side * 0.4, tip - 1, 0.3)))
         else:
-            ears.append(Part("ear", _limb(root, -0.5, 0.4, root + side * spread, -tip, 0.05)))
-            ears.append(Part("ear", _limb(root, -0.6, 0.2, root + side * spread, -tip * 0.86, 0.03), PINK))
-        lid = Part("eye", _oval(eye, -0.1, wide, 0.04), DARK)
-        ball = Part("eye", _oval(eye, -0.12, wide, wide * 0.9), iris)
-        pupil = Part("eye", _oval(eye, -0.12, 0.06, wide * 0.8), DARK)
-        glint = Part("eye", _oval(eye + 0.05, -0.18, 0.035, 0.035), WHITE)
+            ears.append(BodyPart("ear", _limb(root, -0.5, 0.4, root + side * spread, -tip, 0.05)))
+            ears.append(BodyPart("ear", _limb(root, -0.6, 0.2, root + side * spread, -tip * 0.86, 0.03), PINK))
+        lid = BodyPart("eye", _oval(eye, -0.1, wide, 0.04), DARK)
+        ball = BodyPart("eye", _oval(eye, -0.12, wide, wide * 0.9), iris)
+        pupil = BodyPart("eye", _oval(eye, -0.12, 0.06, wide * 0.8), DARK)
+        glint = BodyPart("eye", _oval(eye + 0.05, -0.18, 0.035, 0.035), WHITE)
         if abs(eye) < 0.75:  # beyond, it is round the far side
             eyes += [lid] if asleep else [ball, pupil, glint]
     x, y = yaw * (0.45 + snout), 0.28 + 0.2 * snout
-    skull = Part("head", _oval(0, 0, 1, 0.88 if cat else 1))
-    muzzle = Part("muzzle", _limb(yaw * 0.4, 0.35, 0.36, x, y + 0.12, 0.28 if cat else 0.36))
-    nose = Part("nose", _oval(x, y, *(0.12, 0.09) if cat else (0.17, 0.12)), PINK if cat else DARK)
-    mouth = Part("mouth", _limb(x, y + 0.1, 0.025, x, y + 0.28, 0.025), DARK)
-    tongue = [Part("mouth", _oval(x, y + 0.42, 0.13, 0.2), PINK)] if not cat and rng.random() < 0.3 else []
+    skull = BodyPart("head", _oval(0, 0, 1, 0.88 if cat else 1))
+    muzzle = BodyPart("muzzle", _limb(yaw * 0.4, 0.35, 0.36, x, y + 0.12, 0.28 if cat else 0.36))
+    nose = BodyPart("nose", _oval(x, y, *(0.12, 0.09) if cat else (0.17, 0.12)), PINK if cat else DARK)
+    mouth = BodyPart("mouth", _limb(x, y + 0.1, 0.025, x, y + 0.28, 0.025), DARK)
+    tongue = [BodyPart("mouth", _oval(x, y + 0.42, 0.13, 0.2), PINK)] if not cat and rng.random() < 0.3 else []
     return [*([skull, muzzle, *ears] if floppy else [*ears, skull, muzzle]), *eyes, nose, mouth, *tongue]
 
 
-def _place(rng, parts, framed) -> list[Part]:
+def _place(rng, parts, framed) -> list[BodyPart]:
     """Mirror, squash, rotate and scale the animal into the unit picture, sometimes partly out of it."""
     points = np.concatenate([part.points for part in framed])
     low, high = points.min(axis=0), points.max(axis=0)
@@ -315,13 +315,13 @@ def _background(rng, size, colours, light) -> np.ndarray:
     if rng.random() < 0.7:
         level, slope = rng.uniform(0.3, 0.85), rng.normal(0, 0.08)
         floor = np.array([[-1, level - slope], [2, level + slope], [2, 3], [-1, 3]])
-        image = _paint(rng, image, [Part("floor", floor)], colours[1:4], light)
+        image = _paint(rng, image, [BodyPart("floor", floor)], colours[1:4], light)
     for index in range(rng.integers(4)):
         x, y, lean, fall = *rng.uniform(0, 1, 2), *rng.normal(0, (0.3, 0.8))
         cushion = _oval(x, y, *rng.uniform(0.06, 0.3, 2), corner=rng.choice((1.0, 0.5, 0.15)))
         post = _limb(x, y, 0.06, x + lean, y + fall, 0.04)
         thing = post if rng.random() < 0.25 else cushion
-        image = _paint(rng, image, [Part("thing", thing)], colours[3 + index :][:3], light)
+        image = _paint(rng, image, [BodyPart("thing", thing)], colours[3 + index :][:3], light)
     return image
 
 

@@ -174,23 +174,23 @@ def spreads(records: pa.Table, classes: Classes) -> list[dict]:
     return rows
 
 
-class Group(NamedTuple):
+class ImageGroup(NamedTuple):
     """Rows of the records that are shown together."""
 
     title: str
     rows: list[int]
 
 
-def gallery(records: pa.Table) -> list[Group]:
+def gallery(records: pa.Table) -> list[ImageGroup]:
     """The best, the median and the worst images by their mean IoU, or, of few images, all of them."""
     ranked = _highest(records, "mean_iou")
     if len(ranked) <= 3 * GALLERY:
-        return [Group("All, the best first", ranked)] if ranked else []
+        return [ImageGroup("All, the best first", ranked)] if ranked else []
     middle = (len(ranked) - GALLERY) // 2
     return [
-        Group("Worst", ranked[: -GALLERY - 1 : -1]),
-        Group("Median", ranked[middle : middle + GALLERY]),
-        Group("Best", ranked[:GALLERY]),
+        ImageGroup("Worst", ranked[: -GALLERY - 1 : -1]),
+        ImageGroup("Median", ranked[middle : middle + GALLERY]),
+        ImageGroup("Best", ranked[:GALLERY]),
     ]
 
 

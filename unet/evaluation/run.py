@@ -76,12 +76,12 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     display.waiting(f"starting {pool.processes} processes")
     rates: list[float] = []
 
-    def tell(done: int, total: int, rate: float | None) -> None:
+    def report(done: int, total: int, rate: float | None) -> None:
         rates[:] = [rate] if rate else rates
         display.scoring(done, total, rate)
 
-    with silenced(settings.door.debug):  # Ray warns of arguments that might get lost; this process keeps them
-        tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), tell)
+    with silenced(settings.command.debug):  # Ray warns of arguments that might get lost; this process keeps them
+        tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), report)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
     each = "one thread and a GPU" if pool.use_gpu else "one thread"
     display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of {each}.")

@@ -80,11 +80,11 @@ def score_split(
     pool: Pool,
     band: int,
     batch: int,
-    tell: Callable[[int, int, float | None], None],
+    report: Callable[[int, int, float | None], None],
 ) -> list[pa.Table]:
     """The records of every image for each model (`unet.evaluation.records`), sorted by name.
 
-    All models take the same prepared images. `tell` hears (images done, of how many, images/s since the first).
+    All models take the same prepared images. `report` hears (images done, of how many, images/s since the first).
 
     Raises:
         InputError: the shards are damaged.
@@ -95,7 +95,7 @@ def score_split(
     kept = [ray.put(replace(model, run=None)) for model in models]
     tables, total, first = [], prepared.count(split), None
     dataset = _dataset(what, chunks, kept, pool, batch)
-    tell(0, total, None)
+    report(0, total, None)
     done = 0
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -103,7 +103,7 @@ def score_split(
             done += len(table) / len(models)
             first = first or (time.monotonic(), done)
             seconds = time.monotonic() - first[0]
-            tell(int(done), total, (done - first[1]) / seconds if seconds > 1 else None)
+            report(int(done), total, (done - first[1]) / seconds if seconds > 1 else None)
     except ray.exceptions.RayError as error:
         raise _explained(error) from error
     schema = record_schema().append(pa.field(MODEL, pa.int32()))

@@ -81,7 +81,7 @@ def agreement(run: Run, images: np.ndarray, expected: list[np.ndarray]) -> Agree
     return Agreement(difference, statistics.mean(equal))
 
 
-def latencies(runs: Mapping[str, Run], images: np.ndarray, tell: Callable[[int, int], None]) -> dict[str, float]:
+def latencies(runs: Mapping[str, Run], images: np.ndarray, report: Callable[[int, int], None]) -> dict[str, float]:
     """The median milliseconds that an image takes, by form, all warm.
 
     The forms take turns, and begin in another order each round, so that what else goes on meets them all.
@@ -96,5 +96,5 @@ def latencies(runs: Mapping[str, Run], images: np.ndarray, tell: Callable[[int, 
                 began = time.perf_counter()
                 runs[name](image)
                 taken[name].append(1000 * (time.perf_counter() - began))
-        tell(turn + 1, ROUNDS)
+        report(turn + 1, ROUNDS)
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -54,7 +54,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     threads = part.threads or len(os.sched_getaffinity(0))
     images = compare.squares(part.images, size, trained.resize, display.say)
     display.waiting("loading TensorFlow")
-    with tempfile.TemporaryDirectory() as scratch, silenced(settings.door.debug):
+    with tempfile.TemporaryDirectory() as scratch, silenced(settings.command.debug):
         from unet.cluster.devices import start_tensorflow
         from unet.models.inference import Network
 

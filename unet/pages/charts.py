@@ -42,7 +42,7 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """A line of a chart; `colour` is CSS, `points` are (x, y) in 0..1 from the lower left, `last` its last value."""
 
     name: str
@@ -57,7 +57,7 @@ class Chart(NamedTuple):
     title: str
     across: Axis
     down: Axis
-    lines: list[Line]
+    lines: list[Curve]
     best: tuple[tuple[float, float], str] | None
 
 
@@ -85,7 +85,7 @@ def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart
         down = Axis.over([0.0, 1.0] if lines is iou else [0.0, *(v for line in measured for v in line[3])])
         best = best_epoch(history) if lines is iou else None
         drawn = [
-            Line(name, colour, [(across.at(x), down.at(y)) for x, y in zip(xs, ys, strict=True)], ys[-1])
+            Curve(name, colour, [(across.at(x), down.at(y)) for x, y in zip(xs, ys, strict=True)], ys[-1])
             for name, colour, xs, ys in measured
         ]
         mark = best and ((across.at(best[0]), down.at(best[1])), f"best mean {best[1]:.3f}, epoch {best[0]}")

@@ -12,7 +12,7 @@ from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import in_words
 from unet.cluster.session import cause_of
 from unet.config import PredictSettings
-from unet.data.sources import shown
+from unet.data.sources import printable
 from unet.disk import check_writable
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.models.trained import TrainedModel
@@ -125,7 +125,7 @@ def _run(
     display: Display,
 ) -> tuple[int, float | None, float]:
     """Do what is to be done: (bad photos, photos/s, seconds until the first were through)."""
-    bad = _tell(display, _unnamed(photos, len(trained.classes), results), 0)
+    bad = _report(display, _unnamed(photos, len(trained.classes), results), 0)
     if not len(todo):
         return bad, None, 0.0
     part, begun = settings.predict, time.monotonic()
@@ -148,9 +148,9 @@ def _run(
     first = done = 0
     first_at = last_at = begun
     try:
-        for rows in predicted(todo, work, trained, fitted, part, settings.door.debug):
+        for rows in predicted(todo, work, trained, fitted, part, settings.command.debug):
             results.add(rows)
-            bad = _tell(display, rows, bad)
+            bad = _report(display, rows, bad)
             done, last_at = done + len(rows), time.monotonic()
             if not first:
                 first, first_at = done, last_at
@@ -175,14 +175,14 @@ def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:
     return table
 
 
-def _tell(display: Display, rows: pa.Table, bad: int) -> int:
+def _report(display: Display, rows: pa.Table, bad: int) -> int:
     """Say what is wrong with the bad photos of a group, when `bad` were so before; how many are now."""
     columns = (rows[name].to_pylist() for name in ("file", "problem", "detail"))
     for file, problem, detail in zip(*columns, strict=True):
         if problem:
             bad += 1
             if bad <= SHOWN_PROBLEMS:
-                display.say(f"  skipped {shown(file)}: {shown(detail)}", "red")
+                display.say(f"  skipped {printable(file)}: {printable(detail)}", "red")
             elif bad == SHOWN_PROBLEMS + 1:
                 display.say("  and more, which predictions.csv lists", "red")
     return bad

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from unet.data.sources import files_below, is_plain, shown
+from unet.data.sources import files_below, is_plain, printable
 from unet.data.sources.own import SUFFIXES
 from unet.errors import InputError, first_line
 from unet.secrets import without_secrets
@@ -136,9 +136,9 @@ def _photos(folder: Folder, files: Iterable[tuple[str, int, int]], suffixes: Col
     for name, size, mtime in files:
         suffix = os.path.splitext(name)[1].lower()
         if suffixes and suffix not in suffixes:
-            others[shown(suffix)] += 1
+            others[printable(suffix)] += 1
         elif not is_plain(name) or len(name.rpartition("/")[2].encode()) > LONGEST_NAME:
-            unnamed.append(shown(name))
+            unnamed.append(printable(name))
         else:
             rows.append((name, size, mtime))
     columns = zip(*sorted(rows), strict=True) if rows else ((), (), ())

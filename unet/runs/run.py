@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from unet.config import CONFIG, TICKET, RunSettings, TrainSettings, flat, moved_with, read_config
+from unet.config import CONFIG, FENCING_TOKEN, RunSettings, TrainSettings, flat, moved_with, read_config
 from unet.data.shards import MANIFEST
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
 from unet.runs.checkpoint import Checkpoints
-from unet.secrets import lost, shown, without_secrets
+from unet.secrets import lost, without_passwords, without_secrets
 from unet.storage import Folder, persistently
 
 SUMMARY, METRICS, MODEL = "summary.json", "metrics.jsonl", "model"
@@ -46,7 +46,7 @@ class Run:
     settings: TrainSettings
     folder: Folder
     summary: dict[str, Any] = field(default_factory=dict)
-    ticket: str | None = None
+    fencing_token: str | None = None
     """Of the workers that may write there: those of an earlier one, which may outlive their driver, may not."""
     lock: Lock | None = None
 
@@ -63,7 +63,7 @@ class Run:
     def start(self, **facts) -> None:
         """Write down that the run is on: its settings and what is known of it."""
         self._sweep()
-        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
+        self.folder.write_text(CONFIG, yaml.safe_dump(self.public_settings(), sort_keys=False))
         later = {k: self.summary.get(k) for k in KNOWN_LATER} | dict.fromkeys(OF_AN_END)
         later["restarts"] = later["restarts"] or 0
         later["started"] = self.summary.get("started") or milliseconds()
@@ -75,7 +75,7 @@ class Run:
             for path in Path(self.folder.path).glob(".*"):
                 if path.name.startswith(".tmp-"):
                     shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in (LOCK, TICKET) and path.is_file():
+                elif path.name not in (LOCK, FENCING_TOKEN) and path.is_file():
                     path.unlink(missing_ok=True)
 
     def write_summary(self, **changes) -> None:
@@ -91,8 +91,8 @@ class Run:
 
     def take_over(self) -> None:
         """Let no workers but those to come write there. Raises StorageFailed."""
-        self.ticket = uuid.uuid4().hex
-        self.write(TICKET, self.ticket.encode())
+        self.fencing_token = uuid.uuid4().hex
+        self.write(FENCING_TOKEN, self.fencing_token.encode())
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
@@ -135,9 +135,11 @@ class Run:
             self.write_summary(mlflow_key=uuid.uuid4().hex)
         return self.summary["mlflow_key"]
 
-    def shown_settings(self) -> dict[str, Any]:
+    def public_settings(self) -> dict[str, Any]:
         """The settings as they may be saved and sent: this run's name, and no secret."""
-        return shown(flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None})
+        return without_passwords(
+            flat(self.settings) | {"run_name": self.name, "resume": None, "sync": None, "config": None}
+        )
 
 
 def read_summary(folder: Folder) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from unet.runs.arrays import count_parameters
 from unet.runs.run import Run
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, check_samples
-from unet.supervise.recorder import Journal
+from unet.supervise.recorder import RunRecorder
 from unet.supervise.supervisor import Supervisor
 from unet.terminal import Display
 from unet.tracking.send import send_later
@@ -29,13 +29,13 @@ def train(
     as_trial: bool = False,
     together: int = 1,
     started: float | None = None,
-    wish: threading.Event | None = None,
+    stop_signal: threading.Event | None = None,
 ) -> dict:
     """Train an opened run to its end; its summary (the content of `summary.json`).
 
     Ray must be connected (`unet.cluster.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test
     split, pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is
-    when the job began, in seconds since 1970; `wish` ends it with a checkpoint (default: set by Ctrl-C).
+    when the job began, in seconds since 1970; `stop_signal` ends it with a checkpoint (default: set by Ctrl-C).
 
     Raises:
         InputError: before anything started.
@@ -44,13 +44,13 @@ def train(
     with run.locked():
         try:
             return _train(
-                run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), wish
+                run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), stop_signal
             )
         except StorageFailed as error:
             raise run.after(error) from error
 
 
-def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int, started: float, wish) -> dict:
+def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int, started: float, stop_signal) -> dict:
     settings = run.settings
     if run.summary.get("status", "finished") != "finished":  # its workers may have outlived their driver
         run.take_over()
@@ -106,8 +106,8 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
             "nothing, and the run's name means its last checkpoint.",
             "yellow",
         )
-    journal = Journal(run, prepared, parameters, display, as_trial, started)
-    return Supervisor(journal, counts, plan, callbacks, together, latest).run_to_end(wish)
+    recorder = RunRecorder(run, prepared, parameters, display, as_trial, started)
+    return Supervisor(recorder, counts, plan, callbacks, together, latest).run_to_end(stop_signal)
 
 
 def _finished(run: Run, display: Display, as_trial: bool) -> dict:

@@ -58,8 +58,8 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
         return Fault(f"worker {rank} was ended because its node ran out of memory (a smaller --batch-size needs less)")
     if "node" in text and ("node has died" in text or "node was terminated" in text or "node failure" in text):
         return Fault(f"worker {rank} was lost with its node")
-    if "class_name: Monitor" in text:
-        return Fault("the mailbox between driver and workers was lost")
+    if "class_name: DriverLink" in text:
+        return Fault("the link between driver and workers was lost")
     if "actor died" in text.lower() or "ActorDied" in text or "ActorUnavailable" in text:
         pid = re.search(r"pid[:=]\s*(\d+)", text)
         return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")

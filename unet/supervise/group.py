@@ -1,4 +1,4 @@
-"""One start of the workers: a trainer of Ray Train in a thread, and the mailbox through which they speak.
+"""One start of the workers: a trainer of Ray Train in a thread, and the driver link through which they speak.
 
 Ray Train is told to restart nothing: a group that ends in any other way than by itself is replaced by a new one, by
 `unet.supervise.supervisor`, which so decides alike about workers, controller, nodes and hangs.
@@ -28,26 +28,26 @@ from unet.data.ingest import Ingest, shards
 from unet.progress import Live
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.job import Job
-from unet.training.link import Monitor
+from unet.training.link import DriverLink
 from unet.training.worker import train_worker
 
 ANSWER_SECONDS = 10
-"""How long the mailbox may take to answer, and a controller to hand over itself."""
+"""How long the driver link may take to answer, and a controller to hand over itself."""
 
 
 @dataclass
 class _Announce(ControllerCallback):
     """Tells the driver who the controller is, which it may have to end."""
 
-    monitor: ray.actor.ActorHandle
+    link: ray.actor.ActorHandle
 
     def after_controller_start(self, train_run_context) -> None:
-        # A reference, in a list, which Ray leaves alone: to unpack the handle the mailbox would load all of Ray Train.
-        ray.get(self.monitor.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
+        # A reference, in a list, which Ray leaves alone: to unpack the handle the link would load all of Ray Train.
+        ray.get(self.link.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
 
 
 class OrderedData(DataConfig):
-    """Gives each worker of Ray Train its `Shard`; called anew, with the new world size, at every start."""
+    """Gives each worker of Ray Train its `WorkerShard`; called anew, with the new world size, at every start."""
 
     def __init__(self, ingest: Ingest):
         super().__init__()
@@ -66,7 +66,7 @@ class _Trainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self.without)]
 
 
-class Group:
+class WorkerGroup:
     """Workers under way.
 
     Attributes:
@@ -76,7 +76,7 @@ class Group:
 
     def __init__(self, name: str, plan: Plan, callbacks: tuple, debug: bool):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.monitor = Monitor.options(scheduling_strategy=here).remote()
+        self.link = DriverLink.options(scheduling_strategy=here).remote()
         self.nodes: set[str] = set()
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
@@ -99,7 +99,7 @@ class Group:
 
     def _keep(self, keep: Callable[[], Ingest]) -> None:
         try:
-            self.monitor.give.remote([ray.put(keep())])
+            self.link.give.remote([ray.put(keep())])
         except BaseException as error:
             self._unread = error
             self.abort()
@@ -118,7 +118,7 @@ class Group:
         plan, data, without = self._plan, {}, []
         if stream:  # the data set is its place only: `OrderedData` gives the shards
             data = {"datasets": {"train": ray.data.range(1)}, "dataset_config": OrderedData(stream)}
-        else:  # the workers have their data from the monitor
+        else:  # the workers have their data from the link
             without.append(DatasetsCallback)
         if job.score_test:  # the job has no other group, as a sweep's has: `free_abandoned_places` does it
             without.append(PlacementGroupCleanerCallback)
@@ -136,7 +136,7 @@ class Group:
                 name=self._name,
                 storage_path=str(scratch),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[*self._callbacks, _Announce(self.monitor)],
+                callbacks=[*self._callbacks, _Announce(self.link)],
                 logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
             ),
             **data,
@@ -162,7 +162,7 @@ class Group:
     def news(self, run: str) -> tuple[Live | None, list[tuple]]:
         """Where the run is, and what has happened since the last call."""
         try:
-            lives, events = ray.get(self.monitor.poll.remote(self._seen), timeout=ANSWER_SECONDS)
+            lives, events = ray.get(self.link.poll.remote(self._seen), timeout=ANSWER_SECONDS)
         except RayActorError:
             return None, []  # the workers notice as well, and end
         except GetTimeoutError:
@@ -180,9 +180,9 @@ class Group:
                 self.nodes.add(content)
         return lives.get(run), [event for event in events if event[0] not in ("controller", "worker")]
 
-    def wish(self, what: str) -> None:
+    def request(self, what: str) -> None:
         """Have the workers save after their step and end: "stop" for good, or "leave" for another group."""
-        self.monitor.wish.remote(what)
+        self.link.request.remote(what)
 
     def abort(self) -> None:
         """End the group now, or as soon as it has begun: workers die with the controller that owns them."""
@@ -196,12 +196,12 @@ class Group:
 
     @property
     def begun(self) -> bool:
-        """Whether its data are open and its controller is there, as far as the mailbox answers."""
+        """Whether its data are open and its controller is there, as far as the driver link answers."""
         reading = "data" in self._threads and self._threads["data"].is_alive()
         return self._silent or (self._announced and not reading)
 
     def close(self) -> None:
-        """Let go of the mailbox, and of the controller, which would stay for ever: it holds a handle of itself."""
+        """Let go of the driver link, and of the controller, which would stay for ever: it holds a handle of itself."""
         with contextlib.suppress(RayError):
             self._end_controller()
-            ray.kill(self.monitor)
+            ray.kill(self.link)

@@ -16,8 +16,8 @@ from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise import results
 from unet.terminal import Display
-from unet.tracking.queue import Courier, Untracked
 from unet.tracking.send import PATIENCE, begin, kept_back, restart_tags, send
+from unet.tracking.writer import AsyncWriter, Untracked
 
 STOP_SECONDS = 2
 """How long a run that was stopped waits for MLflow."""
@@ -26,15 +26,15 @@ PASSING = ("time", "images_per_second", "data_wait_fraction")
 
 
 @dataclass
-class Journal:
-    """The journal of one start of a run.
+class RunRecorder:
+    """The recorder of one start of a run.
 
     Attributes:
         as_trial: a trial of a sweep, which has no test score and whose MLflow run the sweep writes.
         started: when the job began, in seconds since 1970.
         history: the epochs so far.
         written: the lines of `metrics.jsonl`.
-        wish: set when somebody wants the driver to end.
+        stop_signal: set when somebody wants the driver to end.
     """
 
     run: Run
@@ -43,10 +43,10 @@ class Journal:
     display: Display
     as_trial: bool
     started: float
-    tracker: Courier | Untracked = field(default_factory=Untracked)
+    tracker: AsyncWriter | Untracked = field(default_factory=Untracked)
     history: list[dict] = field(default_factory=list)
     written: list[dict] = field(default_factory=list)
-    wish: threading.Event | None = None
+    stop_signal: threading.Event | None = None
 
     def open(self, state: State | None) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
@@ -56,7 +56,7 @@ class Journal:
         """
         run, manifest = self.run, self.prepared.manifest
         if not self.as_trial:
-            self.tracker = self._courier()
+            self.tracker = self._writer()
         self.written = run.history()
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
         run.start(parameters=self.parameters, **facts)
@@ -68,25 +68,25 @@ class Journal:
             self.tracker.tags({"status": "running"})
             self.tracker.status("running")
 
-    def _courier(self) -> Courier:
+    def _writer(self) -> AsyncWriter:
         part = self.run.settings.run
         say = lambda words: self.display.say(words, "yellow")  # noqa: E731
-        courier = Courier(Folder(part.storage_path), part.experiment, part.tracking_uri, say)
+        writer = AsyncWriter(Folder(part.storage_path), part.experiment, part.tracking_uri, say)
         try:
             if not self.run.summary:
-                courier.check(PATIENCE)
+                writer.check(PATIENCE)
         except BaseException:
-            courier.close()
+            writer.close()
             raise
-        return courier
+        return writer
 
     def close(self) -> None:
         """Let go of MLflow; what it has not taken is in the run's folder."""
         self.tracker.close()
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """What MLflow says, and the id of the run there when it is known."""
-        self.tracker.hear()
+        self.tracker.receive()
         if self.tracker.run_id not in (None, self.run.summary["mlflow_run_id"]):
             self.run.write_summary(mlflow_run_id=self.tracker.run_id)
 
@@ -169,7 +169,7 @@ class Journal:
             results.keep(run, state, self.history, test, gallery, package)
             facts |= {"test": test, "test_time": tested}
         run.write_summary(status="finished", ended=milliseconds(), **facts)
-        self._send(math.inf, self.wish)
+        self._send(math.inf, self.stop_signal)
         if not self.as_trial:
             results.show(run, self.tracker.uri, self.display)
 

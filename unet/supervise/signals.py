@@ -1,4 +1,4 @@
-"""Ctrl-C and the end of a submitted job, as a wish to stop instead of an interrupt."""
+"""Ctrl-C and the end of a submitted job, as an event to look at instead of an interrupt."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def stop_wish() -> Iterator[threading.Event]:
+def catch_stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set in the block; a second SIGINT is the usual KeyboardInterrupt.
 
     Signals reach the main thread only: elsewhere (a trial of a sweep) the event is never set.

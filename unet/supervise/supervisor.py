@@ -20,10 +20,10 @@ from unet.runs.run import milliseconds
 from unet.runs.state import State
 from unet.storage import reported
 from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
-from unet.supervise.group import Group
+from unet.supervise.group import WorkerGroup
 from unet.supervise.reading import Reading
-from unet.supervise.recorder import Journal
-from unet.supervise.signals import stop_wish
+from unet.supervise.recorder import RunRecorder
+from unet.supervise.signals import catch_stop_signals
 from unet.training.job import Job
 from unet.training.loop import not_finite
 
@@ -45,7 +45,7 @@ class Supervisor:
     """One start of a run by a driver.
 
     Attributes:
-        journal: of the run.
+        recorder: of the run.
         counts: samples by split.
         plan: of the group under way, or the next.
         callbacks: for Ray Train.
@@ -55,7 +55,7 @@ class Supervisor:
         leaving: why the group under way is to be replaced.
     """
 
-    journal: Journal
+    recorder: RunRecorder
     counts: dict[str, int]
     plan: planner.Plan
     callbacks: tuple
@@ -74,11 +74,11 @@ class Supervisor:
     package: dict[str, bytes] | None = None
 
     def __post_init__(self):
-        self.run, self.display, self.settings = self.journal.run, self.journal.display, self.journal.run.settings
+        self.run, self.display, self.settings = self.recorder.run, self.recorder.display, self.recorder.run.settings
         training = self.settings.training
         self.reading = Reading(
             Ingest(
-                folder=self.journal.prepared.folder.uri,
+                folder=self.recorder.prepared.folder.uri,
                 image_size=self.settings.data.image_size,
                 samples=self.counts,
                 batch_size=training.batch_size,
@@ -89,34 +89,37 @@ class Supervisor:
             )
         )
 
-    def run_to_end(self, wish: threading.Event | None = None) -> dict:
-        """Train, test and keep; the run's summary. `wish` ends it with a checkpoint (default: set by Ctrl-C).
+    def run_to_end(self, stop_signal: threading.Event | None = None) -> dict:
+        """Train, test and keep; the run's summary. `stop_signal` ends it with a checkpoint (default: set by Ctrl-C).
 
         Raises:
             RunFailed: the run failed.
         """
-        journal, run = self.journal, self.run
+        recorder, run = self.recorder, self.run
         lost = "the driver was lost" if run.summary.get("status") == "running" else None
-        with contextlib.closing(journal), contextlib.nullcontext(wish) if wish else stop_wish() as wish:
-            journal.wish = wish
+        with (
+            contextlib.closing(recorder),
+            contextlib.nullcontext(stop_signal) if stop_signal else catch_stop_signals() as stop_signal,
+        ):
+            recorder.stop_signal = stop_signal
             try:
-                journal.open(self.latest and self.latest[1])
+                recorder.open(self.latest and self.latest[1])
                 run.take_over()
-                self._end(self._supervise(wish, lost))
+                self._end(self._supervise(stop_signal, lost))
                 return run.summary
             except BaseException as error:
                 # Whatever ends the driver here (a second Ctrl-C, a full disk), the run does not stay "running".
                 if run.summary.get("status") == "running":
-                    journal.mark("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+                    recorder.mark("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             finally:
                 self.display.close()
 
-    def _supervise(self, wish: threading.Event, lost: str | None) -> Fault | None:
+    def _supervise(self, stop_signal: threading.Event, lost: str | None) -> Fault | None:
         """Groups of workers, one after another, until the run is done or stopped (None) or cannot go on."""
         tries, reason = Tries(self.settings.compute.max_failures), lost
         while True:
-            fault = self._one_group(wish, reason)
+            fault = self._one_group(stop_signal, reason)
             if self.stopped or self.failure or not (fault or self.left):
                 return fault
             if not self._look_for_checkpoint():
@@ -133,11 +136,11 @@ class Supervisor:
                     + (f" (failure {tries.failures} of at most {tries.most} in a row)." if tries.failures > 1 else "."),
                     "yellow",
                 )
-                wish.wait(wait)
-            self._find_room(wish)
+                stop_signal.wait(wait)
+            self._find_room(stop_signal)
             if self.failure:
                 return fault
-            if wish.is_set():
+            if stop_signal.is_set():
                 self._mark_stopped()
                 return None
 
@@ -156,14 +159,14 @@ class Supervisor:
             return False
         for sentence in passed_over:
             self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
-        self.journal.catch_up(self.latest and self.latest[1])
+        self.recorder.catch_up(self.latest and self.latest[1])
         return True
 
-    def _find_room(self, wish: threading.Event) -> None:
+    def _find_room(self, stop_signal: threading.Event) -> None:
         """Wait for places for a new group and make its plan, or set `failure` where there are none for too long."""
         run, began, before = self.run, time.monotonic(), self.promised or self.plan.num_workers
         self.promised = None
-        while not wish.is_set():
+        while not stop_signal.is_set():
             waited = time.monotonic() - began
             try:
                 plan = self._plan_now()
@@ -183,7 +186,7 @@ class Supervisor:
                 return
             if waited > SETTLE_SECONDS:
                 self.display.waiting(f"waiting for room: {why}")
-            wish.wait(POLL_SECONDS)
+            stop_signal.wait(POLL_SECONDS)
 
     def _plan_now(self, held: int = 0) -> planner.Plan | None:
         """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""
@@ -191,21 +194,21 @@ class Supervisor:
         nodes, data_bytes = cluster_nodes(), self.plan.data_bytes
         return planner.plan_now(self.settings, nodes, data_bytes, self.together, held, device)
 
-    def _one_group(self, wish: threading.Event, reason: str | None) -> Fault | None:
+    def _one_group(self, stop_signal: threading.Event, reason: str | None) -> Fault | None:
         """Workers from their start to their end; what ended them if it was not themselves.
 
         `reason` is why an earlier group is replaced.
         """
         run, name = self.run, self.latest and self.latest[0]
         self.left, self.leaving = False, None
-        group = Group(run.name, self.plan, self.callbacks, self.settings.door.debug)
+        group = WorkerGroup(run.name, self.plan, self.callbacks, self.settings.command.debug)
         try:
             reading = self.reading.begin(self.latest and self.latest[1], self.plan)
             keep = self.reading.keep if self.plan.kept or reading.kept is not None else None
             group.start(self._job(group, name), reading, keep)
             if reason:
-                self.journal.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
-            hung = self._follow(group, wish)
+                self.recorder.restart(reason, self.latest[1].step if self.latest else 0, self.plan.num_workers)
+            hung = self._follow(group, stop_signal)
         except KeyboardInterrupt:  # the second one
             ray.shutdown()  # ends the workers at once
             raise
@@ -216,7 +219,7 @@ class Supervisor:
         finally:
             if ray.is_initialized():
                 group.close()
-                if not self.journal.as_trial:  # a sweep's job has other groups too
+                if not self.recorder.as_trial:  # a sweep's job has other groups too
                     free_abandoned_places()
         if hung:
             return Fault(hung)
@@ -225,23 +228,23 @@ class Supervisor:
         lost = group.nodes - live_nodes().keys()
         return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
 
-    def _job(self, group: Group, checkpoint: str | None) -> Job:
-        manifest = self.journal.prepared.manifest
+    def _job(self, group: WorkerGroup, checkpoint: str | None) -> Job:
+        manifest = self.recorder.prepared.manifest
         return Job(
             settings=self.settings,
-            shown=self.run.shown_settings(),
+            public_settings=self.run.public_settings(),
             run=self.run.folder.uri,
             threads=self.plan.threads,
             use_gpu=self.plan.use_gpu,
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
             checkpoint=checkpoint,
-            ticket=self.run.ticket,
-            monitor=group.monitor,
-            score_test=not self.journal.as_trial,
+            fencing_token=self.run.fencing_token,
+            link=group.link,
+            score_test=not self.recorder.as_trial,
         )
 
-    def _follow(self, group: Group, wish: threading.Event) -> str | None:
+    def _follow(self, group: WorkerGroup, stop_signal: threading.Event) -> str | None:
         """Take in the workers' news until they end; how long they hung if that was their end."""
         limit = parse_interval(self.settings.compute.step_timeout)[1]
         live, hung, roomy, since = None, None, False, None
@@ -252,7 +255,7 @@ class Supervisor:
             at, events = group.news(self.run.folder.uri)
             for kind, content in events:
                 getattr(self, f"_on_{kind}")(content)
-            self.journal.hear()
+            self.recorder.receive()
             now = time.monotonic()
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
                 return hung
@@ -264,8 +267,8 @@ class Supervisor:
             if now - moved > limit and not hung:
                 where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
                 hung = f"nothing has moved for {limit / 60:g} minutes{where}: a worker hangs (--step-timeout)"
-            if wish.is_set() and not self.stopped:
-                group.wish("stop")
+            if stop_signal.is_set() and not self.stopped:
+                group.request("stop")
                 self._mark_stopped()
                 self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
             # Before its first step and after its last one a group has nothing that is not saved.
@@ -279,7 +282,7 @@ class Supervisor:
                 looked, roomy = now, self._look_around(group, may_grow, roomy)
             group.wait(POLL_SECONDS)
 
-    def _look_around(self, group: Group, may_grow: bool, roomy: bool) -> bool:
+    def _look_around(self, group: WorkerGroup, may_grow: bool, roomy: bool) -> bool:
         """Have the workers leave a node that is called back, or make room for more of them.
 
         Returns:
@@ -299,12 +302,12 @@ class Supervisor:
         if reason:
             self.leaving = reason
             self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then going on with new workers.", "yellow")
-            group.wish("leave")
+            group.request("leave")
         return room
 
     def _mark_stopped(self) -> None:
         self.stopped = True
-        self.journal.stopped()
+        self.recorder.stopped()
 
     def _on_start(self, world_size: int) -> None:
         self.display.waiting(f"{world_size} worker(s) loading TensorFlow")
@@ -315,10 +318,10 @@ class Supervisor:
         )
 
     def _on_first_step(self, at: float) -> None:
-        self.journal.first_step(at)
+        self.recorder.first_step(at)
 
     def _on_epoch(self, content: dict) -> None:
-        self.journal.epoch(content["record"], content["validation"])
+        self.recorder.epoch(content["record"], content["validation"])
 
     def _on_test(self, result: dict) -> None:
         self.test, self.tested = result, milliseconds()
@@ -350,16 +353,16 @@ class Supervisor:
     def _end(self, fault: Fault | None) -> None:
         latest = self.run.checkpoints.latest()
         state = latest and latest[1]
-        # A wish to stop that came when all was scored already changes nothing.
+        # A stop signal that came when all was scored already changes nothing.
         if fault is None and self.failure is None and (not self.stopped or self.package is not None):
-            self.journal.finished(state, self.test, self.tested, self.gallery, self.package)
+            self.recorder.finished(state, self.test, self.tested, self.gallery, self.package)
             return
         lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
         status = "stopped" if self.stopped and not lost else "failed"
         with contextlib.suppress(StorageFailed):
-            self.journal.catch_up(state)
+            self.recorder.catch_up(state)
         reason = "stopped by the user" if status == "stopped" else str(self.failure or (fault and fault.reason))
-        self.journal.broken_off(status, state, reason)
+        self.recorder.broken_off(status, state, reason)
         if status == "failed":
             again = state and fault and fault.kind != "final"
             go_on = f" Go on from step {state.step}: --resume {self.run.name}." if again else ""

@@ -8,22 +8,22 @@ import threading
 from unet.config import TrainSettings, read_config
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
-from unet.metrics import flat as flat_metrics
+from unet.metrics import as_metrics
 from unet.runs.checkpoint import OPTIMIZER
 from unet.runs.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.database import check_database
-from unet.tracking.queue import Courier
 from unet.tracking.reach import check_server, default_uri
+from unet.tracking.writer import AsyncWriter
 
 PATIENCE = 30.0
 """Seconds after which a store that takes nothing any more is given up."""
 PICTURES = (".png", ".npz")
 
 
-def begin(run: Run, to: Courier, prepared: Prepared | None = None) -> None:
+def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
     """Send what is known of a run from its start, and the epochs it has; `prepared` are its data, if they are open."""
     config, summary = read_config(run.folder), run.summary
     params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
@@ -47,14 +47,14 @@ def _prepared(run: Run) -> Prepared | None:
 
 def send(
     run: Run,
-    to: Courier,
+    to: AsyncWriter,
     patience: float = PATIENCE,
     at_most: float = float("inf"),
     until: threading.Event | None = None,
 ) -> bool:
     """Send all of an ended run; whether MLflow has taken it. Its summary then knows its MLflow run.
 
-    Waits as `Courier.deliver` does.
+    Waits as `AsyncWriter.deliver` does.
     """
     begin(run, to)
     if not to.reach(patience, at_most, until):
@@ -86,10 +86,10 @@ def restart_tags(summary: dict) -> dict[str, str]:
     return {"restarts": str(len(log))} | {f"restart_{i:03d}": text[:500] for i, text in enumerate(told, 1)}
 
 
-def _results(run: Run, to: Courier) -> None:
+def _results(run: Run, to: AsyncWriter) -> None:
     """Test scores, pictures and the best checkpoint: all of it that evaluating and predicting read."""
     summary, last = run.summary, run.history()[-1]
-    to.metrics(flat_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
+    to.metrics(as_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
     for name in run.folder.names():
         if name.endswith(PICTURES):
             to.file(run.folder, name)
@@ -99,7 +99,7 @@ def _results(run: Run, to: Courier) -> None:
             to.file(best, name, "best_checkpoint")
 
 
-def kept_back(run: Run, to: Courier) -> str:
+def kept_back(run: Run, to: AsyncWriter) -> str:
     """What to do about an ended run that MLflow has not taken wholly."""
     place, again = without_secrets(to.uri), f"python jobs/train.py --sync {run.name}{where(run.settings.run)}"
     if to.refuses:
@@ -120,18 +120,18 @@ def send_later(run: Run, display: Display) -> None:
         RunFailed: the store has not taken everything.
     """
     part = run.settings.run
-    courier = Courier(Folder(part.storage_path), part.experiment, part.tracking_uri, display.say)
+    writer = AsyncWriter(Folder(part.storage_path), part.experiment, part.tracking_uri, display.say)
     try:
         display.waiting(f"sending {run.name} to MLflow")
-        courier.check(PATIENCE)
-        delivered = send(run, courier)
+        writer.check(PATIENCE)
+        delivered = send(run, writer)
     finally:
-        courier.close()
+        writer.close()
         display.close()
     if not delivered:
-        raise RunFailed(kept_back(run, courier))
+        raise RunFailed(kept_back(run, writer))
     display.say(
-        f"MLflow at {without_secrets(courier.uri)} has all of the run {run.name} ({run.summary['status']}, "
+        f"MLflow at {without_secrets(writer.uri)} has all of the run {run.name} ({run.summary['status']}, "
         f"{len(run.history())} epochs): run {run.summary['mlflow_run_id']}."
     )
 

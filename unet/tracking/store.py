@@ -18,7 +18,7 @@ from typing import Any
 
 from unet.data.shards import MANIFEST, REPORT, Prepared
 from unet.errors import InputError, first_line
-from unet.secrets import shown, without_secrets
+from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
 from unet.tracking.database import ARTIFACTS, ready
 from unet.tracking.library import load_mlflow
@@ -133,7 +133,7 @@ class Store:
                 "mlflow.source.git.commit": code_version(),
             }
             own = {KEY: key} if key else {}
-            tags = source | parent | own | shown(tags)
+            tags = source | parent | own | without_passwords(tags)
             run = self.client.create_run(self.experiment_id, started, tags, run_name)
             self.run_id = run.info.run_id
             self.find(key)
@@ -176,7 +176,9 @@ class Store:
         from mlflow.entities import Param
 
         sent: Collection[str] = self.client.get_run(self.run_id).data.params
-        new = {name: value for name, value in shown(params).items() if value is not None and name not in sent}
+        new = {
+            name: value for name, value in without_passwords(params).items() if value is not None and name not in sent
+        }
         self.client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in new.items()])
 
     def of_run(self, run_id: str | None) -> "Store":
@@ -245,7 +247,7 @@ class Store:
     def _tags(self, tags: dict) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in shown(tags).items()])
+        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in without_passwords(tags).items()])
 
     def artifacts(self, folder: str, files: dict[str, bytes]) -> None:
         """Files by name, under `folder` of the run's artifacts ("" is the top)."""

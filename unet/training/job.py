@@ -14,27 +14,27 @@ class Job:
 
     Attributes:
         settings: of the run.
-        shown: the same, flat, without passwords: what may be written down.
+        public_settings: the same, flat, without passwords: what may be written down.
         run: URI of the run's folder.
         threads: TensorFlow threads of this worker.
         data_digest: of the prepared data.
         classes: of the prepared data.
         checkpoint: name of the one to go on from; None at a run's beginning.
-        ticket: of this group of workers: with another in the run's folder it may not write there any more. None where
-            no other group can be (a trial of a sweep).
-        monitor: handle of the `Monitor`.
+        fencing_token: of this group of workers: with another in the run's folder it may not write there any more.
+            None where no other group can be (a trial of a sweep).
+        link: handle of the `DriverLink`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
         use_gpu: whether this worker was given a GPU.
     """
 
     settings: TrainSettings
-    shown: dict
+    public_settings: dict
     run: str
     threads: int
     data_digest: str
     classes: Classes
     checkpoint: str | None
-    ticket: str | None
-    monitor: ray.actor.ActorHandle
+    fencing_token: str | None
+    link: ray.actor.ActorHandle
     score_test: bool = True
     use_gpu: bool = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unet import metrics
-from unet.config import CONFIG, TICKET, parse_interval
+from unet.config import CONFIG, FENCING_TOKEN, parse_interval
 from unet.data.ingest import Batch
 from unet.data.resize import ignore_padding
 from unet.data.shards import opened, pixels
@@ -25,7 +25,7 @@ from unet.runs.state import State, name_of
 from unet.storage import Folder, persistently, reported
 from unet.training.equality import equality_of
 from unet.training.job import Job
-from unet.training.link import Line
+from unet.training.link import WorkerLink
 from unet.training.scoring import score
 
 SAVE, STOP, LEAVE = 1, 2, 4
@@ -49,7 +49,7 @@ class Loop:
     job: Job
     learner: object
     reader: object
-    line: Line
+    link: WorkerLink
     rank: int
     world_size: int
     state: State = field(init=False)
@@ -72,7 +72,9 @@ class Loop:
         equality = equality_of(self.settings, self.world_size, job.threads)
         if job.checkpoint is None:
             seed, window = self.settings.training.seed, self.reader.ingest.chunks_of_window
-            self.state = State(seed, job.data_digest, job.shown, equality, classes=list(job.classes), window=window)
+            self.state = State(
+                seed, job.data_digest, job.public_settings, equality, classes=list(job.classes), window=window
+            )
             self.learner.synchronise()
         else:
             self.state = self.checkpoints.state(job.checkpoint)
@@ -81,9 +83,9 @@ class Loop:
             self.state.score = None  # of that step only
             # Older checkpoints do not have all of the keys, and so say nothing about them.
             changed = [key for key, value in equality.items() if self.state.equality.get(key, value) != value]
-            self.state.equality, self.state.settings = equality, job.shown
+            self.state.equality, self.state.settings = equality, job.public_settings
             if changed and not self.is_done:
-                self.line.event("changed", changed)
+                self.link.event("changed", changed)
 
     def train(self, report: Callable[[dict], None]) -> bool:
         """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
@@ -136,9 +138,9 @@ class Loop:
             if self.stepped:  # the first step of all traces the graph
                 clock.add(images, began - waited, ended - began)
             else:
-                self.line.event("first_step", time.time())
+                self.link.event("first_step", time.time())
                 self.stepped = True
-            self._tell(clock, "train", batch.step + 1, self.plan.steps)
+            self._report(clock, "train", batch.step + 1, self.plan.steps)
             if self._ends(result.control):
                 return False
             # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
@@ -153,7 +155,7 @@ class Loop:
         What is saved on the way is the epoch's last step: whoever continues there begins with the validation.
         """
 
-        def heed(batch: Batch) -> None:
+        def handle(batch: Batch) -> None:
             control = int(self.learner.sum_over_workers(np.array([self._control()], np.int64))[0])
             if self._ends(control):
                 raise _Ended
@@ -161,7 +163,7 @@ class Loop:
                 self._save()
 
         try:
-            return self.evaluate("val", self.reader.validation(self.state.epoch), heed)
+            return self.evaluate("val", self.reader.validation(self.state.epoch), handle)
         except _Ended:
             return None
 
@@ -170,7 +172,7 @@ class Loop:
         end = control & (STOP | LEAVE)
         if end:
             self._save()
-            self.line.event(ENDS[end], self.state.step)
+            self.link.event(ENDS[end], self.state.step)
         return bool(end)
 
     def _control(self) -> int:
@@ -179,7 +181,7 @@ class Loop:
             return 0
         by_clock = self.interval and self.interval[0] == "seconds"
         due = by_clock and time.monotonic() - self.last_save >= self.interval[1]
-        return SAVE * bool(due) + {None: 0, "stop": STOP, "leave": LEAVE}[self.line.wish]
+        return SAVE * bool(due) + {None: 0, "stop": STOP, "leave": LEAVE}[self.link.request]
 
     def _is_due(self, control: int) -> bool:
         by_steps = self.interval and self.interval[0] == "steps" and self.state.step % self.interval[1] == 0
@@ -197,7 +199,7 @@ class Loop:
         places = order[batch.step * size : (batch.step + 1) * size].tolist()
         samples = opened(self.reader.ingest.folder).names_at("train", places)
         content = {"epoch": batch.epoch, "step": self.state.step + 1, "grad_norm": result.grad_norm}
-        self.line.event("not_finite", content | {"loss_sum": result.loss_sum, "samples": samples})
+        self.link.event("not_finite", content | {"loss_sum": result.loss_sum, "samples": samples})
         return False
 
     def _finish_epoch(self, clock: Clock, validation: dict) -> None:
@@ -210,7 +212,7 @@ class Loop:
             "learning_rate": self.settings.training.learning_rate,
             "images_per_second": clock.images_per_second,
             "data_wait_fraction": clock.data_wait_fraction,
-            **metrics.flat("val", validation),
+            **metrics.as_metrics("val", validation),
         }
         score = validation["mean_iou"]
         if state.best_score is None:
@@ -228,7 +230,7 @@ class Loop:
         self._save()
         state.score = None
         is_kept = state.validation is validation  # else those of the best were told: they hold the confusion matrix
-        self.line.event("epoch", {"record": state.history[-1], "validation": validation if is_kept else None})
+        self.link.event("epoch", {"record": state.history[-1], "validation": validation if is_kept else None})
 
     def _save(self) -> None:
         """Write a checkpoint.
@@ -246,7 +248,7 @@ class Loop:
 
         def write() -> None:
             with reported(self.checkpoints.folder, "use"):
-                self._show_ticket()
+                self._show_fencing_token()
                 self.checkpoints.save(self.learner, self.state)
                 self.checkpoints.prune(self.settings.run.keep_checkpoints)
 
@@ -256,20 +258,20 @@ class Loop:
             return error
         return None
 
-    def _show_ticket(self) -> None:
+    def _show_fencing_token(self) -> None:
         """Workers outlive a killed driver by a second or two: where others have taken over they write nothing."""
         run = self.checkpoints.run
         run.require(CONFIG)
-        if self.job.ticket and run.read_text(TICKET) != self.job.ticket:
+        if self.job.fencing_token and run.read_text(FENCING_TOKEN) != self.job.fencing_token:
             raise RuntimeError("other workers have taken over the run")
 
-    def evaluate(self, split: str, batches, heed: Callable[[Batch], None] = lambda batch: None) -> dict:
-        """The scores on a split; `heed` is called after each of its batches."""
+    def evaluate(self, split: str, batches, handle: Callable[[Batch], None] = lambda batch: None) -> dict:
+        """The scores on a split; `handle` is called after each of its batches."""
         plan = self.reader.ingest.plan(split, self.world_size)
 
         def done(batch: Batch) -> None:
-            self._tell(Clock(), split, batch.step + 1, plan.steps)
-            heed(batch)
+            self._report(Clock(), split, batch.step + 1, plan.steps)
+            handle(batch)
 
         return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], done)
 
@@ -279,10 +281,10 @@ class Loop:
         self.checkpoints.load_weights(chosen, self.learner.model)
         result = self.evaluate("test", self.reader.direct("test"))
         if self.rank == 0:
-            self.line.event("test", result)
-            self.line.event("gallery", self._gallery())
+            self.link.event("test", result)
+            self.link.event("gallery", self._gallery())
             # Here, where TensorFlow is loaded already: another process would take ten seconds more.
-            self.line.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, chosen)))
+            self.link.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, chosen)))
 
     def _gallery(self) -> dict:
         """Photos of validation with their truth and what the model says: names and uint8 arrays.
@@ -307,11 +309,11 @@ class Loop:
             "predicted": predicted,
         }
 
-    def _tell(self, clock: Clock, phase: str, step: int, steps: int) -> None:
+    def _report(self, clock: Clock, phase: str, step: int, steps: int) -> None:
         state = self.state
         seconds = (clock.waiting + clock.stepping) / clock.steps if clock.steps else None
         loss = state.loss_sum / state.pixels if state.pixels and phase == "train" else None
-        self.line.live(
+        self.link.live(
             Live(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds)
         )
 

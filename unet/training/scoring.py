@@ -9,10 +9,12 @@ from unet.data.ingest import Batch
 from unet.data.order import PADDING
 
 
-def score(learner, batches: Iterable[Batch], images: int, names: Sequence[str], tell: Callable[[Batch], None]) -> dict:
+def score(
+    learner, batches: Iterable[Batch], images: int, names: Sequence[str], report: Callable[[Batch], None]
+) -> dict:
     """Scores by class name over the batches of all workers of the learner, with `loss` and `images`.
 
-    `tell` is called with each batch that is done.
+    `report` is called with each batch that is done.
 
     Raises:
         RuntimeError: another number of images than `images` came by.
@@ -23,7 +25,7 @@ def score(learner, batches: Iterable[Batch], images: int, names: Sequence[str], 
         matrix, loss_sum = learner.evaluate(batch.images, batch.masks)
         confusion += matrix
         sums += loss_sum, np.count_nonzero(batch.indices != PADDING)
-        tell(batch)
+        report(batch)
     confusion, (loss_sum, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
     if counted != images:
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")

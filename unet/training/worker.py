@@ -3,10 +3,10 @@
 import ray
 
 from unet.cluster.devices import start_tensorflow
-from unet.data.ingest import Shard
+from unet.data.ingest import WorkerShard
 from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
 from unet.training.backend import join_workers
-from unet.training.link import Line
+from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
 
 
@@ -15,9 +15,9 @@ def train_worker(config: dict) -> None:
     job = config["job"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    line = Line(job.monitor, job.run, rank)
-    ray.get(job.monitor.event.remote("worker", ray.get_runtime_context().get_node_id()))
-    line.event("start", world_size)
+    link = WorkerLink(job.link, job.run, rank)
+    ray.get(job.link.event.remote("worker", ray.get_runtime_context().get_node_id()))
+    link.event("start", world_size)
     try:
         start_tensorflow(job.threads, job.use_gpu, job.settings.compute.deterministic)
         strategy = join_workers(job.use_gpu) if world_size > 1 else None
@@ -28,9 +28,9 @@ def train_worker(config: dict) -> None:
         if config["streamed"]:
             shard = ray.train.get_dataset_shard("train")
         else:
-            (reading,) = ray.get(job.monitor.reading.remote())
-            shard = Shard(ray.get(reading), rank, world_size)
-        loop = Loop(job, learner, shard.reader(), line, rank, world_size)
+            (reading,) = ray.get(job.link.reading.remote())
+            shard = WorkerShard(ray.get(reading), rank, world_size)
+        loop = Loop(job, learner, shard.reader(), link, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
             loop.test()
     except FirstCannotWrite:
@@ -38,7 +38,7 @@ def train_worker(config: dict) -> None:
     except (StorageFailed, NoGpu) as error:
         # Told, by whomever, and not raised: the driver ends all of them, and would start them again otherwise.
         kind = "no_gpu" if isinstance(error, NoGpu) else "storage_failed"
-        ray.get(job.monitor.event.remote(kind, str(error)))
+        ray.get(job.link.event.remote(kind, str(error)))
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow"):
             raise

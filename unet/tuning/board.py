@@ -15,8 +15,8 @@ from unet.classes import Classes
 from unet.progress import Live
 from unet.terminal import PLAIN_SECONDS, Display, duration, names_in_line
 from unet.tuning.ledger import Ledger, ranked
-from unet.tuning.recorder import name
 from unet.tuning.search import BEST
+from unet.tuning.trial_recorder import name
 
 REFRESH_SECONDS = 0.5
 SHOWN = 12
@@ -31,12 +31,12 @@ class Board(tune.Callback):
         self,
         display: Display,
         ledger: Ledger,
-        monitor,
+        link,
         epochs: int,
         classes: Classes,
         left: Callable[[], float | None],
     ):
-        self._display, self._ledger, self._monitor, self._left = display, ledger, monitor, left
+        self._display, self._ledger, self._link, self._left = display, ledger, link, left
         self._epochs, self._classes = epochs, classes
         self._view: LiveView | None = None
         self._shown = self._printed = time.monotonic()
@@ -93,7 +93,7 @@ class Board(tune.Callback):
         self._shown = now
         if not self._view and now - self._printed < PLAIN_SECONDS:
             return
-        lives, _ = ray.get(self._monitor.poll.remote())
+        lives, _ = ray.get(self._link.poll.remote())
         self._lives = {uri.partition("?")[0].rpartition("/")[2]: live for uri, live in lives.items()}
         if self._view:
             self._view.update(Group(self._table(), Text(self._status(), style="dim")), refresh=True)

@@ -13,8 +13,8 @@ import yaml
 from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
-from unet.metrics import flat as flat_metrics
-from unet.secrets import shown
+from unet.metrics import as_metrics
+from unet.secrets import without_passwords
 from unet.supervise.driver import train
 from unet.supervise.preflight import open_run
 from unet.terminal import Display, score_table
@@ -53,7 +53,7 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     writer.writeheader()
     writer.writerows(row | row["settings"] for row in rows)
     best = shared.base | {"data": settings.data.data} | rows[0]["settings"]
-    best = shown({k: v for k, v in best.items() if k not in OF_THIS_PLACE})
+    best = without_passwords({k: v for k, v in best.items() if k not in OF_THIS_PLACE})
     files = {"sweep.csv": table.getvalue().encode(), "best_config.yaml": yaml.safe_dump(best, sort_keys=False).encode()}
     importance = figures.parameter_importance(rows, space, settings.training.seed)
     histories = {row["trial"]: ledger.history(row["trial"])[: row["epochs"]] for row in rows}
@@ -72,7 +72,7 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     return files
 
 
-def score_best(best: dict, shared: Shared, tracking_uri: str, wish: threading.Event) -> dict:
+def score_best(best: dict, shared: Shared, tracking_uri: str, stop_signal: threading.Event) -> dict:
     """Score the test split with the best trial's best weights, once, and package them; the summary of its run.
 
     The run is continued with no epoch left to train, so what follows is what follows every training.
@@ -80,19 +80,19 @@ def score_best(best: dict, shared: Shared, tracking_uri: str, wish: threading.Ev
     values = shared.base | best["settings"] | {"run_name": best["trial"], "tracking_uri": tracking_uri}
     settings = unflat(TrainSettings, values | {"epochs": best["epochs"]})
     try:
-        return train(open_run(settings), Display(quiet=True), wish=wish)
+        return train(open_run(settings), Display(quiet=True), stop_signal=stop_signal)
     except InputError as error:  # the sweep has run: it is no matter of its input any more
         raise RunFailed(f"The best trial could not be scored: {error} The same command tries again.") from error
 
 
-def tell_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, files: dict[str, bytes]) -> None:
+def report_to_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, files: dict[str, bytes]) -> None:
     """The outcome into the sweep's own MLflow run."""
     best = rows[0]
     ends = {end: sum(r["end"] == end for r in rows) for end in ("finished", "pruned", "failed", "stopped")}
     metrics = {f"trials_{end}": count for end, count in ends.items()}
     metrics |= {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), BEST: best[BEST]}
     if summary.get("test"):
-        metrics |= flat_metrics("test", summary["test"])
+        metrics |= as_metrics("test", summary["test"])
     tracker.metrics(metrics, 0, int(time.time() * 1000))
     tags = {
         "status": summary["status"],

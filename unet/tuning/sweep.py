@@ -14,7 +14,7 @@ from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
 from unet.runs.run import CONFIG, SUMMARY, locked, read_summary
-from unet.secrets import shown
+from unet.secrets import without_passwords
 from unet.storage import Folder
 from unet.supervise.preflight import refuse_changes, with_chosen_precision
 from unet.tracking.database import check_database
@@ -56,12 +56,12 @@ class Sweep:
         self.folder.write_text(SPACE, self.space.text)
         self.write_summary(sweep=self.name, status="running", **facts)
         # Last: where it is, the others are.
-        self.folder.write_text(CONFIG, yaml.safe_dump(self.shown_settings(), sort_keys=False))
+        self.folder.write_text(CONFIG, yaml.safe_dump(self.public_settings(), sort_keys=False))
 
-    def shown_settings(self) -> dict:
+    def public_settings(self) -> dict:
         """The settings as they may be saved and sent: this sweep's name, and no secret."""
         unsaved = dict.fromkeys(("resume", "sync", "config", "extend"))
-        return shown(flat(self.settings) | {"run_name": self.name} | unsaved)
+        return without_passwords(flat(self.settings) | {"run_name": self.name} | unsaved)
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes

@@ -25,7 +25,7 @@ from unet.runs.run import Run
 from unet.storage import Folder
 from unet.supervise.preflight import open_run
 from unet.training.job import Job
-from unet.training.link import Line
+from unet.training.link import WorkerLink
 from unet.training.loop import Loop, not_finite
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
@@ -44,7 +44,7 @@ class Shared:
         use_gpu: whether it was given a GPU.
         data_digest: of the prepared data.
         classes: of the prepared data.
-        monitor: handle of the sweep's `Monitor`.
+        link: handle of the sweep's `DriverLink`.
         together: for how many trials beside each other the cluster was planned.
     """
 
@@ -55,7 +55,7 @@ class Shared:
     use_gpu: bool
     data_digest: str
     classes: Classes
-    monitor: ray.actor.ActorHandle
+    link: ray.actor.ActorHandle
     together: int
 
     def settings(self, trial: str, draw: dict) -> TrainSettings:
@@ -67,7 +67,7 @@ class Shared:
         try:
             yield
         except NoGpu as error:
-            ray.get(self.monitor.event.remote("no_gpu", str(error)))
+            ray.get(self.link.event.remote("no_gpu", str(error)))
             raise
 
 
@@ -93,8 +93,8 @@ class WarmTrial(tune.Trainable):
         settings = shared.settings(name, self.config["draw"])
         self._run = Run.load(name, settings)
         self._run.start(data_digest=shared.data_digest)
-        self._line = _TrialLine(shared.monitor, self._run.folder.uri)
-        self._line.moved = self._watch.moved
+        self._link = _TrialLink(shared.link, self._run.folder.uri)
+        self._link.moved = self._watch.moved
         self._learners = self._learners or Learners()
         learner = self._learners.get(settings, len(shared.classes))
         latest, _ = self._run.checkpoints.resume(settings.model)
@@ -108,18 +108,18 @@ class WarmTrial(tune.Trainable):
         )
         job = Job(
             settings=settings,
-            shown=self._run.shown_settings(),
+            public_settings=self._run.public_settings(),
             run=self._run.folder.uri,
             threads=shared.threads,
             use_gpu=shared.use_gpu,
             data_digest=shared.data_digest,
             classes=shared.classes,
             checkpoint=latest and latest[0],
-            ticket=None,
-            monitor=shared.monitor,
+            fencing_token=None,
+            link=shared.link,
             score_test=False,
         )
-        self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._line, 0, 1)
+        self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._link, 0, 1)
         self._run.write_history(self._loop.state.history)
 
     def step(self) -> dict:
@@ -129,7 +129,7 @@ class WarmTrial(tune.Trainable):
 
     def _epoch(self) -> dict:
         self._begin()
-        loop, line = self._loop, self._line
+        loop, link = self._loop, self._link
         before = loop.seconds
         # It may be done: a kill can fall between its last checkpoint and the report of it.
         record = None if loop.is_done else loop.run_epoch()
@@ -137,14 +137,14 @@ class WarmTrial(tune.Trainable):
         self._run.write_history(state.history)
         best = {"best_epoch": state.best_epoch, "val": state.validation}
         best["best_checkpoint"] = state.best_checkpoint and f"checkpoints/{state.best_checkpoint}"
-        status = "failed" if line.diverged else "finished" if loop.is_done else "running"
-        self._run.write_summary(status=status, reason=line.diverged, **best)
+        status = "failed" if link.diverged else "finished" if loop.is_done else "running"
+        self._run.write_summary(status=status, reason=link.diverged, **best)
         result = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
-        if line.diverged:  # the worst there is
+        if link.diverged:  # the worst there is
             result = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch, "diverged": True}
         facts = {"training_seconds": loop.seconds - before, "memory_mb": psutil.Process().memory_info().rss / 1e6}
-        facts["stopped"] = record is None and not loop.is_done and not line.diverged
-        return result | facts | {"done": loop.is_done or bool(line.diverged)}
+        facts["stopped"] = record is None and not loop.is_done and not link.diverged
+        return result | facts | {"done": loop.is_done or bool(link.diverged)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For PBT: this trial's latest checkpoint, which another may take over."""
@@ -167,8 +167,8 @@ class WarmTrial(tune.Trainable):
             own.taken_over = gift
 
 
-class _TrialLine(Line):
-    """The loop's line: where it is goes to the sweep's monitor, what happens stays here."""
+class _TrialLink(WorkerLink):
+    """The loop's line: where it is goes to the sweep's link, what happens stays here."""
 
     diverged: str | None = None
     moved: Callable[[], None]

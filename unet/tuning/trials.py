@@ -17,28 +17,28 @@ from unet.data.shards import Prepared
 from unet.errors import RunFailed
 from unet.runs.run import where
 from unet.secrets import without_secrets
-from unet.supervise.signals import stop_wish
+from unet.supervise.signals import catch_stop_signals
 from unet.terminal import Display
 from unet.tracking.registry import register
 from unet.tracking.store import code_version
 from unet.tracking.tracker import Tracker
-from unet.training.link import Monitor
+from unet.training.link import DriverLink
 from unet.tuning import outcome
 from unet.tuning.board import Board, epochs_saved
 from unet.tuning.children import ChildRuns
 from unet.tuning.ledger import Ledger
-from unet.tuning.recorder import Recorder
 from unet.tuning.schedule import make_scheduler
 from unet.tuning.search import BEST, Search, population
 from unet.tuning.sweep import SPACE, Sweep
 from unet.tuning.trial import Shared, WarmTrial, group_trial
+from unet.tuning.trial_recorder import TrialRecorder
 
 MAX_RETRIES = 2
 """How often a trial whose process is lost begins again from its checkpoint."""
 TUNE_STATE = ".tune"
 IDLE_SECONDS = 600
 """How long a sweep waits for a place to run any trial, where others took what was free when it began."""
-HEAR_SECONDS = 1.0
+RECEIVE_SECONDS = 1.0
 """How often the trials are asked whether one of them has found that none can go on."""
 SAVE_SECONDS = 120
 """How long the trials under way have to end their step and save."""
@@ -47,10 +47,10 @@ NO_PLACE = "no trial found free CPUs for ten minutes"
 
 
 class _Stopper(tune.Stopper):
-    """Ends Tune's part when somebody wishes so or the time is over: trials first, each as it has saved itself."""
+    """Ends Tune's part when it is to stop or the time is over: trials first, each as it has saved itself."""
 
-    def __init__(self, session: "Trials", wish: threading.Event):
-        self._session, self._wish = session, wish
+    def __init__(self, session: "Trials", stop_signal: threading.Event):
+        self._session, self._stop_signal = session, stop_signal
 
     def __getstate__(self):
         return {}  # Tune pickles it for a restore that a sweep does not use
@@ -60,7 +60,7 @@ class _Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         session = self._session
-        if self._wish.is_set():
+        if self._stop_signal.is_set():
             session.stop(BY_USER)
         elif session.seconds_of_budget == 0:
             session.stop(TIME_OVER)
@@ -91,14 +91,14 @@ class Trials:
     stopped: str | None = None
     stopped_at: float = 0.0
     stopping: set[str] = field(default_factory=set)
-    heard: float = 0.0
+    received_at: float = 0.0
     search: Search | None = None
 
     def run_to_end(self) -> dict:
         sweep, tracker, digest = self.sweep, self.tracker, self.prepared.manifest.data_digest
         extending = bool(sweep.settings.sweep.extend) or sweep.summary.get("extending", False)
         sweep.start(planned=self.planned, extending=extending, data_digest=digest)
-        shown = sweep.shown_settings()
+        shown = sweep.public_settings()
         tags = {"kind": "sweep", "status": "running", "data_digest": digest, "run_folder": str(sweep.folder)}
         # What the space draws is a parameter of the children only.
         params = {k: v for k, v in shown.items() if k not in sweep.space.draws}
@@ -108,10 +108,10 @@ class Trials:
         tracker.data(self.prepared)
         tracker.artifacts("", {SPACE: sweep.space.text.encode()})
         self.display.table(f"Sweep {sweep.name}", self._overview())
-        self.monitor = Monitor.remote()
-        with stop_wish() as wish:
+        self.link = DriverLink.remote()
+        with catch_stop_signals() as stop_signal:
             try:
-                return self._run(wish, shown)
+                return self._run(stop_signal, shown)
             except BaseException as error:
                 status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 sweep.write_summary(status=status)
@@ -121,21 +121,21 @@ class Trials:
             finally:
                 self.display.close()
                 if ray.is_initialized():
-                    ray.kill(self.monitor)
+                    ray.kill(self.link)
 
-    def _run(self, wish: threading.Event, shown: dict) -> dict:
+    def _run(self, stop_signal: threading.Event, shown: dict) -> dict:
         shared = self._shared(shown)
         tags = {"data_digest": shared.data_digest, "code": code_version()}
         self.children = ChildRuns(self.tracker, self.ledger, shared.base, tags)
         part, epochs = self.sweep.settings.sweep, self.sweep.settings.training.epochs
-        self.recorder = Recorder(self.ledger, self.children, epochs, part.scheduler)
+        self.recorder = TrialRecorder(self.ledger, self.children, epochs, part.scheduler)
         for row in self.ledger.under_way():  # the kill of an earlier start may have come before their rows were written
             self.ledger.refresh(row["trial"])
         self.children.send_missing()
         try:
             if self.ledger.under_way() or self.planned is None or len(self.ledger) < self.planned:
-                self._tune(shared, wish)
-            for row in self.ledger.under_way():  # of those that it stops at our wish Tune tells nothing
+                self._tune(shared, stop_signal)
+            for row in self.ledger.under_way():  # Tune reports nothing of those that it stops when we ask
                 self.ledger.refresh(row["trial"])
                 self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
@@ -147,7 +147,7 @@ class Trials:
             raise RunFailed(f"The sweep ended because {NO_PLACE}: see `ray status`; the same command continues it.")
         if self.stopped not in (None, BY_USER, TIME_OVER):
             raise RunFailed(f"{self.stopped} The same command continues the sweep.")
-        return self._stop() if wish.is_set() else self._conclude(shared, wish)
+        return self._stop() if stop_signal.is_set() else self._conclude(shared, stop_signal)
 
     def _shared(self, shown: dict) -> Shared:
         settings, folder = self.sweep.settings, self.prepared.folder.uri
@@ -176,11 +176,11 @@ class Trials:
             use_gpu=self.plan.use_gpu,
             data_digest=manifest.data_digest,
             classes=manifest.class_infos,
-            monitor=self.monitor,
+            link=self.link,
             together=self.together,
         )
 
-    def _tune(self, shared: Shared, wish: threading.Event) -> None:
+    def _tune(self, shared: Shared, stop_signal: threading.Event) -> None:
         """Tune's part: trials until none is left, the time is over or somebody stops it."""
         settings, plan = self.sweep.settings, self.plan
         warm = plan.num_workers == 1
@@ -189,7 +189,7 @@ class Trials:
         trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
         self._forget()
         epochs = settings.training.epochs
-        with Board(self.display, self.ledger, self.monitor, epochs, shared.classes, self._left) as board:
+        with Board(self.display, self.ledger, self.link, epochs, shared.classes, self._left) as board:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, asked),
                 **self._search(reuse_actors=warm and plan.kept),
@@ -197,7 +197,7 @@ class Trials:
                     name=TUNE_STATE,
                     storage_path=self.sweep.folder.uri,
                     verbose=0,
-                    stop=_Stopper(self, wish),
+                    stop=_Stopper(self, stop_signal),
                     failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
                     # The trials keep their own; only PBT asks for copies to hand on.
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False) if warm else None,
@@ -254,10 +254,10 @@ class Trials:
 
     def hopeless(self) -> str | None:
         """Why no trial can go on, as one of them has said."""
-        if time.monotonic() - self.heard < HEAR_SECONDS:
+        if time.monotonic() - self.received_at < RECEIVE_SECONDS:
             return None
-        self.heard = time.monotonic()
-        _, events = ray.get(self.monitor.poll.remote())
+        self.received_at = time.monotonic()
+        _, events = ray.get(self.link.poll.remote())
         return next((reason for kind, reason in events if kind == "no_gpu"), None)
 
     def stop(self, reason: str) -> None:
@@ -265,7 +265,7 @@ class Trials:
         if self.stopped is not None:
             return
         self.stopped, self.stopped_at, self.stopping = reason, time.monotonic(), set(self.recorder.running)
-        self.monitor.wish.remote("stop")
+        self.link.request.remote("stop")
         if self.search:
             self.search.close()
         if reason == BY_USER:
@@ -284,7 +284,7 @@ class Trials:
         self.display.say(f"Stopped. Continue: python jobs/tune.py --resume {name}{where(self.sweep.settings.run)}")
         return self.sweep.summary
 
-    def _conclude(self, shared: Shared, wish: threading.Event) -> dict:
+    def _conclude(self, shared: Shared, stop_signal: threading.Event) -> dict:
         sweep, settings, tracker = self.sweep, self.sweep.settings, self.tracker
         rows = outcome.rank(self.ledger)
         files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared)
@@ -293,7 +293,7 @@ class Trials:
         facts = {"trials": len(rows), "trial_epochs_saved": saved, "best_trial": best["trial"], BEST: best[BEST]}
         self.display.waiting(f"scoring the test split with {best['trial']}")
         self.ledger.close_run(best["trial"])  # the id of its MLflow run may have come after its end
-        run = outcome.score_best(best, shared, tracker.uri, wish)
+        run = outcome.score_best(best, shared, tracker.uri, stop_signal)
         if run["status"] != "finished":
             return self._stop()
         facts |= {"model_uri": run["model_uri"], "test": run["test"]}
@@ -307,7 +307,7 @@ class Trials:
             facts["registered"] = register(tracker.uri, name, run["mlflow_run_id"], self.display)
         self.display.close()
         told = facts | {"status": "finished", "reason": self.stopped or "all trials ended"}
-        outcome.tell_parent(tracker, rows, settings.training.epochs, told, files)
+        outcome.report_to_parent(tracker, rows, settings.training.epochs, told, files)
         sweep.write_summary(status="finished", extending=False, **facts)
         if not tracker.deliver():
             self.display.say("MLflow did not take everything; the sweep's folder holds it all.", "yellow")

@@ -83,10 +83,10 @@ def is_plain(name: str) -> bool:
     """Whether a listed name stays inside its folder, can be a file's name, and can be shown."""
     parts = name.split("/")
     inside = not name.startswith("/") and not {"", ".", ".."}.intersection(parts)
-    return inside and max(len(part.encode("utf8", "replace")) for part in parts) < 250 and shown(name) == name
+    return inside and max(len(part.encode("utf8", "replace")) for part in parts) < 250 and printable(name) == name
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """The name as it may reach a terminal, a file or a page: control characters and undecodable bytes spelled out."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         return name.encode("unicode_escape").decode()

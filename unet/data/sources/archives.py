@@ -6,7 +6,7 @@
 import tarfile
 from pathlib import Path
 
-from unet.data.sources import Problem, Progress, Sample, Source, canonical, is_plain, shown, split_of
+from unet.data.sources import Problem, Progress, Sample, Source, canonical, is_plain, printable, split_of
 from unet.data.sources.lists import listed, refuse_unmatched
 from unet.errors import InputError
 
@@ -76,7 +76,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
             name = line.split()[0]
             split = split_of(name, official, val_fraction)
             if problem := _problem(folder, name, seen):
-                source.left_out.append(Problem(shown(name), *problem, split=split))
+                source.left_out.append(Problem(printable(name), *problem, split=split))
                 continue
             seen[name] = official
             source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
@@ -87,7 +87,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
     source.samples = canonical(source.samples)
     known = seen.keys() | {problem.name for problem in source.left_out}
     source.warnings += [
-        Problem(shown(path.stem), "in_no_split", f"{shown(path.name)} is in no list")
+        Problem(printable(path.stem), "in_no_split", f"{printable(path.name)} is in no list")
         for path in sorted((folder / "images").glob("*.jpg"))
         if path.stem not in known
     ]
@@ -106,7 +106,7 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
 def _problem(folder: Path, name: str, seen: dict[str, str]) -> tuple[str, str] | None:
     """Why a listed name cannot be a sample: a short name and words."""
     if not is_plain(name) or "/" in name:
-        return "unsafe_name", f"the list names {shown(name)}, which is not a plain file name"
+        return "unsafe_name", f"the list names {printable(name)}, which is not a plain file name"
     if name in seen:
         return "listed_twice", f"listed again, having been listed in {seen[name]} already"
     image, mask = _paths(folder, name)

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
-from unet.data.sources import SUFFIXES, Problem, is_plain, shown, split_of
+from unet.data.sources import SUFFIXES, Problem, is_plain, printable, split_of
 from unet.errors import InputError
 
 LISTS = ("trainval", "train", "val", "test")
@@ -54,7 +54,7 @@ def refuse_unmatched(listing: Path, lines: list[tuple[int, str]], names: Collect
     number, line = lines[0]
     expected = f"a name in {where}, such as `{min(names)}`" if names else f"a name in {where}, which holds none"
     raise InputError(
-        f"No line of {listing} names a photo that is there: line {number} is `{shown(line)}`, and {expected}, was "
+        f"No line of {listing} names a photo that is there: line {number} is `{printable(line)}`, and {expected}, was "
         "expected."
     )
 
@@ -90,7 +90,7 @@ def splits_by_lists(
             split = split_of(name, official, val_fraction)
             if matched is None:
                 kind = "missing_image" if is_plain(name) else "unsafe_name"
-                problems.append(Problem(shown(name), kind, f"{where} names no photo in {folders[0]}/", split))
+                problems.append(Problem(printable(name), kind, f"{where} names no photo in {folders[0]}/", split))
             elif name in found:
                 problems.append(Problem(name, "listed_twice", f"{where}: listed in {found[name]} already", split))
             else:

@@ -17,7 +17,7 @@ from unet.data.sources import (
     files_below,
     hash_fraction,
     is_plain,
-    shown,
+    printable,
     split_of,
 )
 from unet.data.sources.description import DESCRIPTION, describe
@@ -83,15 +83,15 @@ def _by_name(folder: Path, source: Source, ending: str = "") -> dict[str, list[P
     for path in files_below(folder):
         name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if path.suffix.lower() not in SUFFIXES:
-            words = f"{folder.name}/ holds {shown(path.name)}, which is no picture that can be read"
-            source.left_out.append(Problem(shown(name), "unknown_format", words))
+            words = f"{folder.name}/ holds {printable(path.name)}, which is no picture that can be read"
+            source.left_out.append(Problem(printable(name), "unknown_format", words))
         elif not is_plain(name):
-            source.left_out.append(Problem(shown(name), "unsafe_name", f"a name in {folder.name}/ cannot be shown"))
+            source.left_out.append(Problem(printable(name), "unsafe_name", f"a name in {folder.name}/ cannot be shown"))
         else:
             found[name.removesuffix(ending)].append(path)
     for name, paths in found.items():
         if len(paths) > 1:
-            files = " and ".join(shown(path.name) for path in paths)
+            files = " and ".join(printable(path.name) for path in paths)
             source.left_out.append(Problem(name, "ambiguous", f"{folder.name}/ holds {files}"))
     return found
 

@@ -39,7 +39,7 @@ class _Call:
     file: bool = False
 
 
-class Courier:
+class AsyncWriter:
     """Brings one run's news to MLflow. All methods but the thread's own belong to the main thread.
 
     What is given here is also in the run's folder, so whatever is left when the process ends is not lost
@@ -173,10 +173,10 @@ class Courier:
                 # MLflow tries twice.
                 hangs = waited > max(seconds, HANG_SECONDS, 2 * (sending or 0))
                 ended = done() or fails or hangs or now - began > at_most or (until is not None and until.is_set())
-            self.hear()
+            self.receive()
         return done()
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Say what there is to say of the store."""
         with self._changed:
             words, self._words = self._words, []
@@ -264,11 +264,11 @@ def _root(error: BaseException) -> BaseException:
 
 
 class Untracked:
-    """Stands in for a `Courier` where somebody else writes the run: a sweep writes those of its trials."""
+    """Stands in for a `AsyncWriter` where somebody else writes the run: a sweep writes those of its trials."""
 
     run_id = None
 
     def epoch(self, *args, **kwargs) -> None:
         """Nothing, as with all that would be sent."""
 
-    open = tags = status = hear = deliver = close = epoch
+    open = tags = status = receive = deliver = close = epoch

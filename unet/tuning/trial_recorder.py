@@ -9,7 +9,7 @@ from unet.tuning.children import ChildRuns
 from unet.tuning.ledger import Ledger
 
 
-class Recorder(tune.Callback):
+class TrialRecorder(tune.Callback):
     """Enters starts, epochs and ends. `scheduler` is named where a trial was stopped early.
 
     Attributes:

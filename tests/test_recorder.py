@@ -17,19 +17,19 @@ from unet.runs.state import State
 from unet.storage import Folder
 from unet.supervise import driver
 from unet.supervise.preflight import refuse_changes
-from unet.supervise.recorder import Journal
+from unet.supervise.recorder import RunRecorder
 
 
 @pytest.fixture
-def journal(tmp_path):
-    return journal_of(tmp_path)
+def recorder(tmp_path):
+    return recorder_of(tmp_path)
 
 
-def journal_of(storage) -> Journal:
+def recorder_of(storage) -> RunRecorder:
     """Of a new start of the run `told`, which nobody but its folder hears."""
     manifest = SimpleNamespace(data_digest="digest", class_infos=PETS.classes)
     prepared = SimpleNamespace(folder=Folder(storage / "data"), manifest=manifest)
-    return Journal(Run.load("told", settings_of(storage)), prepared, 7, listening(), as_trial=True, started=0.0)
+    return RunRecorder(Run.load("told", settings_of(storage)), prepared, 7, listening(), as_trial=True, started=0.0)
 
 
 def settings_of(storage, **changes):
@@ -46,16 +46,16 @@ def state(*history: dict, **facts) -> State:
     return State(0, "digest", {}, {}, epoch=epoch, step=10 * len(history), history=list(history), **facts)
 
 
-def written(journal: Journal) -> list[dict]:
-    return [json.loads(text) for text in journal.run.folder.read_text("metrics.jsonl").splitlines()]
+def written(recorder: RunRecorder) -> list[dict]:
+    return [json.loads(text) for text in recorder.run.folder.read_text("metrics.jsonl").splitlines()]
 
 
-def test_an_epoch_that_is_trained_again_keeps_its_line(journal, tmp_path):
-    journal.open(None)
+def test_an_epoch_that_is_trained_again_keeps_its_line(recorder, tmp_path):
+    recorder.open(None)
     for epoch in (1, 2, 3):
-        journal.epoch(line(epoch), {"mean_iou": epoch / 10})
-    assert written(journal) == [line(1), line(2), line(3)]
-    again = journal_of(tmp_path)
+        recorder.epoch(line(epoch), {"mean_iou": epoch / 10})
+    assert written(recorder) == [line(1), line(2), line(3)]
+    again = recorder_of(tmp_path)
     again.open(state(line(1)))  # the checkpoints of the others were damaged
     assert written(again) == [line(1), line(2), line(3)] and again.history == [line(1)]
     again.epoch(line(2, time=2000), {"mean_iou": 0.7})
@@ -66,63 +66,63 @@ def test_an_epoch_that_is_trained_again_keeps_its_line(journal, tmp_path):
     assert (summary["best_epoch"], summary["val"], summary["skipped_steps"]) == (1, {"mean_iou": 0.8}, 0)
 
 
-def test_epochs_that_were_not_told_of_are_caught_up_with_once(journal):
-    journal.open(state(line(1)))
+def test_epochs_that_were_not_told_of_are_caught_up_with_once(recorder):
+    recorder.open(state(line(1)))
     found = state(line(1), line(2), line(3, skipped_steps=2), validation={"mean_iou": 0.5})
     for _ in range(2):
-        journal.catch_up(found)
-        assert written(journal) == journal.history == [line(1), line(2), line(3, skipped_steps=2)]
-    assert words_of(journal.display).count("epoch  2/10") == words_of(journal.display).count("epoch  3/10") == 1
-    assert "epoch  1/10" not in words_of(journal.display) and journal.run.summary["skipped_steps"] == 2
-    journal.catch_up(None)
-    assert len(journal.history) == 3
+        recorder.catch_up(found)
+        assert written(recorder) == recorder.history == [line(1), line(2), line(3, skipped_steps=2)]
+    assert words_of(recorder.display).count("epoch  2/10") == words_of(recorder.display).count("epoch  3/10") == 1
+    assert "epoch  1/10" not in words_of(recorder.display) and recorder.run.summary["skipped_steps"] == 2
+    recorder.catch_up(None)
+    assert len(recorder.history) == 3
 
 
-def test_a_stop_is_told_mlflow_at_once_and_delivery_begins(journal):
+def test_a_stop_is_told_mlflow_at_once_and_delivery_begins(recorder):
     """Before its first step a run's MLflow is not even loaded, and a submitted job may have three seconds left."""
-    journal.open(None)
+    recorder.open(None)
     calls = []
 
     class Tracker:
         def __getattr__(self, name):
             return lambda *given: calls.append((name, *given))
 
-    journal.tracker = Tracker()
-    journal.stopped()
+    recorder.tracker = Tracker()
+    recorder.stopped()
     assert calls == [("tags", {"status": "stopped"}), ("status", "stopped"), ("open",)]
-    assert read_json(Path(journal.run.folder.path) / "summary.json")["status"] == "stopped"
+    assert read_json(Path(recorder.run.folder.path) / "summary.json")["status"] == "stopped"
 
 
-def test_restarts_are_counted_and_told(journal):
-    journal.open(None)
-    journal.restart("a worker was killed", 12, 2)
-    journal.restart("there is room for 3 workers", 24, 3)
-    summary = journal.run.summary
+def test_restarts_are_counted_and_told(recorder):
+    recorder.open(None)
+    recorder.restart("a worker was killed", 12, 2)
+    recorder.restart("there is room for 3 workers", 24, 3)
+    summary = recorder.run.summary
     told = [(one["reason"], one["step"], one["workers"]) for one in summary["restart_log"]]
     assert summary["restarts"] == 2
     assert told == [("a worker was killed", 12, 2), ("there is room for 3 workers", 24, 3)]
 
 
-def test_the_first_step_of_all_starts_is_timed_once(journal, tmp_path):
-    journal.open(None)
-    journal.first_step(12.345)
-    again = journal_of(tmp_path)
+def test_the_first_step_of_all_starts_is_timed_once(recorder, tmp_path):
+    recorder.open(None)
+    recorder.first_step(12.345)
+    again = recorder_of(tmp_path)
     again.open(None)
     again.first_step(99.0)
     assert read_json(tmp_path / "told" / "summary.json")["seconds_to_first_step"] == 12.35
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped", "failed"])
-def test_an_end_tells_the_best_epoch_the_median_speed_and_why(journal, tmp_path, end):
-    journal.open(None)
+def test_an_end_tells_the_best_epoch_the_median_speed_and_why(recorder, tmp_path, end):
+    recorder.open(None)
     for epoch, time in ((1, 1000), (2, 9000), (3, 2004)):
-        journal.epoch(line(epoch, time), None)
+        recorder.epoch(line(epoch, time), None)
     best = {"best_epoch": 1, "best_score": 0.5, "best_checkpoint": "step_00000010", "validation": {"mean_iou": 0.5}}
-    last = state(*journal.history, skipped_steps=4, **best)
+    last = state(*recorder.history, skipped_steps=4, **best)
     if end == "finished":
-        journal.finished(last, None, None, None, None)
+        recorder.finished(last, None, None, None, None)
     else:
-        journal.broken_off(end, last, "of a reason")
+        recorder.broken_off(end, last, "of a reason")
     summary = read_json(tmp_path / "told" / "summary.json")
     told = {"status": end, "best_epoch": 1, "best_checkpoint": "checkpoints/step_00000010", "skipped_steps": 4}
     told |= {
@@ -132,15 +132,15 @@ def test_an_end_tells_the_best_epoch_the_median_speed_and_why(journal, tmp_path,
     }
     assert {key: summary[key] for key in told} == told and summary["ended"] > 0
     go_on = f"Stopped at step 30. Continue: python jobs/train.py --resume told --storage-path {tmp_path}"
-    assert (go_on in words_of(journal.display)) == (end == "stopped")
+    assert (go_on in words_of(recorder.display)) == (end == "stopped")
 
 
-def test_a_run_that_ends_before_its_first_checkpoint_says_so(journal):
-    journal.open(None)
-    journal.broken_off("stopped", None, "stopped by the user")
-    assert "Stopped at the start." in words_of(journal.display)
+def test_a_run_that_ends_before_its_first_checkpoint_says_so(recorder):
+    recorder.open(None)
+    recorder.broken_off("stopped", None, "stopped by the user")
+    assert "Stopped at the start." in words_of(recorder.display)
     known = ("best_epoch", "best_checkpoint", "images_per_second", "val")
-    assert [journal.run.summary[key] for key in known] == [None] * 4 and journal.run.summary["skipped_steps"] == 0
+    assert [recorder.run.summary[key] for key in known] == [None] * 4 and recorder.run.summary["skipped_steps"] == 0
 
 
 def test_other_settings_are_refused_by_name_but_for_those_that_may_change():
