@@ -150,7 +150,7 @@ def compute(task: dict) -> None:
     batches = [(images[i : i + size], masks[i : i + size]) for i in range(0, IMAGES, size)]
 
     def learner_of(precision: str, weights: list[np.ndarray] | None, **changes) -> Learner:
-        learner = Learner(unflat(TrainSettings, settings | {"precision": precision} | changes), 3)
+        learner = Learner(unflat(TrainSettings, settings | {"precision": precision} | changes).recipe(3))
         if weights:
             learner.model.set_weights(weights)
         return learner

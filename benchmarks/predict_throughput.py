@@ -31,9 +31,9 @@ from PIL import Image
 from prepare_throughput import cpu_seconds
 
 from unet.classes import PETS
-from unet.config import ModelSettings
 from unet.config.use import PredictPart
 from unet.models.trained import TrainedModel
+from unet.recipe.network import ModelSettings, describe
 
 BATCH, CORES, DRAWINGS, SHIFT = 16, os.cpu_count(), 100, 3
 LOOP, LOOP_AHEAD = "loop", "loop, reading ahead only"
@@ -51,11 +51,9 @@ def draw(folder: Path, count: int) -> None:
 
 
 def model(image_size: int, base_filters: int) -> TrainedModel:
-    from unet.runs.arrays import weight_shapes
-
     network, rng = ModelSettings(base_filters=base_filters), np.random.default_rng(0)
-    shapes = weight_shapes(base_filters, network.depth, len(PETS.classes)).values()
-    weights = [rng.normal(0, 0.05, shape).astype(np.float32) for shape in shapes]
+    shapes = describe(network, len(PETS.classes)).variables
+    weights = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
     return TrainedModel("random", network, image_size, "stretch", PETS.classes, weights, "", None, "random", "")
 
 

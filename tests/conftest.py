@@ -1,6 +1,7 @@
 """What the tests share: one Ray cluster, pets in the layout of the official archives, one trained run."""
 
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -176,6 +177,22 @@ def listening():
 
 def words_of(display) -> str:
     return display.console.file.getvalue()
+
+
+def state_of(settings, **facts):
+    """Where a training of pets with these settings stands: at its beginning, but for what is given."""
+    from unet.classes import PETS
+    from unet.config import flat
+    from unet.runs.state import State
+
+    return State(0, "digest", flat(settings), {}, **({"classes": list(PETS.classes), "window": 16} | facts))
+
+
+def vouch(folder: Path) -> None:
+    """Make the marker again, so that it vouches for what is there now."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "COMMIT"}
+    marker = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+    (folder / "COMMIT").write_text(json.dumps(marker))
 
 
 def weights_of(run: Path, checkpoint: str) -> dict[str, np.ndarray]:

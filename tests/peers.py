@@ -44,7 +44,7 @@ def main(rank, ports, output, values, steps, poison, devices):
     from unet.recipe.step import Learner
 
     settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
-    learner = Learner(settings, 3, rank, world, strategy)
+    learner = Learner(settings.recipe(3), rank, world, strategy)
     learner.synchronise()
     size, batch = settings.data.image_size, settings.training.batch_size
     pets = [draw_pet(i, size) for i in range(2 * batch)]
@@ -72,7 +72,7 @@ def main(rank, ports, output, values, steps, poison, devices):
             results["unchanged"] = np.array(all(map(np.array_equal, before, after)))
         else:
             result = learner.train_step(*rows(step), step + 1)
-        losses.append(result.loss_sum / result.pixels)
+        losses.append(result.loss)
         norms.append(result.grad_norm)
         finite.append(result.finite)
     results["counted"] = learner.sum_over_workers(np.array([2**53 + 1, rank]))

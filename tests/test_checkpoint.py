@@ -1,6 +1,5 @@
 """Checkpoints against every kind of damage: what is not what was written is passed over, and said so."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -10,19 +9,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import read_json, weights_of
+import tensorflow as tf
+from conftest import read_json, state_of, vouch, weights_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unet.classes import PETS, ClassInfo
+from unet.classes import ClassInfo
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import Damaged, InputError, StorageFailed
 from unet.models.trained import TrainedModel
 from unet.recipe.layers import build_unet
+from unet.recipe.network import ModelSettings, describe
 from unet.recipe.step import Learner
-from unet.runs.arrays import optimizer_shapes, weight_shapes
 from unet.runs.checkpoint import Checkpoints
-from unet.runs.state import State
 from unet.storage import Folder
 
 SMALL = unflat(
@@ -37,16 +36,16 @@ STATE, WEIGHTS, OPTIMIZER = "state.json", "model.weights.h5", "optimizer.npz"
 
 @pytest.fixture(scope="module")
 def learner():
-    return Learner(SMALL, 3)
+    return Learner(SMALL.recipe(3))
 
 
 def state(step, **facts):
-    return State(0, "digest", flat(SMALL), {}, step=step, **facts)
+    return state_of(SMALL, step=step, **facts)
 
 
 def save(run: Path, learner, step: int, **facts) -> Path:
     """A checkpoint whose weights and slots tell its step; its folder."""
-    for value in (*learner.model.weights, *learner.optimizer_variables().values()):
+    for value in learner.variables().values():
         value.assign(np.full(value.shape, step, value.numpy().dtype))
     (run / "config.yaml").write_text("base_filters: 2")
     return run / "checkpoints" / Checkpoints(Folder(run)).save(learner, state(step, **facts))
@@ -66,15 +65,8 @@ def run(written, tmp_path):
 
 
 def resume(run: Path):
-    found, sentences = Checkpoints(Folder(run)).resume(SMALL.model)
+    found, sentences = Checkpoints(Folder(run)).resume(SMALL)
     return found and found[0], sentences
-
-
-def vouch(folder: Path) -> None:
-    """Make the marker again, so that it vouches for what is there now."""
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "COMMIT"}
-    marker = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
-    (folder / "COMMIT").write_text(json.dumps(marker))
 
 
 def change_state(folder: Path, drop: str | None = None, **changes) -> None:
@@ -127,7 +119,7 @@ for file in (STATE, WEIGHTS, OPTIMIZER):
         f"{file} is missing": (lambda f, file=file: (f / file).unlink(), rf"\({file}: missing\)"),
         f"{file} has another byte": (lambda f, file=file: flip(f / file, 1000), rf"\({file}: wrong digest\)"),
     }
-# The same of content that its marker vouches for, or that an older marker says nothing of.
+# The same of content that its marker vouches for.
 CONTENT = {
     "garbage in the state": (lambda f: (f / STATE).write_text("{"), r"\(state.json: .*EOF"),
     "a state that never ends": (lambda f: (f / STATE).write_text('{"a":' * 10**5), r"\(state.json: .*recursion"),
@@ -139,12 +131,15 @@ CONTENT = {
     "a best one elsewhere": (lambda f: change_state(f, best_checkpoint="../../x"), r"\(state.json: best_checkpoint: "),
     "classes that are none": (lambda f: change_state(f, classes=[["pet"]]), r"\(state.json: classes.0"),
     "no epoch_step": (lambda f: change_state(f, drop="epoch_step"), r"\(state.json: lacks epoch_step\)"),
-    "no network": (lambda f: change_state(f, settings={}), r"\(state.json: --base-filters"),
-    "a network without end": (lambda f: change_state(f, settings={"base_filters": 9, "depth": 10**9}), "--depth"),
+    "no network": (lambda f: change_state(f, settings={}), r"\(state.json: --image-size"),
+    "a network without end": (lambda f: change_state(f, settings=flat(SMALL) | {"depth": 10**9}), "--depth"),
     "another network": (lambda f: change_state(f, settings=flat(OTHER)), r"\(state.json: is of another network\)"),
-    "weights of another model": (weights_of_another, r"\(model.weights.h5: layers/conv2d/vars/0 is \(3, 3, 3, 3\)"),
+    "weights of another model": (weights_of_another, r"\(model.weights.h5: lacks encoder_1_conv_1/kernel\)"),
     "no HDF5": (lambda f: (f / WEIGHTS).write_bytes(b"x" * 5000), r"\(model.weights.h5: "),
-    "weights that lack one": (lambda f: change_weights(f, lambda h: h.pop("layers/conv2d_1/vars/1")), "lacks layers/"),
+    "weights that lack one": (
+        lambda f: change_weights(f, lambda h: h.pop("encoder_1_conv_2/bias")),
+        "lacks encoder_1_conv_2/bias",
+    ),
     "no NPZ": (lambda f: (f / OPTIMIZER).write_bytes(b"x" * 5000), r"\(optimizer.npz: "),
     "an NPY": (lambda f: np.save((f / OPTIMIZER).open("wb"), np.zeros(3)), r"\(optimizer.npz: "),
     "a missing array": (lambda f: change_arrays(f, lambda a: a.pop("loss_scale")), "lacks loss_scale"),
@@ -163,19 +158,10 @@ def test_changed_bytes_are_passed_over(run, kind):
     check_passed_over(run, damage, words)
 
 
-@pytest.mark.parametrize("marker", ["vouching", "of an older run"])
 @pytest.mark.parametrize("kind", CONTENT)
-def test_content_that_is_none_is_passed_over_whatever_the_marker_says(run, kind, marker):
+def test_content_that_is_none_is_passed_over_though_its_marker_vouches_for_it(run, kind):
     damage, words = CONTENT[kind]
-
-    def with_marker(folder):
-        damage(folder)
-        if marker == "vouching":
-            vouch(folder)
-        else:
-            (folder / "COMMIT").write_bytes(b"")
-
-    check_passed_over(run, with_marker, words)
+    check_passed_over(run, lambda folder: (damage(folder), vouch(folder)), words)
 
 
 def check_passed_over(run, damage, words):
@@ -249,12 +235,12 @@ def test_any_byte_changed_anywhere_is_passed_over_or_changes_nothing(written, tm
     file=st.sampled_from([STATE, WEIGHTS, OPTIMIZER]), change=st.sampled_from([flip, cut]), place=st.integers(0, 2**31)
 )
 def test_damage_that_no_digest_tells_never_crashes(written, tmp_path, file, change, place):
-    """Of an older run: the arrays of NPZ carry a checksum; in a state or weights a changed number is not seen."""
+    """The arrays of NPZ carry a checksum; in a state or weights a changed number is not seen."""
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(written, run)
-    (run / "checkpoints" / THIRD / "COMMIT").write_bytes(b"")
     change(run / "checkpoints" / THIRD / file, place)
+    vouch(run / "checkpoints" / THIRD)
     assert resume(run)[0] in (SECOND, THIRD)
 
 
@@ -266,13 +252,13 @@ def test_in_an_object_store_files_without_a_marker_are_what_a_kill_left(written,
     content = bytearray(run.read_bytes(weights))
     content[1000] ^= 1
     run.write_bytes(weights, bytes(content))
-    (found, _), (sentence,) = store.resume(SMALL.model)
+    (found, _), (sentence,) = store.resume(SMALL)
     assert found == SECOND and sentence.endswith(f"(model.weights.h5: wrong digest): going on from {SECOND}")
     store.save(learner, state(3))
-    assert store.resume(SMALL.model)[0][0] == THIRD
+    assert store.resume(SMALL)[0][0] == THIRD
     for name in (FIRST, SECOND, THIRD):
         run.fs.delete_file(run.at(f"checkpoints/{name}/COMMIT"))
-    found, sentences = store.resume(SMALL.model)
+    found, sentences = store.resume(SMALL)
     assert found is None and sentences[0].endswith("(COMMIT: missing): starting at the beginning")
     on_disk = shutil.copytree(written, tmp_path / "run")
     for marker in on_disk.glob("checkpoints/*/COMMIT"):
@@ -284,48 +270,57 @@ def test_in_an_object_store_files_without_a_marker_are_what_a_kill_left(written,
 def test_it_loads_what_was_saved_bit_for_bit_and_keras_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # nothing is staged there
     rng = np.random.default_rng(0)
-    one, other = Learner(SMALL, 3), Learner(SMALL, 3)
-    values = [*one.model.weights, *one.optimizer_variables().values()]
+    one, other = Learner(SMALL.recipe(3)), Learner(SMALL.recipe(3))
+    values = list(one.variables().values())
     for value in values:
         value.assign(rng.integers(0, 2**31, value.shape).astype(value.numpy().dtype))
     (tmp_path / "config.yaml").touch()
     checkpoints = Checkpoints(Folder(tmp_path))
-    name = checkpoints.save(one, state(7, loss_sum=0.1 + 0.2, history=[{"epoch": 1, "val_loss": 1 / 3}]))
+    name = checkpoints.save(one, state(7, loss_sums=[0.1 + 0.2, 3.0], history=[{"epoch": 1, "val_loss": 1 / 3}]))
     checkpoints.load(name, other)
-    for a, b in zip(values, [*other.model.weights, *other.optimizer_variables().values()], strict=True):
+    for a, b in zip(values, other.variables().values(), strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
-    assert checkpoints.state(name) == state(7, loss_sum=0.1 + 0.2, history=[{"epoch": 1, "val_loss": 1 / 3}])
+    assert checkpoints.state(name) == state(7, loss_sums=[0.1 + 0.2, 3.0], history=[{"epoch": 1, "val_loss": 1 / 3}])
     plain = build_unet(16, 2, 1, 0.0, 3)
     plain.load_weights(tmp_path / "checkpoints" / name / WEIGHTS)
     assert all(np.array_equal(a, b) for a, b in zip(plain.get_weights(), one.model.get_weights(), strict=True))
 
 
-def test_a_checkpoint_of_an_older_run_counts(run, learner):
-    """Written by Keras and NumPy, with an empty marker and a state that lacks what came later."""
-    folder = run / "checkpoints" / THIRD
-    learner.model.save_weights(folder / WEIGHTS)
-    np.savez(folder / OPTIMIZER, **{k: v.numpy() for k, v in learner.optimizer_variables().items()})
-    for later in ("classes", "taken_over"):
-        change_state(folder, drop=later)
-    (folder / "COMMIT").write_bytes(b"")
-    assert resume(run) == (THIRD, [])
-    assert Checkpoints(Folder(run)).latest()[1].class_infos == PETS.classes
-    Checkpoints(Folder(run)).load(THIRD, Learner(SMALL, 3))
-
-
-def test_the_shapes_are_those_of_the_network_and_its_optimizer(learner, tmp_path):
-    slots = {name: tuple(variable.shape) for name, variable in learner.optimizer_variables().items()}
-    assert optimizer_shapes(weight_shapes(2, 1, 3)) == slots
-    model, shapes = build_unet(16, 3, 3, 0.0, 21), weight_shapes(3, 3, 21)
-    assert list(shapes.values()) == [tuple(w.shape) for w in model.weights]
+def test_a_file_has_what_the_recipe_describes_under_both_names(learner, tmp_path):
+    save(tmp_path, learner, 1)
+    recipe, folder = SMALL.recipe(3), tmp_path / "checkpoints" / FIRST
+    assert {name: tuple(v.shape) for name, v in learner.variables().items()} == recipe.variables
+    with h5py.File(folder / WEIGHTS) as file:
+        for name, shape in recipe.network.variables.items():
+            assert file[name].shape == shape and file[name] == file[recipe.network.keras_paths[name]]
+    other = describe(ModelSettings(base_filters=3, depth=3), 21)
+    model = build_unet(16, 3, 3, 0.0, 21)
     model.save_weights(tmp_path / WEIGHTS)
     with h5py.File(tmp_path / WEIGHTS) as file:
-        assert all(file[path].shape == shape for path, shape in shapes.items())
+        for variable in model.weights:
+            np.testing.assert_array_equal(file[other.keras_paths[variable.path]], variable.numpy())
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "another shape"])
+def test_what_could_not_be_resumed_is_not_saved(learner, run, monkeypatch, change):
+    """An optimizer, or a layer, whose variables are not those that are described."""
+    variables = learner.variables()
+    if change == "one more":
+        variables["optimizer/head/kernel/third_moment"] = tf.Variable(0.0)
+    elif change == "one less":
+        variables.pop("optimizer/head/kernel/velocity")
+    else:
+        variables["weights/head/kernel"] = tf.Variable(np.zeros((3, 3, 2, 3), np.float32))
+    monkeypatch.setattr(learner, "variables", lambda: variables)
+    (run / "config.yaml").touch()
+    with pytest.raises(RuntimeError, match=r"No training could go on .* is damaged \(.*head/kernel"):
+        Checkpoints(Folder(run)).save(learner, state(4))
+    assert resume(run) == (THIRD, [])
 
 
 def test_another_network_is_refused_when_it_is_loaded(run):
-    with pytest.raises(Damaged, match=rf"{THIRD} is damaged \(model.weights.h5: is of another network\)"):
-        Checkpoints(Folder(run)).load(THIRD, Learner(OTHER, 3))
+    with pytest.raises(Damaged, match=rf"{THIRD} is damaged \(state.json: is of another network\)"):
+        Checkpoints(Folder(run)).load(THIRD, Learner(OTHER.recipe(3)))
 
 
 def test_the_best_and_the_last_stay(learner, tmp_path):
@@ -366,7 +361,7 @@ def test_a_best_one_that_is_damaged_gives_its_place_to_the_next(learner, tmp_pat
     facts = (found.best_checkpoint, found.best_score, found.best_epoch, found.validation, found.stale_epochs)
     assert facts == ((FIRST, 0.5, 1, {"mean_iou": 0.5}, 2) if left else (None, None, None, None, 0))
     assert resume(tmp_path) == (THIRD, [])
-    assert weights_of(tmp_path, THIRD)["layers/conv2d/vars/1"][0] == 3
+    assert weights_of(tmp_path, THIRD)["encoder_1_conv_1/bias"][0] == 3
 
 
 def test_the_last_one_may_be_the_best_that_is_left(learner, tmp_path):

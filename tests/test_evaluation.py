@@ -26,7 +26,7 @@ from test_run import oracle_network, wait_for
 
 from unet import metrics
 from unet.cluster.planner import Node
-from unet.config import EvaluateSettings, ModelSettings, unflat
+from unet.config import EvaluateSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
@@ -40,6 +40,8 @@ from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary
 from unet.models.trained import TrainedModel
+from unet.recipe.loss import LossSettings
+from unet.recipe.network import ModelSettings
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -81,7 +83,7 @@ def oracle(folder: Path, network) -> dict[str, dict]:
                 "own": own,
                 "enlarged": enlarged,
                 "breed": row["breed"],
-                "loss_sum": -np.log(true[valid]).sum(),
+                "loss_sums": [-np.log(true[valid]).sum(), valid.sum()],
                 "doubt": (probabilities.max(-1) - true)[valid].mean(),
             }
     return found
@@ -104,7 +106,7 @@ def check_records(records: pa.Table, expected: dict[str, dict], letterbox: bool)
         assert whole(row["confusion"]) == counted(truth, predicted)
         assert whole(row["confusion_band"]) == counted(truth, predicted, in_band(truth, BAND))
         assert whole(row["confusion_own"]) == counted(own, image["enlarged"])
-        assert row["loss_sum"] == pytest.approx(image["loss_sum"], rel=1e-4)
+        assert row["loss_sums"] == pytest.approx(image["loss_sums"], rel=1e-4)
         assert row["doubt"] == pytest.approx(image["doubt"], abs=1e-5)
         shown = np.asarray(Image.open(io.BytesIO(row["predicted"])))
         assert np.array_equal(shown, np.where(truth == 255, 255, predicted) if letterbox else predicted)
@@ -155,7 +157,7 @@ def test_records_are_those_of_an_oracle_whatever_the_workers_and_the_batch(stret
     (table,) = score_split([model], stretched, "test", pool, BAND, 5, lambda *step: told.append(step[:2]))
     assert table.equals(records)  # not only the counts: the same bits
     assert told[0] == (0, 21) and told[-1] == (21, 21)
-    found = summary(records, NAMES, BAND, 200)
+    found = summary(records, NAMES, BAND, 200, LossSettings())
     for view, truth, predicted in ((found, "truth", "predicted"), (found["own_size"], "own", "enlarged")):
         images = list(expected.values())
         whole = np.sum([counted(image[truth], image[predicted]) for image in images], 0)
@@ -480,12 +482,12 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
 
 def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
     names = ["[red] cats", "[/x]", "a class whose name goes on " * 3]
-    table = counted_twice(population(20)).append_column("loss_sum", pa.array(np.ones(20)))
+    table = counted_twice(population(20)).append_column("loss_sums", pa.array([[1.0, 1.0]] * 20))
     for group in ("breed", "species"):
         table = table.append_column(group, pa.array(["cat", "dog"] * 10))
     for resamples in (1000, 0):
         console = Console(width=80, file=io.StringIO(), highlight=False, soft_wrap=True)
-        found = summary(table, names, BAND, resamples)
+        found = summary(table, names, BAND, resamples, LossSettings())
         tables.show(console, "[b]run on [/test]", found)
         tables.show_comparison(console, compare(["[i]a", "[/b]"], [table, table], names, resamples))
         shown = console.file.getvalue()

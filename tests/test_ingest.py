@@ -1,14 +1,14 @@
 """The same samples in the same order: kept or streamed, by any number of workers, from any step."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import state_of
 
 from unet.cluster.planner import Plan
-from unet.config import TrainSettings, flat
+from unet.config import TrainSettings
 from unet.data import ingest
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import CHUNK, PADDING, epoch_order
@@ -17,7 +17,6 @@ from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared, pixels
 from unet.recipe.augment import flips
-from unet.runs.state import State
 from unet.storage import Folder
 from unet.supervise.reading import Reading
 
@@ -158,11 +157,8 @@ def test_workers_share_the_chunks_of_a_split_that_is_read_once(pets, workers, mo
 
 
 def test_a_run_goes_on_in_the_windows_that_it_began_with(pets):
-    """States of before do not tell: theirs had 16 chunks, whatever the size of the pictures."""
-    state = State(0, "digest", flat(TrainSettings()), {}, epoch=2, window=3)
-    before = {key: value for key, value in asdict(state).items() if key != "window"}
+    state = state_of(TrainSettings(), epoch=2, window=3)
     plan = Plan(2, 0.75, 1, False, False, 10**9, 10**8, stream_tasks=1)
     run = Reading(reading(pets))
     assert run.begin(None, plan).chunks_of_window == 1024
     assert (run.begin(state, plan).chunks_of_window, run.ingest.tasks, run.ingest.start) == (3, 1, (2, 0))
-    assert run.begin(State(**before), plan).chunks_of_window == 16

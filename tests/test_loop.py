@@ -58,7 +58,7 @@ def loop_of(storage, name, reading, link, checkpoint=None, **changes) -> Loop:
     job = Job(settings, run.public_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
     state = run.checkpoints.state(checkpoint) if checkpoint else None
     here = replace(reading, start=(state.epoch, state.epoch_step) if state else (1, 0))
-    return Loop(job, Learner(settings, 3), WorkerShard(here, 0, 1).reader(), link, 0, 1)
+    return Loop(job, Learner(settings.recipe(3)), WorkerShard(here, 0, 1).reader(), link, 0, 1)
 
 
 def same(record: dict) -> dict:
@@ -147,7 +147,7 @@ def test_a_batch_whose_numbers_are_not_finite_is_named_or_passed_over(reading, s
     assert (kind, content["epoch"], content["step"]) == ("not_finite", 1, step) and 1 < step < stopped.plan.steps
     batch = list(stopped.reader.train(1, 0))[step - 1]
     assert content["samples"] == [names[i] for i in batch.indices]
-    assert not_finite(content).startswith(f"The numbers stopped being finite at step {step} of epoch 1 (loss sum ")
+    assert not_finite(content).startswith(f"The numbers stopped being finite at step {step} of epoch 1 (loss ")
     assert not_finite(content).endswith(f"The batch: {', '.join(content['samples'])}.")
     many = not_finite(content | {"samples": [f"s{i}" for i in range(10)]})
     assert many.endswith("The batch: s0, s1, s2, s3, s4, s5, s6, s7 and 2 more.")

@@ -16,6 +16,7 @@ from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.records import written
 from unet.evaluation.summary import compare, summary
 from unet.pages import figures
+from unet.recipe.loss import LossSettings
 from unet.terminal import score_table
 
 
@@ -39,11 +40,11 @@ def test_two_hundred_classes_take_no_matrix_an_image():
     rng, names = np.random.default_rng(0), [f"class {i}" for i in range(200)]
     rows = [[{"cell": int(c), "pixels": 7} for c in np.unique(rng.integers(0, 40_000, 60))] for _ in range(200)]
     table = pa.table(dict.fromkeys(("confusion", "confusion_band", "confusion_own"), pa.array(rows, CELLS)))
-    table = table.append_column("loss_sum", pa.array(np.ones(200)))
+    table = table.append_column("loss_sums", pa.array([[1.0, 1.0]] * 200))
     for group in ("breed", "species"):
         table = table.append_column(group, pa.array([""] * 200))
     tracemalloc.start()
-    found = summary(table, names, 2, 1000)
+    found = summary(table, names, 2, 1000, LossSettings())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6, peak
@@ -85,10 +86,12 @@ def test_tables_show_the_lowest_classes_and_say_so():
     table = pa.table(
         dict.fromkeys(("confusion", "confusion_band"), pa.array([cells_of(confusion.ravel())] * 12, CELLS))
     )
-    table = table.append_column("confusion_own", pa.nulls(12, CELLS)).append_column("loss_sum", pa.array(np.ones(12)))
+    table = table.append_column("confusion_own", pa.nulls(12, CELLS)).append_column(
+        "loss_sums", pa.array([[1.0, 1.0]] * 12)
+    )
     for group in ("breed", "species"):
         table = table.append_column(group, pa.array([""] * 12))
-    found = summary(table, names, 2, 0)
+    found = summary(table, names, 2, 0, LossSettings())
     worst = min(found["iou"], key=found["iou"].get)
     console = Console(width=160, file=io.StringIO())
     tables.show(console, "run", found)

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.recipe.layers import DropoutKey, KeyedDropout, build_unet, dropout_key
-from unet.runs.arrays import count_parameters
+from unet.recipe.layers import KeyedDropout, TrainingPass, build_unet, training_pass
+from unet.recipe.network import ModelSettings, describe
 
 
 def test_the_reference_network():
@@ -26,7 +26,12 @@ def test_the_reference_network():
 def test_settings_shape_it_and_are_counted_without_building(filters, depth, classes, size):
     model = build_unet(size, filters, depth, 0.1, classes)
     assert model.output_shape == (None, size, size, classes)
-    assert model.count_params() == count_parameters(3, filters, depth, classes)
+    network = describe(ModelSettings(base_filters=filters, depth=depth), classes)
+    assert model.count_params() == network.parameters and size % network.stride == 0
+    assert {weight.path: weight.shape for weight in model.weights} == network.variables
+    assert {weight.path for weight in model.trainable_variables} == network.trainable.keys()
+    outputs = [layer.output.shape for layer in model.layers if layer.name in {layer.name for layer in network.layers}]
+    assert network.activations * size**2 == sum(np.prod(shape[1:]) for shape in outputs)
 
 
 def test_a_size_that_the_depth_does_not_divide_is_refused_with_the_nearest():
@@ -36,7 +41,7 @@ def test_a_size_that_the_depth_does_not_divide_is_refused_with_the_nearest():
 
 def dropped(layer, rows, seed=5, step=3, position=0, shape=(6, 6, 10)):
     """Which elements of ones a training pass keeps: bool (rows, *shape)."""
-    with dropout_key(DropoutKey(seed, tf.constant(step, tf.int64), tf.constant(position, tf.int64))):
+    with training_pass(TrainingPass(seed, tf.constant(step, tf.int64), tf.constant(position, tf.int64))):
         return layer(np.ones((rows, *shape), np.float32), training=True).numpy()
 
 
@@ -65,7 +70,7 @@ def test_masks_differ_by_sample_step_seed_and_layer_and_keep_the_mean():
 def test_no_dropout_outside_training_and_none_without_a_key():
     ones = np.ones((2, 4, 4, 3), np.float32)
     assert (KeyedDropout(0.5, 0)(ones, training=False).numpy() == 1).all()
-    with pytest.raises(RuntimeError, match="key for dropout"):
+    with pytest.raises(RuntimeError, match="trains in a pass only"):
         KeyedDropout(0.5, 0)(ones, training=True)
 
 

@@ -13,12 +13,12 @@ import mlflow
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT
+from conftest import ROOT, state_of
 from PIL import Image
 
 import unet
 from unet.classes import ClassInfo
-from unet.config import ExportSettings, TrainSettings, flat, unflat
+from unet.config import ExportSettings, TrainSettings, unflat
 from unet.data.resize import ignore_padding, letterbox_box
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError, RunFailed
@@ -29,7 +29,6 @@ from unet.packaging.model import package
 from unet.prediction.resizing import as_network_input
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
-from unet.runs.state import State
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -73,7 +72,7 @@ class Handed:
 
     def __init__(self, folder):
         settings = unflat(TrainSettings, SETTINGS | {"resize": "letterbox", "precision": "mixed_bfloat16"})
-        self.learner, self.folder = Learner(settings, len(CLASSES)), folder
+        self.learner, self.folder = Learner(settings.recipe(len(CLASSES))), folder
         pets = [draw_pet(i, 32) for i in range(2)]
         images, masks = (np.stack(part) for part in zip(*pets, strict=True))
         masks[:, :6, :9], masks[:, 20:, 25:] = 3, 4
@@ -82,7 +81,7 @@ class Handed:
         self.learner.refresh_float32()
         run = Folder(folder / "run")
         run.write_text("config.yaml", "")
-        state = State(0, "digest", flat(settings), {}, classes=CLASSES)
+        state = state_of(settings, classes=CLASSES)
         self.trained = TrainedModel.of_checkpoint(run, Checkpoints(run).save(self.learner, state))
         for file, content in package(self.trained).items():
             Folder(folder / "model").write_bytes(file, content)
@@ -92,7 +91,7 @@ class Handed:
     def export(self, formats, target):
         settings = unflat(ExportSettings, {"formats": formats, "output": str(target), "debug": True})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unet.models.inference.start_tensorflow", lambda threads: None)  # it has begun here
+            patch.setattr("unet.cluster.devices.start_tensorflow", lambda threads: None)  # it has begun here
             return export(settings, self.trained, Folder(target), Display(quiet=True))
 
     def probabilities(self, photo: Image.Image) -> np.ndarray:
@@ -215,7 +214,7 @@ def test_an_export_says_what_it_is(exported, handed):
         assert sum(sizes) == seen["bytes"]
         for file, digest in seen["sha256"].items():
             assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
-    weights = sum(w.nbytes for w in handed.trained.weights)
+    weights = sum(w.nbytes for w in handed.trained.weights.values())
     assert told["formats"]["saved_model"]["bytes"] < 2 * weights + 300_000, "the weights are in it once"
     with pytest.raises(InputError, match="holds something else"):
         settings = unflat(ExportSettings, {"output": str(handed.folder)})

@@ -112,7 +112,7 @@ def model(trained) -> TrainedModel:
 def network(model):
     """Probabilities (S, S, C) of a square, by Keras and nothing else of what predicts."""
     net = build_unet(32, model.network.base_filters, model.network.depth, 0.0, 3)
-    net.set_weights(model.weights)
+    net.set_weights([model.weights[weight.path] for weight in net.weights])
     return lambda square: tf.nn.softmax(net(square[None] / np.float32(255), training=False))[0].numpy()
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import listening, read_json, tiny_settings, words_of
+from conftest import listening, read_json, state_of, tiny_settings, words_of
 
 from unet.classes import PETS
-from unet.config import flat
+from unet.config import TrainSettings
 from unet.errors import InputError
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ def line(epoch: int, time: int = 1000, **scores) -> dict:
 
 def state(*history: dict, **facts) -> State:
     epoch = len(history) + 1
-    return State(0, "digest", {}, {}, epoch=epoch, step=10 * len(history), history=list(history), **facts)
+    return state_of(TrainSettings(), epoch=epoch, step=10 * len(history), history=list(history), **facts)
 
 
 def written(recorder: RunRecorder) -> list[dict]:
@@ -166,7 +166,7 @@ def test_what_a_finished_run_answers(tmp_path, epoch, stale, settings, words):
     run.start()
     best = {"best_epoch": 2, "best_checkpoint": "step_00000003", "best_score": 0.5}
     facts = {"epoch": epoch, "stale_epochs": stale, "step": 3, **best}
-    Checkpoints(run.folder).save(Learner(settings, 3), State(0, "digest", flat(settings), {}, **facts))
+    Checkpoints(run.folder).save(Learner(settings.recipe(3)), state_of(settings, **facts))
     run.write_summary(
         status="finished", test={"mean_iou": 0.5}, best_checkpoint="checkpoints/step_00000003", delivered=True
     )

@@ -126,8 +126,8 @@ def test_a_model_is_found_by_every_name_exported_and_registered(trained, storage
         str(folder),
     ):
         found = TrainedModel.find(name, Folder(storage))
-        assert sorted(str(w.shape) for w in found.weights) == shapes
-        assert all(any(np.array_equal(w, e) for e in expected.values()) for w in found.weights), name
+        assert sorted(str(w.shape) for w in found.weights.values()) == shapes
+        assert all(any(np.array_equal(w, e) for e in expected.values()) for w in found.weights.values()), name
         assert found.val_mean_iou == summary["val"]["mean_iou"] and found.data_digest == summary["data_digest"]
         known = None if name == str(folder / "model") else summary["mlflow_run_id"]
         assert found.mlflow_run_id == known and f"step_{summary['best_checkpoint'][-8:]}" == found.checkpoint

@@ -73,7 +73,7 @@ def rows_of(folder, summary, split):
 
 
 def oracle_network(folder, checkpoint):
-    """The network written down again with plain Keras layers, and the checkpoint's weights."""
+    """The network written down again with plain Keras layers, and the checkpoint's weights, read by Keras."""
     layers = keras.layers
 
     def block(x, filters):
@@ -90,22 +90,7 @@ def oracle_network(folder, checkpoint):
     x = layers.Conv2DTranspose(8, 3, strides=2, padding="same")(x)
     x = block(layers.Concatenate()([x, first]), 8)
     model = keras.Model(inputs, layers.Conv2D(3, 1, activation="softmax")(x))
-    weights = weights_of(folder, checkpoint)
-
-    def number(path):  # the order in which Keras names layers: conv2d, conv2d_1, …
-        layer = path.split("/")[-3]
-        kind, _, index = layer.rpartition("_") if layer[-1].isdigit() and "_" in layer else (layer, "", "0")
-        return kind, int(index) if index.isdigit() else 0, path
-
-    found = {"conv2d": [], "conv2d_transpose": []}
-    for path in sorted((p for p in weights if "/vars/" in p), key=number):
-        kind = "conv2d_transpose" if "transpose" in path else "conv2d"
-        found[kind].append(weights[path])
-    for layer in model.layers:
-        if layer.weights:
-            kind = "conv2d_transpose" if isinstance(layer, layers.Conv2DTranspose) else "conv2d"
-            layer.set_weights([found[kind].pop(0), found[kind].pop(0)])
-    assert not any(found.values())
+    model.load_weights(folder / "checkpoints" / checkpoint / "model.weights.h5")  # by the names that Keras gives them
     return model
 
 

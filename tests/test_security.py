@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, read_json
+from conftest import ROOT, read_json, state_of, vouch
 
 from unet import cli
-from unet.config import TrainSettings, TuneSettings, flat, unflat
+from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.decode import photo
 from unet.data.pictures import Unusable
 from unet.data.pieces import read_table
@@ -27,9 +27,8 @@ from unet.data.sources.archives import extract
 from unet.data.sources.description import describe
 from unet.data.verify import verify
 from unet.errors import InputError
-from unet.runs.arrays import optimizer_shapes, weight_shapes, write_arrays, write_weights
+from unet.runs.arrays import arrays_file, weights_file
 from unet.runs.checkpoint import Checkpoints
-from unet.runs.state import State
 from unet.storage import Folder
 from unet.supervise.preflight import _identify
 from unet.tuning.space import parse_space
@@ -37,8 +36,10 @@ from unet.tuning.space import parse_space
 SMALL = unflat(
     TrainSettings, {"image_size": 16, "base_filters": 2, "depth": 1, "batch_size": 2, "precision": "float32"}
 )
-SHAPES = weight_shapes(2, 1, 3)
-NAME, KERNEL = "step_00000000", "layers/conv2d/vars/0"
+RECIPE = SMALL.recipe(3)
+SHAPES = RECIPE.network.variables
+OTHERS = {name: shape for name, shape in RECIPE.variables.items() if not name.startswith("weights/")}
+NAME, KERNEL, LAYER = "step_00000000", "encoder_1_conv_1/kernel", "encoder_1_conv_2"
 
 
 class Exploit:
@@ -59,27 +60,27 @@ def canary(tmp_path):
 
 
 def checkpoint(run: Path) -> Path:
-    """A run with one whole checkpoint of zeros, whose marker says nothing of the content; the checkpoint's folder."""
+    """A run with one whole checkpoint of zeros; the checkpoint's folder."""
     folder = run / "checkpoints" / NAME
     folder.mkdir(parents=True)
-    with (folder / "model.weights.h5").open("wb") as file:
-        write_weights(file, {path: np.zeros(shape, np.float32) for path, shape in SHAPES.items()})
-    with (folder / "optimizer.npz").open("wb") as file:
-        write_arrays(file, {name: np.zeros(shape, np.float32) for name, shape in optimizer_shapes(SHAPES).items()})
-    state = State(0, "digest", flat(SMALL), {})
-    Folder(folder).write_bytes("state.json", json.dumps(asdict(state)).encode())
-    (folder / "COMMIT").touch()
+    weights, others = ({name: np.zeros(shape, np.float32) for name, shape in of.items()} for of in (SHAPES, OTHERS))
+    (folder / "model.weights.h5").write_bytes(weights_file(weights, RECIPE.network.keras_paths))
+    (folder / "optimizer.npz").write_bytes(arrays_file(others))
+    (folder / "state.json").write_text(json.dumps(asdict(state_of(SMALL))))
+    vouch(folder)
     return folder
 
 
 def refused(run: Path, words: str) -> None:
+    """Though its marker vouches for it: whoever plants something can make that as well."""
+    vouch(run / "checkpoints" / NAME)
     with pytest.raises(InputError, match=words):
-        Checkpoints(Folder(run)).resume(SMALL.model)
+        Checkpoints(Folder(run)).resume(SMALL)
 
 
 def test_a_whole_one_is_accepted(tmp_path):
     checkpoint(tmp_path)
-    assert Checkpoints(Folder(tmp_path)).resume(SMALL.model)[0][0] == NAME
+    assert Checkpoints(Folder(tmp_path)).resume(SMALL)[0][0] == NAME
 
 
 def pickled_array(path: Path, canary: Path):
@@ -94,7 +95,7 @@ def plain_pickle(path: Path, canary: Path):
 
 def pickle_in_a_zip(path: Path, canary: Path):
     with zipfile.ZipFile(path, "w") as archive:
-        for name in optimizer_shapes(SHAPES):
+        for name in OTHERS:
             archive.writestr(f"{name}.npy", pickle.dumps(Exploit(canary)))
 
 
@@ -120,8 +121,8 @@ def external_link(file, other):
 
 
 def external_group(file, other):
-    del file["layers/conv2d_1"]
-    file["layers/conv2d_1"] = h5py.ExternalLink(str(other), "/group")
+    del file[LAYER]
+    file[LAYER] = h5py.ExternalLink(str(other), "/group")
 
 
 def unused_external_link(file, other):
@@ -174,8 +175,8 @@ def test_weights_that_lie_elsewhere_are_refused(tmp_path, plant):
     other = tmp_path / "other.h5"
     with h5py.File(other, "w") as file:
         file["kernel"] = np.full(SHAPES[KERNEL], 7, np.float32)
-        for path in ("layers/conv2d_1/vars/0", "layers/conv2d_1/vars/1"):
-            file[path.replace("layers/conv2d_1", "group")] = np.full(SHAPES[path], 7, np.float32)
+        for name in ("kernel", "bias"):
+            file[f"group/{name}"] = np.full(SHAPES[f"{LAYER}/{name}"], 7, np.float32)
     with h5py.File(checkpoint(tmp_path) / "model.weights.h5", "a") as file:
         plant(file, other)
     refused(tmp_path, rf"\(model.weights.h5: .*{WEIGHTS[plant]}")
@@ -342,5 +343,5 @@ def test_the_code_calls_nothing_that_could_load_code():
                 if call.rpartition(".")[2] in loaders:
                     found.add(call)
     # Of JSON, of this project, of Pillow, and of an export that the same process has just written.
-    own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load"}
+    own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load", "learner.load", "self.load"}
     assert found == own | {"json.loads", "image.load", "tf.saved_model.load"}

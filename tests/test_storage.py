@@ -15,15 +15,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, door, job, read_json, train, weights_of
+from conftest import TINY, door, job, read_json, state_of, train, weights_of
 
 from unet import storage as storage_module
-from unet.config import TrainSettings, flat, unflat
+from unet.config import TrainSettings, unflat
 from unet.errors import StorageFailed
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.run import Run
-from unet.runs.state import State
 from unet.storage import IN_MEMORY, Folder
 
 PAGE = 4096
@@ -64,22 +63,22 @@ def test_wherever_a_full_disk_ends_a_save_the_one_before_stays(disk):
     settings = unflat(
         TrainSettings, {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 2, "precision": "float32"}
     )
-    learner, checkpoints, failures = Learner(settings, 3), Checkpoints(Folder(disk / "run")), 0
+    learner, checkpoints, failures = Learner(settings.recipe(3)), Checkpoints(Folder(disk / "run")), 0
     Folder(disk / "run").write_text("config.yaml", "")
-    checkpoints.save(learner, State(0, "digest", flat(settings), {}, step=1))
+    checkpoints.save(learner, state_of(settings, step=1))
     while True:
         filler = fill(disk, leave=failures * PAGE)
         try:
-            checkpoints.save(learner, State(0, "digest", flat(settings), {}, step=2))
+            checkpoints.save(learner, state_of(settings, step=2))
             break
         except StorageFailed as error:
             assert str(error).endswith("step_00000002: No space left on device; make room")
             failures += 1
         finally:
             filler.unlink()
-        assert checkpoints.resume(settings.model)[0][0] == "step_00000001"
+        assert checkpoints.resume(settings)[0][0] == "step_00000001"
         assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step_00000001"]
-    assert failures > 5 and checkpoints.resume(settings.model)[0][0] == "step_00000002"
+    assert failures > 5 and checkpoints.resume(settings)[0][0] == "step_00000002"
 
 
 def test_what_cannot_take_its_place_leaves_what_was_there(tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ from unet.evaluation.counts import CELLS, cells_of
 from unet.evaluation.records import with_scores
 from unet.evaluation.run import evaluate
 from unet.evaluation.summary import compare, summary
-from unet.metrics import mean_loss
 from unet.models.trained import best_checkpoint
+from unet.recipe.loss import LossSettings
 from unet.storage import Folder
 from unet.supervise import driver
 from unet.supervise.preflight import check_samples, open_run
@@ -150,7 +150,9 @@ def records_of(confusions: np.ndarray) -> pa.Table:
     counts = pa.array([cells_of(confusion.reshape(-1)) for confusion in confusions], CELLS)
     columns = {"confusion": counts, "confusion_band": counts, "confusion_own": pa.nulls(len(counts), counts.type)}
     groups = pa.array(["seen", "unseen"] * (len(counts) // 2))
-    return pa.table(columns | {"loss_sum": np.ones(len(counts)), "breed": groups, "species": groups})
+    return pa.table(
+        columns | {"loss_sums": [[float(c.sum())] * 2 for c in confusions], "breed": groups, "species": groups}
+    )
 
 
 @pytest.mark.parametrize("labelled", ["some", "none"])
@@ -159,7 +161,7 @@ def test_classes_images_groups_and_splits_without_a_score_are_null_everywhere(la
     confusions = np.zeros((24, 3, 3), np.int64)
     if labelled == "some":
         confusions[::2, :2, :2] = [[6, 1], [1, 4]]
-    found = summary(records_of(confusions), ("a", "b", "c"), 3, 100)
+    found = summary(records_of(confusions), ("a", "b", "c"), 3, 100, LossSettings())
     some = labelled == "some"
     for scores in (found, found["per_image"], found["band"], found["by_breed"]["seen"]):
         assert scores["iou"]["c"] is scores["dice"]["c"] is None
@@ -189,9 +191,10 @@ def test_classes_images_groups_and_splits_without_a_score_are_null_everywhere(la
 @pytest.mark.parametrize("loss_sum", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_is_null(loss_sum):
     records = records_of(np.ones((2, 3, 3), np.int64))
-    records = records.set_column(3, "loss_sum", pa.array([1.0, loss_sum]))
-    assert summary(records, ("a", "b", "c"), 3, 0)["loss"] is None
-    assert mean_loss(6.0, 4) == 1.5 and mean_loss(0.0, 0) is None
+    records = records.set_column(
+        records.column_names.index("loss_sums"), "loss_sums", pa.array([[1.0, 1.0], [loss_sum, 1.0]])
+    )
+    assert summary(records, ("a", "b", "c"), 3, 0, LossSettings())["loss"] is None
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "good", ""])

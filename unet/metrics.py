@@ -4,7 +4,6 @@ Everything follows from one int64 matrix whose row is the truth and whose column
 images and workers. Counting in float32 would go wrong past 2**24 pixels, which is 1,024 images of 128x128.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,11 +34,6 @@ def scores(confusion: np.ndarray, names: Sequence[str]) -> dict:
         "accuracy": float(true_positive.sum() / total) if total else None,
         "confusion": confusion.tolist(),
     }
-
-
-def mean_loss(loss_sum: float, pixels: int) -> float | None:
-    """The loss of a split: the mean over its labelled pixels; None where there are none, or where it is not finite."""
-    return loss_sum / pixels if pixels and math.isfinite(loss_sum) else None
 
 
 def as_metrics(split: str, result: dict) -> dict[str, float]:

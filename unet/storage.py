@@ -222,14 +222,14 @@ class Folder:
         return self.exists(f"{name}/{MARKER}")
 
     def marker(self, name: str) -> dict[str, tuple[int, str]]:
-        """Size and sha256 of each file of a committed sub-folder; empty where its marker is of before it held them.
+        """Size and sha256 of each file of a committed sub-folder.
 
         Raises:
             Damaged: there is no marker, or it cannot be read.
         """
         content = self._content(name, MARKER)
         try:
-            return {file: (int(size), str(digest)) for file, (size, digest) in json.loads(content or "{}").items()}
+            return {file: (int(size), str(digest)) for file, (size, digest) in json.loads(content).items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{name} is damaged ({MARKER}: not what was written)") from error
 
@@ -240,15 +240,14 @@ class Folder:
             Damaged: it is missing, or not what was written.
         """
         known = self.marker(name)
-        if known and file not in known:
+        if file not in known:
             raise Damaged(f"{name} is damaged ({MARKER}: does not know {file})")
         content = self._content(name, file)
-        if known:
-            size, digest = known[file]
-            if len(content) != size:
-                raise Damaged(f"{name} is damaged ({file}: {len(content)} bytes of {size})")
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise Damaged(f"{name} is damaged ({file}: wrong digest)")
+        size, digest = known[file]
+        if len(content) != size:
+            raise Damaged(f"{name} is damaged ({file}: {len(content)} bytes of {size})")
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise Damaged(f"{name} is damaged ({file}: wrong digest)")
         return content
 
     def _content(self, name: str, file: str) -> bytes:

@@ -51,7 +51,7 @@ def watch(learner_class) -> None:
         write(common | {"rows": rows, "pixels": hashed(images, masks)})
         result = train_step(self, images, masks, step, *args, **kwargs)
         if result.finite:
-            write(common | {"loss": result.loss_sum})
+            write(common | {"loss": result.loss})
         return result
 
     learner_class.train_step = watched

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from unet.cluster.nodes import live_nodes
-from unet.config import AUTO, TrainSettings
+from unet.config import TrainSettings
 from unet.errors import InputError
+from unet.recipe.recipe import AUTO
 
 FLOAT32, BFLOAT16, FLOAT16 = "float32", "mixed_bfloat16", "mixed_float16"
 INSTRUCTIONS = {BFLOAT16: {"avx512_bf16", "amx_bf16"}, FLOAT16: {"avx512_fp16", "amx_fp16"}}

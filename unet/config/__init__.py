@@ -2,7 +2,7 @@
 
 from unet.config.common import StoreSettings
 from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
-from unet.config.training import AUTO, FENCING_TOKEN, MAY_CHANGE, ModelSettings, RunSettings, TrainSettings
+from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import (
@@ -20,7 +20,6 @@ from unet.settings import (
 )
 
 __all__ = [
-    "AUTO",
     "CONFIG",
     "FENCING_TOKEN",
     "MAY_CHANGE",
@@ -31,7 +30,6 @@ __all__ = [
     "Device",
     "EvaluateSettings",
     "ExportSettings",
-    "ModelSettings",
     "PredictSettings",
     "PrepareSettings",
     "Resize",

@@ -1,56 +1,20 @@
 """What a run is."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, RegisteredName, StoreSettings
 from unet.config.data import DataSettings
+from unet.recipe.loss import LossSettings
+from unet.recipe.network import ModelSettings, describe
+from unet.recipe.optimizer import OptimizerSettings
+from unet.recipe.recipe import Recipe, TrainingSettings
 from unet.settings import Device, SettingsGroup, parse_interval
 
 FENCING_TOKEN = ".fencing-token"
 """What the workers under way may write into a run's folder by."""
-
-AUTO = "auto"
-"""The precision that is chosen when the run begins, by what its machines have."""
-Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
-
-
-class ModelSettings(SettingsGroup):
-    """The U-Net."""
-
-    base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Filters of the first block; each level below doubles them."""
-    depth: Annotated[int, Field(ge=1, le=7)] = 4
-    """Number of poolings."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of activations dropped after each pooling and concatenation."""
-
-
-class TrainingSettings(SettingsGroup):
-    """How it learns."""
-
-    epochs: Annotated[int, Field(ge=1)] = 10
-    """Passes over the training samples."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """The global batch, divided among the workers."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of Adam."""
-    precision: Precision = "auto"
-    """Of the training step; auto: bfloat16 where every worker's processor or GPU computes it fast, float16 where every
-    GPU computes that, else float32. Scores are always taken in float32."""
-    clip_norm: Annotated[float | None, Field(gt=0)] = None
-    """Clip the summed gradient to this global norm."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is not finite: stop the run, or pass over the step."""
-    patience: Annotated[int | None, Field(ge=1)] = None
-    """Stop after so many epochs without a better val mean IoU. Default: never."""
-    grad_shards: Annotated[int, Field(ge=1)] = 1
-    """Sum the gradient of so many equal parts of the batch in a fixed order: with 2 and one thread a worker, one
-    worker and two give the same numbers."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of initial weights, order, flips and dropout."""
 
 
 class ComputeSettings(SettingsGroup):
@@ -151,13 +115,15 @@ class TrainSettings(SettingsGroup):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    loss: LossSettings = LossSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: CommandSettings = CommandSettings()
 
     @model_validator(mode="after")
     def _fits_together(self):
-        check_image_size(self.data.image_size, self.model.depth)
+        check_image_size(self.data.image_size, self.model)
         compute, shards, batch = self.compute, self.training.grad_shards, self.training.batch_size
         if compute.most_workers > batch:
             raise ValueError(
@@ -170,6 +136,11 @@ class TrainSettings(SettingsGroup):
                 f"--batch-size {batch}"
             )
         return self
+
+    def recipe(self, classes: int) -> Recipe:
+        """What of these settings a training step depends on, for a number of classes."""
+        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "training": self.training}
+        return Recipe(image_size=self.data.image_size, classes=classes, **parts)
 
     def with_precision(self, precision: str) -> Self:
         """The same in another precision."""
@@ -195,13 +166,13 @@ MAY_CHANGE = frozenset(
 """Settings that may change when a run continues (its data are compared by their digest)."""
 
 
-def check_image_size(image_size: int, depth: int) -> None:
-    """Refuse a side that `depth` poolings do not divide.
+def check_image_size(image_size: int, model: ModelSettings) -> None:
+    """Refuse a side that the network's poolings do not divide.
 
     Raises:
         ValueError: with the nearest sizes that fit.
     """
-    multiple = 2**depth
+    multiple = describe(model, 1).stride
     if image_size % multiple:
         below = image_size // multiple * multiple
         fits = " and ".join(str(s) for s in (below, below + multiple) if s)

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.training import MAY_CHANGE, ModelSettings, TrainingSettings, TrainSettings
+from unet.config.training import MAY_CHANGE, TrainSettings
+from unet.recipe.recipe import PARTS
 from unet.settings import SettingsGroup, absolute
 
 
@@ -65,7 +66,7 @@ class TuneSettings(TrainSettings):
 SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan", "precision"} | {"minutes", "extend"}
 """The same of a sweep, whose trials must stay comparable."""
 
-SEARCHABLE = frozenset(ModelSettings.model_fields) | frozenset(TrainingSettings.model_fields) - {
+SEARCHABLE = frozenset(name for part in PARTS.values() for name in part.model_fields) - {
     *("epochs", "patience", "on_nan"),
 }
 """Settings that a space may draw: what changes the model or how it learns, not how long or on what."""

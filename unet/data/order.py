@@ -14,8 +14,6 @@ import numpy as np
 CHUNK = 256
 WINDOW_BYTES = 2**28
 """What a window of pixels may take in memory."""
-FIRST_WINDOW = 16
-"""The chunks of a window in runs that do not tell: they began when it was one for all sizes of pictures."""
 PADDING = -1
 """The index that fills up a short last batch; its pixels count nowhere."""
 

@@ -25,7 +25,8 @@ def record_schema() -> pa.Schema:
         row-major, row = truth, column = predicted (`written`).
     confusion_band: the same within a few pixels of the border between two classes of the truth (`near_border`).
     confusion_own: the same at the photo's own size; null where the masks of that size were not kept.
-    loss_sum: cross-entropy summed over the valid pixels.
+    loss_sums: the sums of the terms of the model's loss over the image (`unet.recipe.loss`); of cross-entropy its total
+        over the valid pixels, and their number.
     doubt: how surely the model disagrees with the mask: the mean over the valid pixels of the likeliest class'
         probability minus that of the true class (0-1); null where no pixel is valid.
     predicted: PNG bytes (8 bit, class ids) of the prediction at the network's size; 255 in a letterbox' padding.
@@ -41,7 +42,7 @@ def record_schema() -> pa.Schema:
             ("confusion", CELLS),
             ("confusion_band", CELLS),
             ("confusion_own", CELLS),
-            ("loss_sum", pa.float64()),
+            ("loss_sums", pa.list_(pa.float64())),
             ("doubt", pa.float64()),
             ("predicted", pa.binary()),
         ]

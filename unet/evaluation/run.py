@@ -17,6 +17,7 @@ from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
 from unet.models.trained import TrainedModel
+from unet.recipe.loss import LossSettings
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -93,7 +94,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         about = {"model": model.name, "run_name": model.run_name, "checkpoint": model.checkpoint, "split": part.split}
         about |= {"data": str(prepared.folder), "data_digest": digest}
         about |= {"image_size": model.image_size, "resize": model.resize}
-        scores = summary(table, names, part.band, part.bootstrap)
+        scores = summary(table, names, part.band, part.bootstrap, LossSettings(loss=model.loss))
         result = about | scores | {"comparison": comparison}
         found.append(Evaluation(model, name, prepared, part.split, own, place, result, with_scores(table, names)))
     return found

@@ -33,6 +33,7 @@ from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
+from unet.recipe.loss import Loss, LossSettings, Pixels
 
 BATCH = 16
 """Images that a network takes at a time; of large ones fewer."""
@@ -70,7 +71,7 @@ def batch_size(models: Sequence[TrainedModel]) -> int:
 
 def scorer_bytes(models: Sequence[TrainedModel]) -> float:
     """An estimate of the memory of a process that scores: TensorFlow, the weights (twice at its start), a batch."""
-    return WORKER_BYTES + 2 * sum(w.nbytes for m in models for w in m.weights) + 1.5 * BATCH_BYTES
+    return WORKER_BYTES + 2 * sum(w.nbytes for m in models for w in m.weights.values()) + 1.5 * BATCH_BYTES
 
 
 def score_split(
@@ -183,8 +184,9 @@ class Scorer:
     def __init__(self, what: Split, models: Sequence[ray.ObjectRef], use_gpu: bool = False):
         start_tensorflow(1, use_gpu)
         self.what, models = what, [ray.get(model) for model in models]
-        self._networks = [(Network(model), batch_size([model])) for model in models]
-        self._judge, self._enlarge = _graphs(what.image_size, what.classes, what.resize)
+        judges = {model.loss: _judge(what.image_size, what.classes, model.loss) for model in models}
+        self._networks = [(Network(model), batch_size([model]), judges[model.loss]) for model in models]
+        self._enlarge = _enlarge(what.image_size, what.classes, what.resize)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The records of a batch for each model, with its number."""
@@ -197,28 +199,30 @@ class Scorer:
         if "mask_original" in table.column_names:
             originals = [np.asarray(Image.open(io.BytesIO(png))) for png in table["mask_original"].to_pylist()]
         rows = []
-        for number, (network, batch) in enumerate(self._networks):
+        for number, (network, batch, judge) in enumerate(self._networks):
             rows += [
                 self._record(*of_image) | {MODEL: number}
                 for of_image in zip(
-                    facts, masks, bands, originals, self._judged(network, batch, images, masks), strict=True
+                    facts, masks, bands, originals, self._judged(network, batch, judge, images, masks), strict=True
                 )
             ]
         schema = record_schema().append(pa.field(MODEL, pa.int32()))
         return pa.Table.from_pylist(rows, schema)
 
-    def _judged(self, network: Network, batch: int, images: np.ndarray, masks: np.ndarray) -> Iterator[tuple]:
-        """Logits, class ids, loss sum and doubt of each image; the last batch is filled with ignored ones."""
+    def _judged(
+        self, network: Network, batch: int, judge: Callable, images: np.ndarray, masks: np.ndarray
+    ) -> Iterator[tuple]:
+        """Logits, class ids, loss sums and doubt of each image; the last batch is filled with ignored ones."""
         for first in range(0, len(images), batch):
             rows = slice(first, first + batch)
             count = len(images[rows])
             padding = [(0, batch - count), (0, 0), (0, 0)]
             logits = network.logits(np.pad(images[rows], [*padding, (0, 0)]))
-            judged = self._judge(logits, np.pad(masks[rows], padding, constant_values=IGNORE))
+            judged = judge(logits, np.pad(masks[rows], padding, constant_values=IGNORE))
             yield from zip(logits[:count], *(part.numpy()[:count] for part in judged), strict=True)
 
     def _record(self, facts, mask, band, original, judged) -> dict:
-        logits, predicted, loss_sum, doubt = judged
+        logits, predicted, loss_sums, doubt = judged
         what, height, width = self.what, facts["original_height"], facts["original_width"]
         own = None
         if original is not None:
@@ -237,7 +241,7 @@ class Scorer:
             "confusion": cells_of(count(mask, predicted, EVERYWHERE, what.classes)),
             "confusion_band": cells_of(count(mask, predicted, band, what.classes)),
             "confusion_own": own,
-            "loss_sum": loss_sum,
+            "loss_sums": loss_sums,
             "doubt": doubt if np.isfinite(doubt) else None,
             "predicted": png.getvalue(),
         }
@@ -255,32 +259,43 @@ def _species(breed: str, source: str) -> str:
     return breed if is_drawn(source) else ""
 
 
-def _graphs(size: int, classes: int, resize: Resize):
-    """What a batch's logits say of each image, and the class ids of one at its photo's own size."""
+def _judge(size: int, classes: int, loss: str) -> Callable:
+    """What a batch's logits say of each image, for models that were trained with this loss."""
+    import tensorflow as tf
+
+    terms = Loss(LossSettings(loss=loss), classes)
+    logits = tf.TensorSpec((None, size, size, classes))
+
+    @tf.function(input_signature=[logits, tf.TensorSpec((None, size, size), tf.uint8)], autograph=False)
+    def judge(logits, masks):
+        """Class ids uint8 (N, S, S), float64 (N, terms.size) sums of the loss, doubts (N,), NaN without a label."""
+
+        def add(values):
+            return tf.reduce_sum(tf.cast(values, tf.float64), (1, 2))
+
+        pixels = Pixels.of(logits, masks, add)
+        probabilities = tf.nn.softmax(logits)
+        doubts = tf.reduce_max(probabilities, -1) - tf.gather(probabilities, pixels.labels, batch_dims=3)
+        weights = tf.cast(pixels.valid, tf.float32)
+        predicted = tf.cast(tf.argmax(logits, -1), tf.uint8)
+        return predicted, tf.transpose(terms.sums(pixels)), add(doubts * weights) / add(weights)
+
+    return judge
+
+
+def _enlarge(size: int, classes: int, resize: Resize) -> Callable:
+    """The class ids of an image at its photo's own size, from its logits."""
     import tensorflow as tf
 
     from unet.prediction.resizing import at_photo_size
 
-    logits = tf.TensorSpec((None, size, size, classes))
     number = tf.TensorSpec((), tf.int32)
-
-    @tf.function(input_signature=[logits, tf.TensorSpec((None, size, size), tf.uint8)], autograph=False)
-    def judge(logits, masks):
-        """Class ids uint8 (N, S, S), loss sums and doubts float64 (N,), NaN without a label."""
-        valid = masks != IGNORE
-        labels, weights = tf.where(valid, tf.cast(masks, tf.int32), 0), tf.cast(valid, tf.float64)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        probabilities = tf.nn.softmax(logits)
-        doubts = tf.reduce_max(probabilities, -1) - tf.gather(probabilities, labels, batch_dims=3)
-        sums = [tf.reduce_sum(tf.cast(values, tf.float64) * weights, (1, 2)) for values in (losses, doubts)]
-        predicted = tf.cast(tf.argmax(logits, -1), tf.uint8)
-        return predicted, sums[0], sums[1] / tf.reduce_sum(weights, (1, 2))
 
     @tf.function(input_signature=[tf.TensorSpec((size, size, classes)), number, number], autograph=False)
     def enlarge(logits, height, width):
         return at_photo_size(logits[None], height, width, resize)[0]
 
-    return judge, enlarge
+    return enlarge
 
 
 def _explained(error: ray.exceptions.RayError) -> Exception:

@@ -11,6 +11,7 @@ from unet.classes import PETS
 from unet.evaluation import intervals
 from unet.evaluation.counts import Counts
 from unet.evaluation.records import counts_of
+from unet.recipe.loss import Loss, LossSettings
 
 BINARY = ("pet", "background")
 VIEWS = {"": "confusion", "band": "confusion_band", "own_size": "confusion_own"}
@@ -33,7 +34,7 @@ def binary_views(counts: Counts, names: Sequence[str]) -> dict[str, Counts]:
     return {way: Counts.of_matrices(confusions) for way, confusions in found.items()}
 
 
-def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) -> dict:
+def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int, loss: LossSettings) -> dict:
     """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`); not of none.
 
     At the network's size: what `unet.metrics.scores` gives, `loss`, `images`, `intervals`, `binary`, `per_image` (means
@@ -51,8 +52,8 @@ def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int) 
     for part, ways in binary.items():
         scored = {way: _scored(view, BINARY, spans[f"{part}/{way}"]) for way, view in ways.items()}
         found[part]["binary"] = scored or None
-    result, loss_sum = found.pop(""), float(np.sum(records["loss_sum"].to_numpy()))
-    result["loss"] = metrics.mean_loss(loss_sum, int(counts[""].pixels.sum()))
+    result = found.pop("")
+    result["loss"] = Loss(loss, len(names)).mean_of(np.sum(records["loss_sums"].to_pylist(), 0))
     how = {"level": intervals.LEVEL, "method": intervals.METHOD, "resamples": resamples, "seed": intervals.SEED}
     result["bootstrap"] = how if resamples else None
     found["band"]["width"] = band

@@ -1,4 +1,4 @@
-"""A trained network in this process, in float32, and TensorFlow's start."""
+"""A trained network in this process, in float32."""
 
 from typing import TYPE_CHECKING
 
@@ -19,16 +19,17 @@ class Network:
         import keras
         import tensorflow as tf
 
-        from unet.recipe.layers import build_unet
+        from unet.recipe.layers import build
 
-        size, network = trained.image_size, trained.network
+        size = trained.image_size
         policy = keras.config.dtype_policy()
         keras.config.set_dtype_policy("float32")
         try:
-            self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
+            self.keras_model = build(trained.description, size)
         finally:
             keras.config.set_dtype_policy(policy)  # that of whose process this is
-        self.keras_model.set_weights(trained.weights)
+        for variable in self.keras_model.weights:
+            variable.assign(trained.weights[variable.path])
 
         @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)
         def logits(images):

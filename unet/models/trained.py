@@ -18,7 +18,6 @@ from unet.config import (
     CONFIG,
     MAY_CHANGE,
     DataSettings,
-    ModelSettings,
     Resize,
     TrainSettings,
     parse_yaml,
@@ -26,7 +25,8 @@ from unet.config import (
     unflat,
 )
 from unet.errors import Damaged, InputError, first_line
-from unet.runs.arrays import weight_shapes
+from unet.recipe.loss import LossSettings
+from unet.recipe.network import ModelSettings, Network, Shapes, describe
 from unet.runs.checkpoint import STATE, Checkpoints
 from unet.runs.run import read_summary
 from unet.secrets import lost, without_secrets
@@ -43,11 +43,12 @@ class TrainedModel:
 
     Attributes:
         name: as it was asked for: a run's name, the folder of a run or a checkpoint, or an MLflow URI.
-        network: its shape.
+        network: its settings.
         image_size: side of its square input, in pixels.
         resize: how photos become that square.
         classes: what its outputs mean, in the order of their ids.
-        weights: float32 arrays in the network's order.
+        weights: float32 arrays by name (`Network.variables`).
+        loss: what was minimised, as in `--loss`.
         data_digest: of the data it was trained on.
         val_mean_iou: of these weights on the validation split of then; None if they were not scored.
         run_name, checkpoint: whose these weights are.
@@ -60,13 +61,18 @@ class TrainedModel:
     image_size: int
     resize: Resize
     classes: Classes
-    weights: list[np.ndarray]
+    weights: dict[str, np.ndarray]
     data_digest: str
     val_mean_iou: float | None
     run_name: str
     checkpoint: str
     run: Folder | None = None
     mlflow_run_id: str | None = None
+    loss: str = LossSettings().loss
+
+    @property
+    def description(self) -> Network:
+        return describe(self.network, len(self.classes))
 
     @property
     def class_names(self) -> list[str]:
@@ -107,6 +113,7 @@ class TrainedModel:
         return cls(
             name=name or run_name,
             network=settings.model,
+            loss=settings.loss.loss,
             image_size=settings.data.image_size,
             resize=settings.data.resize,
             classes=state.class_infos,
@@ -125,8 +132,8 @@ class TrainedModel:
         return {
             "classes": self.class_names,
             "colours": [list(c.colour) for c in self.classes],
-            "base_filters": self.network.base_filters,
-            "depth": self.network.depth,
+            "network": self.network.model_dump(),
+            "loss": self.loss,
             "image_size": self.image_size,
             "resize": self.resize,
             "data_digest": self.data_digest,
@@ -162,7 +169,7 @@ class TrainedModel:
         try:
             mlmodel = parse_yaml(folder.read_bytes(MLMODEL), f"{name}: {MLMODEL}")
             about, place = mlmodel["metadata"], str(mlmodel["flavors"]["tensorflow"]["saved_model_dir"])
-            network = ModelSettings(base_filters=about["base_filters"], depth=about["depth"])
+            network = ModelSettings(**about["network"])
             classes = tuple(
                 ClassInfo(str(c), (int(r), int(g), int(b)))
                 for c, (r, g, b) in zip(about["classes"], about["colours"], strict=True)
@@ -170,14 +177,26 @@ class TrainedModel:
             data = DataSettings(image_size=about["image_size"], resize=about["resize"])
             texts = [str(about[key]) for key in ("data_digest", "run_name", "checkpoint")]
             score = about["val_mean_iou"] and float(about["val_mean_iou"])
+            loss = LossSettings(loss=about["loss"])
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise InputError(
                 f"{name} is no model that this program packaged: give the name of its run, or package it again."
             ) from error
-        shapes = list(weight_shapes(network.base_filters, network.depth, len(classes)).values())
-        weights = _read_variables(folder, f"{place}/{VARIABLES}", shapes, name)
+        weights = _read_variables(folder, f"{place}/{VARIABLES}", describe(network, len(classes)).variables, name)
         digest, run_name, checkpoint = texts
-        return cls(name, network, data.image_size, data.resize, classes, weights, digest, score, run_name, checkpoint)
+        return cls(
+            name=name,
+            network=network,
+            image_size=data.image_size,
+            resize=data.resize,
+            classes=classes,
+            weights=weights,
+            data_digest=digest,
+            val_mean_iou=score,
+            run_name=run_name,
+            checkpoint=checkpoint,
+            loss=loss.loss,
+        )
 
 
 def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
@@ -242,8 +261,8 @@ def _resolved(uri: str, client) -> tuple[str, str | None]:
     return uri, match and match[1]
 
 
-def _read_variables(folder: Folder, place: str, shapes: list[tuple[int, ...]], name: str) -> list[np.ndarray]:
-    """The arrays of a packaged model, in the network's order, from its files that begin with `place`.
+def _read_variables(folder: Folder, place: str, shapes: Shapes, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a packaged model, by name, from its files that begin with `place`.
 
     TensorFlow reads them: in a task of Ray where one is connected, so that a driver is spared of it, else here.
     """
@@ -251,21 +270,22 @@ def _read_variables(folder: Folder, place: str, shapes: list[tuple[int, ...]], n
     ray = sys.modules.get("ray")
     try:
         if ray and ray.is_initialized():
-            arrays = ray.get(ray.remote(num_cpus=0)(_variables).remote(kept, len(shapes)))
+            arrays = ray.get(ray.remote(num_cpus=0)(_variables).remote(kept, list(shapes)))
         else:
-            arrays = _variables(kept, len(shapes))
+            arrays = _variables(kept, list(shapes))
     except Exception as error:  # whatever TensorFlow makes of damaged bytes
         raise InputError(f"The variables of {name} cannot be read: {first_line(cause_of(error))}") from error
-    if [(a.shape, a.dtype) for a in arrays] != [(shape, np.dtype(np.float32)) for shape in shapes]:
+    if any(arrays[key].shape != shape or arrays[key].dtype != np.float32 for key, shape in shapes.items()):
         raise InputError(f"The variables of {name} are not those of its network: package it again.")
     return arrays
 
 
-def _variables(kept: dict[str, bytes], count: int) -> list[np.ndarray]:
+def _variables(kept: dict[str, bytes], names: list[str]) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as scratch:
         for file, content in kept.items():
             (Path(scratch) / Path(file).name).write_bytes(content)
         reader = tf.train.load_checkpoint(f"{scratch}/{Path(VARIABLES).name}")
-        return [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(count)]
+        escaped = {name: name.replace(".", "..").replace("/", ".S") for name in names}  # as TensorFlow does
+        return {name: reader.get_tensor(f"weights/{key}/.ATTRIBUTES/VARIABLE_VALUE") for name, key in escaped.items()}

@@ -36,7 +36,7 @@ def package(trained: TrainedModel) -> dict[str, bytes]:
         def __init__(self):
             super().__init__()
             self.network = network
-            self.weights = list(network.weights)  # so that `TrainedModel` finds them by their place
+            self.weights = {weight.path: weight for weight in network.weights}  # `TrainedModel` finds them by name
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):

@@ -93,7 +93,7 @@ def photos_of(settings: PredictSettings) -> Photos:
 def job_of(settings: PredictSettings, trained: TrainedModel) -> dict:
     """What predictions are of: those of another model, input or form do not go into the same folder."""
     weights = hashlib.sha256()
-    for array in trained.weights:
+    for array in trained.weights.values():
         weights.update(np.ascontiguousarray(array))
     about = {key: value for key, value in trained.about.items() if key != "val_mean_iou"}
     part = settings.predict

@@ -1,83 +1,120 @@
-"""The U-Net (Ronneberger, Fischer, Brox, 2015) in the published pet-segmentation form, and its dropout.
+"""Keras models of described networks, and what a training pass needs beside its inputs.
 
-An encoder block is two 3x3 convolutions (he_normal, ReLU), 2x2 max pooling and dropout; a decoder block a 3x3
-stride-2 transposed convolution, concatenation with the encoder's output, dropout and two convolutions. The last
-1x1 convolution gives logits; whoever needs probabilities takes their softmax in float32.
+Whoever needs probabilities takes the softmax of a network's logits in float32.
 """
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import keras
 import tensorflow as tf
 
-LAST = "channels_last"
-SAME = {"padding": "same", "data_format": LAST}
+from unet.recipe.network import INPUT, Layer, ModelSettings, Network, describe
+
+LAST = {"data_format": "channels_last"}
+SAME = {"padding": "same"} | LAST
 """Said in full: in somebody else's program Keras' own defaults may be others."""
 
 
 def build_unet(
     image_size: int = 128, base_filters: int = 64, depth: int = 4, dropout: float = 0.3, num_classes: int = 3
 ) -> keras.Model:
-    """A U-Net from images float (N, S, S, 3) in [0, 1] to logits float32 (N, S, S, num_classes).
+    """A U-Net as `build` makes it; with the defaults it has 34,513,475 parameters."""
+    settings = ModelSettings(base_filters=base_filters, depth=depth, dropout=dropout)
+    return build(describe(settings, num_classes), image_size)
 
-    With the defaults it has 34,513,475 parameters. The compute dtype is that of Keras' current dtype policy; the
-    weights and the logits are float32 under every policy. `image_size` must be a multiple of 2**depth
+
+def build(network: Network, image_size: int) -> keras.Model:
+    """A model from images float (N, S, S, 3) in [0, 1] to logits float32 (N, S, S, C).
+
+    The compute dtype is that of Keras' current dtype policy; weights and logits are float32 under every policy. Its
+    variables have the names (`path`) of the description. `image_size` must be a multiple of `network.stride`
     (`unet.config` refuses others with a sentence).
     """
-    layer_index = iter(range(2 * depth))
-
-    def convolutions(x, filters):
-        for _ in range(2):
-            x = keras.layers.Conv2D(filters, 3, **SAME, activation="relu", kernel_initializer="he_normal")(x)
-        return x
-
-    inputs = x = keras.Input((image_size, image_size, 3), dtype="float32", name="image")
-    skips = []
-    for level in range(depth):
-        x = convolutions(x, base_filters * 2**level)
-        skips.append(x)
-        x = keras.layers.MaxPooling2D(2, data_format=LAST)(x)
-        x = KeyedDropout(dropout, next(layer_index))(x)
-    x = convolutions(x, base_filters * 2**depth)
-    for level in reversed(range(depth)):
-        x = keras.layers.Conv2DTranspose(base_filters * 2**level, 3, strides=2, **SAME)(x)
-        x = keras.layers.Concatenate(axis=-1)([x, skips[level]])
-        x = KeyedDropout(dropout, next(layer_index))(x)
-        x = convolutions(x, base_filters * 2**level)
-    x = keras.layers.Conv2D(num_classes, 1, data_format=LAST)(x)
-    logits = keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+    inputs = keras.Input((image_size, image_size, 3), dtype="float32", name=INPUT)
+    outputs = {INPUT: inputs}
+    for layer in network.layers:
+        before = [outputs[name] for name in layer.inputs]
+        outputs[layer.name] = BUILDERS[layer.kind](layer)(before if len(before) > 1 else before[0])
+    logits = keras.layers.Activation("linear", dtype="float32", name="logits")(outputs[network.layers[-1].name])
     return keras.Model(inputs, logits, name="unet")
 
 
-@dataclass(frozen=True)
-class DropoutKey:
-    """What the dropout of one forward pass depends on, and nothing else.
+BUILDERS: dict[str, Callable[[Layer], keras.layers.Layer]] = {
+    "convolution": lambda layer: keras.layers.Conv2D(layer.channels, name=layer.name, **SAME, **layer.options),
+    "transposed_convolution": lambda layer: keras.layers.Conv2DTranspose(
+        layer.channels, name=layer.name, **SAME, **layer.options
+    ),
+    "pooling": lambda layer: keras.layers.MaxPooling2D(name=layer.name, **LAST, **layer.options),
+    "dropout": lambda layer: KeyedDropout(name=layer.name, **layer.options),
+    "concatenation": lambda layer: keras.layers.Concatenate(axis=-1, name=layer.name),
+}
+"""The Keras layer of each kind in `unet.recipe.network.KINDS`."""
+
+
+@dataclass
+class TrainingPass:
+    """What one forward pass of a training step depends on beside its images, and what its layers leave behind.
 
     Attributes:
         seed: the run's seed.
         step: int64 scalar tensor, the step being trained, from 1.
-        position: int64 scalar tensor, where in the global batch the first sample of this forward pass stands.
-        rate: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
+        position: int64 scalar tensor, where in the global batch the first sample of this pass stands.
+        dropout: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
+        samples: bool tensor (N,), which rows hold a sample: the padding of a short batch holds none. None: all.
+        moved: the moving averages that the step is to bring up to date, by the name of their variable.
     """
 
     seed: int
     step: tf.Tensor
     position: tf.Tensor
-    rate: tf.Tensor | None = None
+    dropout: tf.Tensor | None = None
+    samples: tf.Tensor | None = None
+    moved: dict[str, "MovingAverage"] = field(default_factory=dict)
+
+    def move(self, variable: keras.Variable, total: tf.Tensor, count: tf.Tensor, momentum: float) -> None:
+        """Let a variable follow the mean `total / count` over all micro-shards and workers of the step.
+
+        `total` has the shape of the variable, `count` is a scalar; both are sums over this pass. A layer that calls
+        this normalises by the statistics of its own pass, which is a micro-shard, so that they do not depend on the
+        number of workers; the sums travel with the gradients.
+        """
+        self.moved[variable.path] = MovingAverage(variable, total, count, momentum)
 
 
-_active_key: list[DropoutKey] = []
+@dataclass(frozen=True)
+class MovingAverage:
+    """A variable that follows a mean: `momentum * variable + (1 - momentum) * total / count` after a step."""
+
+    variable: keras.Variable
+    total: tf.Tensor
+    count: tf.Tensor
+    momentum: float
+
+
+_passes: list[TrainingPass] = []
 
 
 @contextlib.contextmanager
-def dropout_key(key: DropoutKey):
-    """Give every `KeyedDropout` called inside (while a training step is traced) its key."""
-    _active_key.append(key)
+def training_pass(current: TrainingPass) -> Iterator[TrainingPass]:
+    """Give the layers called inside (while a training step is traced) their pass."""
+    _passes.append(current)
     try:
-        yield
+        yield current
     finally:
-        _active_key.pop()
+        _passes.pop()
+
+
+def current_pass() -> TrainingPass:
+    """The pass that is being traced.
+
+    Raises:
+        RuntimeError: none is.
+    """
+    if not _passes:
+        raise RuntimeError("A layer of this network trains in a pass only: call the model inside `training_pass(...)`.")
+    return _passes[-1]
 
 
 class KeyedDropout(keras.layers.Layer):
@@ -97,14 +134,12 @@ class KeyedDropout(keras.layers.Layer):
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
             return inputs
-        if not _active_key:
-            raise RuntimeError("Training needs a key for dropout: call the model inside `dropout_key(...)`.")
-        key = _active_key[-1]
-        rate = tf.constant(self.rate, tf.float64) if key.rate is None else key.rate
+        key = current_pass()
+        rate = tf.constant(self.rate, tf.float64) if key.dropout is None else key.dropout
         scale = tf.cast(tf.cast(1 / (1 - rate), tf.float32), inputs.dtype)
         return inputs * tf.cast(self._keep(inputs, key, rate), inputs.dtype) * scale
 
-    def _keep(self, inputs, key: DropoutKey, rate):
+    def _keep(self, inputs: tf.Tensor, key: TrainingPass, rate: tf.Tensor) -> tf.Tensor:
         """A bool tensor of the inputs' shape: which elements stay."""
         shape = tf.shape(inputs, out_type=tf.int64)
         elements = inputs.shape[1] * inputs.shape[2] * inputs.shape[3]

@@ -1,64 +1,30 @@
-"""The two files of arrays in a checkpoint: weights as HDF5 in Keras' layout, the optimizer's as plain NPZ.
+"""The two files of arrays in a checkpoint: weights as HDF5, what else a step changes as plain NPZ.
 
 They are read without Keras and without TensorFlow, and as what they are to be only: arrays of known names, shapes and
 kinds that lie in the file itself. Whatever could lead to another file, to a filter or to a pickle is refused.
 """
 
 import io
-import math
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
 
 import h5py
 import numpy as np
 
-Shapes = dict[str, tuple[int, ...]]
+from unet.recipe.network import Shapes
 
 
-def weight_shapes(base_filters: int, depth: int, classes: int, channels: int = 3) -> Shapes:
-    """The weights of the U-Net by their path in the file, in the model's order, without building it."""
-    shapes, count = {}, Counter()
-
-    def layer(kind: str, kernel: tuple[int, ...], filters: int) -> None:
-        path = f"layers/{kind}_{count[kind]}" if count[kind] else f"layers/{kind}"
-        count[kind] += 1
-        shapes.update({f"{path}/vars/0": kernel, f"{path}/vars/1": (filters,)})
-
-    def convolutions(before: int, filters: int) -> None:
-        layer("conv2d", (3, 3, before, filters), filters)
-        layer("conv2d", (3, 3, filters, filters), filters)
-
-    before, filters = channels, [base_filters * 2**level for level in range(depth + 1)]
-    for f in filters:  # the encoder and the bottleneck
-        convolutions(before, f)
-        before = f
-    for f in reversed(filters[:-1]):
-        layer("conv2d_transpose", (3, 3, f, before), f)
-        convolutions(2 * f, f)
-        before = f
-    layer("conv2d", (1, 1, before, classes), classes)
-    return shapes
-
-
-def optimizer_shapes(weights: Shapes) -> Shapes:
-    """What Adam holds for these weights, and the loss scale with its count, by name in the file."""
-    slots = [(), (), *(shape for shape in weights.values() for _ in range(2))]
-    return {f"optimizer/{i:03d}": shape for i, shape in enumerate(slots)} | {"loss_scale": (), "good_steps": ()}
-
-
-def write_weights(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
-    """Arrays by path as an HDF5 file, which Keras' `load_weights` reads too."""
-    image = io.BytesIO()  # HDF5 writes back and forth
+def weights_file(arrays: Mapping[str, np.ndarray], keras_paths: Mapping[str, str]) -> memoryview:
+    """Arrays by name as an HDF5 file; each has a second name, by which Keras' `load_weights` finds it."""
+    image = io.BytesIO()
     with h5py.File(image, "w") as file:
-        for path, array in arrays.items():
-            file.create_dataset(path, data=array)
-    stream.write(image.getbuffer())
+        for name, array in arrays.items():
+            file[keras_paths[name]] = file.create_dataset(name, data=array)
+    return image.getbuffer()
 
 
-def read_weights(content: bytes, shapes: Shapes) -> Iterator[np.ndarray]:
-    """The arrays of these paths, in their order.
+def read_weights(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of these names, in their order.
 
     Raises:
         ValueError: what is there is something else. Damaged bytes make HDF5 raise almost anything.
@@ -68,26 +34,28 @@ def read_weights(content: bytes, shapes: Shapes) -> Iterator[np.ndarray]:
         link = file.id.links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True)
         if link is not None:
             raise ValueError(f"{link.decode(errors='replace')} is a link to somewhere else")
-        for path, shape in shapes.items():
-            found = file.get(path)
+        for name, shape in shapes.items():
+            found = file.get(name)
             if not isinstance(found, h5py.Dataset):
-                raise ValueError(f"lacks {path}")
+                raise ValueError(f"lacks {name}")
             if found.shape != shape:
-                raise ValueError(f"{path} is {found.shape}, not {shape}")
+                raise ValueError(f"{name} is {found.shape}, not {shape}")
             if found.dtype != np.float32:
-                raise ValueError(f"{path} holds {found.dtype}, not float32")
+                raise ValueError(f"{name} holds {found.dtype}, not float32")
             stored = found.id.get_create_plist()
             if stored.get_layout() != h5py.h5d.CONTIGUOUS or stored.get_external_count():
-                raise ValueError(f"{path} is not stored plainly in the file itself")
-            yield found[()]
+                raise ValueError(f"{name} is not stored plainly in the file itself")
+            yield name, found[()]
 
 
-def write_arrays(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+def arrays_file(arrays: Mapping[str, np.ndarray]) -> memoryview:
     """Arrays by name as an NPZ file."""
-    np.savez(stream, **arrays)
+    image = io.BytesIO()
+    np.savez(image, **arrays)
+    return image.getbuffer()
 
 
-def read_arrays(content: bytes, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+def read_arrays(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of these names, which must be all there are.
 
     Raises:
@@ -107,8 +75,3 @@ def read_arrays(content: bytes, shapes: Shapes) -> Iterator[tuple[str, np.ndarra
             if array.shape != shape or array.dtype.kind not in "iuf":
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not numbers {shape}")
             yield name, array
-
-
-def count_parameters(image_channels: int, base_filters: int, depth: int, num_classes: int) -> int:
-    """The number of weights of the U-Net, without building it."""
-    return sum(map(math.prod, weight_shapes(base_filters, depth, num_classes, image_channels).values()))

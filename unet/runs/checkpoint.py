@@ -4,29 +4,24 @@
 the others. Whatever is read is compared with it first. Ray's own snapshot is not used.
 """
 
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import ValidationError
-from pydantic_core import from_json
 
-from unet.config import CONFIG, ModelSettings
+from unet.config import CONFIG, TrainSettings
 from unet.errors import Damaged, InputError, first_line
-from unet.runs.arrays import (
-    Shapes,
-    optimizer_shapes,
-    read_arrays,
-    read_weights,
-    write_arrays,
-    write_weights,
-)
-from unet.runs.state import _LATER, _STATE, NAME, State, name_of
+from unet.recipe.recipe import WEIGHTS as PREFIX
+from unet.runs.arrays import arrays_file, read_arrays, read_weights, weights_file
+from unet.runs.state import NAME, STATE, State, damaged, name_of, parsed, to_json
 from unet.storage import Folder
 
-WEIGHTS, OPTIMIZER, STATE = FILES = ("model.weights.h5", "optimizer.npz", "state.json")
+if TYPE_CHECKING:
+    from unet.recipe.step import Learner
+
+WEIGHTS, OPTIMIZER = "model.weights.h5", "optimizer.npz"
+FILES = (WEIGHTS, OPTIMIZER, STATE)
 STATE_BYTES = 2**27
 """No state is larger (a line of history has about 1 kB), so no more is read."""
 
@@ -51,7 +46,7 @@ class Checkpoints:
         except Damaged:
             return False
         sizes = [self.folder.size(f"{name}/{file}") for file in FILES]
-        return all(sizes) and (not known or sizes == [known.get(file, (0, ""))[0] for file in FILES])
+        return all(sizes) and sizes == [known.get(file, (0, ""))[0] for file in FILES]
 
     def latest(self) -> tuple[str, State] | None:
         """The last whole one whose state can be read. After `resume` that is the one to start from, or a newer one."""
@@ -68,59 +63,33 @@ class Checkpoints:
     def state(self, name: str) -> State:
         """Raises Damaged."""
         if (self.folder.size(f"{name}/{STATE}") or 0) > STATE_BYTES:
-            raise _damaged(name, STATE, f"more than {STATE_BYTES} bytes")
-        content = self.folder.read_committed(name, STATE)
-        try:
-            state = _STATE.validate_json(content, strict=True)
-            known = from_json(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "its content"
-            raise _damaged(name, STATE, f"{where}: {first['msg']}") from error
-        if missing := [f.name for f in fields(State) if f.name not in known and f.name not in _LATER]:
-            raise _damaged(name, STATE, f"lacks {missing[0]}")
-        if name_of(state.step) != name:
-            raise _damaged(name, STATE, f"is of step {state.step}")
-        try:
-            state.shapes()
-        except InputError as error:
-            raise _damaged(name, STATE, first_line(error)) from error
-        return state
+            raise damaged(name, STATE, f"more than {STATE_BYTES} bytes")
+        return parsed(name, self.folder.read_committed(name, STATE))
 
-    def weights(self, name: str) -> list[np.ndarray]:
-        """The arrays of the model's weights, in its order. Raises Damaged."""
-        return list(self._weights(name, self.state(name)))
+    def arrays(self, name: str, state: State | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Everything that a step changes, by the names of `Recipe.variables`. Raises Damaged."""
+        yield from _arrays(name, state or self.state(name), lambda file: self.folder.read_committed(name, file))
 
-    def _weights(self, name: str, state: State) -> Iterator[np.ndarray]:
-        content = self.folder.read_committed(name, WEIGHTS)
-        try:
-            yield from read_weights(content, state.shapes())
-        except Exception as error:  # whatever its damaged bytes lead HDF5 to
-            raise _damaged(name, WEIGHTS, first_line(error)) from error
+    def weights(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of the network's weights, by name. Raises Damaged."""
+        state = self.state(name)
+        found = _arrays(name, state, lambda file: self.folder.read_committed(name, file), only=WEIGHTS)
+        return {key.removeprefix(PREFIX): array for key, array in found}
 
-    def _optimizer(self, name: str, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-        content = self.folder.read_committed(name, OPTIMIZER)
-        try:
-            yield from read_arrays(content, shapes)
-        except Exception as error:  # whatever its damaged bytes lead zipfile to
-            raise _damaged(name, OPTIMIZER, first_line(error)) from error
-
-    def verify(self, name: str, network: ModelSettings | None = None) -> State:
+    def verify(self, name: str, settings: TrainSettings | None = None) -> State:
         """Read all of it, as a start from it would: its state.
 
         Raises:
-            Damaged: it is not what was written, or is of another network than this.
+            Damaged: it is not what was written, or a training with these settings has other variables.
         """
         state = self.state(name)
-        if network and any(state.settings.get(k) != getattr(network, k) for k in ("base_filters", "depth")):
-            raise _damaged(name, STATE, "is of another network")
-        for _ in self._weights(name, state):
-            pass
-        for _ in self._optimizer(name, optimizer_shapes(state.shapes())):
+        if settings and settings.recipe(len(state.classes)).variables != state.recipe().variables:
+            raise damaged(name, STATE, "is of another network")
+        for _ in self.arrays(name, state):
             pass
         return state
 
-    def resume(self, network: ModelSettings) -> tuple[tuple[str, State] | None, list[str]]:
+    def resume(self, settings: TrainSettings) -> tuple[tuple[str, State] | None, list[str]]:
         """The last one that verifies, to start from. Damaged ones after it do not count any more from here on.
 
         Returns:
@@ -134,7 +103,7 @@ class Checkpoints:
         names = self._names()
         for name in reversed(names):
             try:
-                found = (name, self.verify(name, network))
+                found = (name, self.verify(name, settings))
                 break
             except Damaged as error:
                 damages[name] = f"checkpoint {error}"
@@ -190,7 +159,7 @@ class Checkpoints:
             # All scores of an epoch are kept with it only if it was the best so far.
             state.validation = own.validation if own.best_checkpoint == best else None
         files = {file: self.folder.read_committed(name, file) for file in (WEIGHTS, OPTIMIZER)}
-        self.folder.commit(name, files | {STATE: _to_json(state)})
+        self.folder.commit(name, files | {STATE: to_json(state)})
         return [f"{damage}: the best that is left is {best or 'still to come'}"]
 
     def _verifies(self, name: str) -> bool:
@@ -200,41 +169,46 @@ class Checkpoints:
             return False
         return True
 
-    def save(self, learner, state: State) -> str:
+    def save(self, learner: "Learner", state: State) -> str:
         """Write one, atomically; the same step is written over.
 
         Raises:
             StorageFailed: it cannot be written, or the run's folder is gone. Nothing has changed then.
+            RuntimeError: nothing could go on from it, since the recipe describes other variables than its steps have.
         """
         self.run.require(CONFIG)
-        weights = zip(state.shapes(), learner.model.weights, strict=True)
-        arrays = {path: variable.numpy() for path, variable in weights}
-        slots = {name: variable.numpy() for name, variable in learner.optimizer_variables().items()}
+        name, recipe = name_of(state.step), state.recipe()
+        values = {key: variable.numpy() for key, variable in learner.variables().items()}
+        weights = {key.removeprefix(PREFIX): array for key, array in values.items() if key.startswith(PREFIX)}
+        others = {key: array for key, array in values.items() if not key.startswith(PREFIX)}
         files = {
-            WEIGHTS: lambda stream: write_weights(stream, arrays),
-            OPTIMIZER: lambda stream: write_arrays(stream, slots),
-            STATE: _to_json(state),
+            WEIGHTS: weights_file(weights, recipe.network.keras_paths),
+            OPTIMIZER: arrays_file(others),
+            STATE: to_json(state),
         }
-        name = name_of(state.step)
+        try:  # what a start from it will do
+            for _ in _arrays(name, parsed(name, files[STATE]), files.__getitem__):
+                pass
+        except Damaged as error:
+            raise RuntimeError(
+                f"No training could go on from this checkpoint, so it is not written: {error}."
+            ) from error
         self.folder.commit(name, files)
         self._saved.add(name)
         return name
 
-    def load_weights(self, name: str, model) -> None:
-        """Raises Damaged."""
-        arrays = self.weights(name)
-        if [array.shape for array in arrays] != [tuple(variable.shape) for variable in model.weights]:
-            raise _damaged(name, WEIGHTS, "is of another network")
-        for variable, array in zip(model.weights, arrays, strict=True):
-            variable.assign(array)
+    def load(self, name: str, learner: "Learner") -> None:
+        """Everything that a step changes into a learner. Raises Damaged."""
+        self._load(name, learner, self.arrays(name))
 
-    def load(self, name: str, learner) -> None:
-        """Weights, optimizer and loss scale into a learner. Raises Damaged."""
-        self.load_weights(name, learner.model)
-        variables = learner.optimizer_variables()
-        shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
-        for key, array in self._optimizer(name, shapes):
-            variables[key].assign(array)
+    def load_weights(self, name: str, learner: "Learner") -> None:
+        """The network's weights into a learner. Raises Damaged."""
+        self._load(name, learner, ((f"{PREFIX}{key}", array) for key, array in self.weights(name).items()))
+
+    def _load(self, name: str, learner: "Learner", arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        if self.state(name).recipe().variables != learner.recipe.variables:
+            raise damaged(name, STATE, "is of another network")
+        learner.load(arrays)
 
     def prune(self, keep_best: int) -> None:
         """Keep the `keep_best` best by score and always the last that verifies; remove the rest, torn ones too."""
@@ -249,9 +223,17 @@ class Checkpoints:
                 self.folder.delete(name)
 
 
-def _to_json(state: State) -> bytes:
-    return json.dumps(asdict(state)).encode()
-
-
-def _damaged(name: str, file: str, what: str) -> Damaged:
-    return Damaged(f"{name} is damaged ({file}: {what})")
+def _arrays(
+    name: str, state: State, content: Callable[[str], bytes | memoryview], only: str | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What the files of a checkpoint hold, compared with what the recipe of its state describes. Raises Damaged."""
+    variables = state.recipe().variables
+    weights = {key.removeprefix(PREFIX): shape for key, shape in variables.items() if key.startswith(PREFIX)}
+    others = {key: shape for key, shape in variables.items() if not key.startswith(PREFIX)}
+    for file, prefix, read, shapes in ((WEIGHTS, PREFIX, read_weights, weights), (OPTIMIZER, "", read_arrays, others)):
+        if only in (None, file):
+            data = content(file)
+            try:
+                yield from ((prefix + key, array) for key, array in read(data, shapes))
+            except Exception as error:  # whatever its damaged bytes lead HDF5 or zipfile to
+                raise damaged(name, file, first_line(error)) from error

@@ -1,14 +1,18 @@
 """Where a run stands, beside its weights: the `state.json` of a checkpoint."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
-from unet.classes import PETS, Classes, ClassInfo
-from unet.config import ModelSettings
-from unet.data.order import FIRST_WINDOW
-from unet.runs.arrays import Shapes, weight_shapes
+from unet.classes import Classes, ClassInfo
+from unet.errors import Damaged, InputError, first_line
+from unet.recipe.recipe import Recipe
+
+STATE = "state.json"
 
 NAME = r"step_\d{8,}"
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -28,11 +32,11 @@ class State:
         validation: the scores of the best epoch; of the last one while none has a mean IoU.
         stale_epochs: epochs with a score since the best one.
         skipped_steps: steps passed over for numbers that were not finite.
-        loss_sum, pixels: training sums of the epoch under way.
+        loss_sums: sums of the loss' terms over the finite steps of the epoch under way; empty before the first.
         taken_over: whose weights a trial of a sweep took over last, as run/checkpoint.
         history: the lines of `metrics.jsonl` so far.
         seed, data_digest, settings: what the run is.
-        classes: what the network's outputs mean, as [name, [red, green, blue]]; at first they were always the pets'.
+        classes: what the network's outputs mean, as [name, [red, green, blue]].
         window: chunks of a window of the order of its samples (`unet.data.order`).
         equality: what bit-equal continuation depends on (workers, threads, precision, device, versions, …).
     """
@@ -41,6 +45,8 @@ class State:
     data_digest: str
     settings: dict
     equality: dict
+    classes: list[tuple[str, tuple[int, int, int]]]
+    window: Annotated[int, Field(ge=1)]
     epoch: Annotated[int, Field(ge=1)] = 1
     epoch_step: Count = 0
     step: Count = 0
@@ -50,13 +56,10 @@ class State:
     best_checkpoint: Name | None = None
     stale_epochs: Count = 0
     skipped_steps: Count = 0
-    loss_sum: float = 0.0
-    pixels: float = 0.0
+    loss_sums: list[float] = field(default_factory=list)
     validation: dict | None = None
     taken_over: str | None = None
     history: list[dict] = field(default_factory=list)
-    classes: list[tuple[str, tuple[int, int, int]]] = field(default_factory=lambda: list(PETS.classes))
-    window: Annotated[int, Field(ge=1)] = FIRST_WINDOW
 
     @property
     def chosen(self) -> str:
@@ -67,22 +70,50 @@ class State:
     def class_infos(self) -> Classes:
         return tuple(ClassInfo(name, tuple(colour)) for name, colour in self.classes)
 
-    def shapes(self) -> Shapes:
-        """The weights of its network, by path.
+    def add_losses(self, sums: Sequence[float]) -> None:
+        """Count the sums of a finite step to the epoch under way."""
+        self.loss_sums = [a + b for a, b in zip(self.loss_sums, sums, strict=True)] if self.loss_sums else list(sums)
+
+    def recipe(self) -> Recipe:
+        """What its steps depend on.
 
         Raises:
-            InputError: the settings name none.
+            InputError: the settings are not those of a training.
         """
-        network = ModelSettings(**{key: self.settings.get(key) for key in ("base_filters", "depth")})
-        return weight_shapes(network.base_filters, network.depth, len(self.classes))
+        return Recipe.of(self.settings, self.settings.get("image_size"), len(self.classes))
 
 
 _STATE = TypeAdapter(State)
 
 
-_LATER = {"taken_over", "classes", "window"}
-"""What the states of older runs lack."""
-
-
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def parsed(name: str, content: bytes) -> State:
+    """The state of a checkpoint. Raises Damaged."""
+    try:
+        state = _STATE.validate_json(content, strict=True)
+        known = from_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise damaged(name, STATE, f"{where}: {first['msg']}") from error
+    if missing := [f.name for f in fields(State) if f.name not in known]:
+        raise damaged(name, STATE, f"lacks {missing[0]}")
+    if name_of(state.step) != name:
+        raise damaged(name, STATE, f"is of step {state.step}")
+    try:
+        state.recipe()
+    except InputError as error:
+        raise damaged(name, STATE, first_line(error)) from error
+    return state
+
+
+def to_json(state: State) -> bytes:
+    return json.dumps(asdict(state)).encode()
+
+
+def damaged(name: str, file: str, what: str) -> Damaged:
+    """Of a file of the checkpoint of that name."""
+    return Damaged(f"{name} is damaged ({file}: {what})")

@@ -12,7 +12,6 @@ from unet.data.prepare import resolve
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
-from unet.runs.arrays import count_parameters
 from unet.runs.run import Run
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, check_samples
@@ -54,7 +53,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     settings = run.settings
     if run.summary.get("status", "finished") != "finished":  # its workers may have outlived their driver
         run.take_over()
-    latest, passed_over = run.checkpoints.resume(settings.model)
+    latest, passed_over = run.checkpoints.resume(settings)
     for sentence in passed_over:
         display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
     # A trial of a sweep may be finished without a test score, which is then made up for; so is that of another best.
@@ -89,7 +88,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     counts = check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
     classes = len(prepared.manifest.classes)
-    parameters = count_parameters(3, settings.model.base_filters, settings.model.depth, classes)
+    parameters = settings.recipe(classes).network.parameters
     # The sweep of a trial has asked for its room.
     plan = planner.plan(settings, nodes, data_bytes, together) if as_trial else take_room(settings, data_bytes)
     check_disk(settings, storage, parameters)
@@ -135,7 +134,7 @@ def _overview(
         ("model", f"U-Net, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters"),
         (
             "training",
-            f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.training.learning_rate:g}, "
+            f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.optimizer.learning_rate:g}, "
             f"seed {s.training.seed}",
         ),
         ("precision", f"{choice.precision}: {choice.reason}"),

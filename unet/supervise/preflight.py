@@ -4,11 +4,12 @@ import shutil
 import time
 from typing import Any
 
-from unet.config import AUTO, CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
+from unet.config import CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
 from unet.data.shards import MANIFEST, Prepared
 from unet.data.sources.find import check_source
 from unet.disk import _existing, check_writable
 from unet.errors import InputError
+from unet.recipe.recipe import AUTO
 from unet.runs.run import SUMMARY, Run
 from unet.storage import Folder
 from unet.tracking.database import check_database

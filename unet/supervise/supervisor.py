@@ -150,7 +150,7 @@ class Supervisor:
             with reported(self.run.checkpoints.folder, "use"):
                 # First, so that all that the workers of before have written is seen, and they write nothing after.
                 self.run.take_over()
-                self.latest, passed_over = self.run.checkpoints.resume(self.settings.model)
+                self.latest, passed_over = self.run.checkpoints.resume(self.settings)
         except InputError as error:
             self.failure = RunFailed(str(error))
             return False

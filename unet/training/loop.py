@@ -20,6 +20,7 @@ from unet.errors import StorageFailed
 from unet.models.trained import TrainedModel
 from unet.packaging.model import package
 from unet.progress import Clock, Live
+from unet.recipe.optimizer import learning_rate
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.state import State, name_of
 from unet.storage import Folder, persistently, reported
@@ -79,7 +80,6 @@ class Loop:
         else:
             self.state = self.checkpoints.state(job.checkpoint)
             self.checkpoints.load(job.checkpoint, self.learner)
-            self.learner.set_rates()
             self.state.score = None  # of that step only
             # Older checkpoints do not have all of the keys, and so say nothing about them.
             changed = [key for key, value in equality.items() if self.state.equality.get(key, value) != value]
@@ -133,7 +133,7 @@ class Loop:
                 return False
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
             if result.finite:
-                state.loss_sum, state.pixels = state.loss_sum + result.loss_sum, state.pixels + result.pixels
+                state.add_losses(result.loss_sums)
             images = min(self.plan.batch_size, self.plan.samples - batch.step * self.plan.batch_size)
             if self.stepped:  # the first step of all traces the graph
                 clock.add(images, began - waited, ended - began)
@@ -189,7 +189,9 @@ class Loop:
 
     def _pass_over(self, batch: Batch, result) -> bool:
         """After a step whose numbers were not finite (nothing was updated): whether to go on."""
-        hopeless = batch.step + 1 == self.plan.steps and not self.state.pixels  # not one step of the epoch was finite
+        hopeless = (
+            batch.step + 1 == self.plan.steps and not self.state.loss_sums
+        )  # not one step of the epoch was finite
         if result.overflowed or (self.settings.training.on_nan == "skip" and not hopeless):
             self.state.skipped_steps += 1
             return True
@@ -199,7 +201,7 @@ class Loop:
         places = order[batch.step * size : (batch.step + 1) * size].tolist()
         samples = opened(self.reader.ingest.folder).names_at("train", places)
         content = {"epoch": batch.epoch, "step": self.state.step + 1, "grad_norm": result.grad_norm}
-        self.link.event("not_finite", content | {"loss_sum": result.loss_sum, "samples": samples})
+        self.link.event("not_finite", content | {"loss": result.loss, "samples": samples})
         return False
 
     def _finish_epoch(self, clock: Clock, validation: dict) -> None:
@@ -208,8 +210,8 @@ class Loop:
             "epoch": state.epoch,
             "step": state.step,
             "time": int(time.time() * 1000),
-            "train_loss": state.loss_sum / state.pixels if state.pixels else None,
-            "learning_rate": self.settings.training.learning_rate,
+            "train_loss": self.learner.loss.mean_of(state.loss_sums) if state.loss_sums else None,
+            "learning_rate": learning_rate(self.settings.optimizer, state.step),
             "images_per_second": clock.images_per_second,
             "data_wait_fraction": clock.data_wait_fraction,
             **metrics.as_metrics("val", validation),
@@ -226,7 +228,7 @@ class Loop:
         record |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
         state.history.append({k: v for k, v in record.items() if v is not None and math.isfinite(v)})
         state.score = score
-        state.epoch, state.epoch_step, state.loss_sum, state.pixels = state.epoch + 1, 0, 0.0, 0.0
+        state.epoch, state.epoch_step, state.loss_sums = state.epoch + 1, 0, []
         self._save()
         state.score = None
         is_kept = state.validation is validation  # else those of the best were told: they hold the confusion matrix
@@ -278,7 +280,7 @@ class Loop:
     def test(self) -> None:
         """Score the test split once with the chosen weights, show what they do on validation photos, package them."""
         chosen = self.state.chosen
-        self.checkpoints.load_weights(chosen, self.learner.model)
+        self.checkpoints.load_weights(chosen, self.learner)
         result = self.evaluate("test", self.reader.direct("test"))
         if self.rank == 0:
             self.link.event("test", result)
@@ -312,7 +314,7 @@ class Loop:
     def _report(self, clock: Clock, phase: str, step: int, steps: int) -> None:
         state = self.state
         seconds = (clock.waiting + clock.stepping) / clock.steps if clock.steps else None
-        loss = state.loss_sum / state.pixels if state.pixels and phase == "train" else None
+        loss = self.learner.loss.mean_of(state.loss_sums) if state.loss_sums and phase == "train" else None
         self.link.live(
             Live(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds)
         )
@@ -323,6 +325,6 @@ def not_finite(content: dict) -> str:
     samples = content["samples"]
     more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
     return (
-        f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss sum "
-        f"{content['loss_sum']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
+        f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss "
+        f"{content['loss']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
     )

@@ -1,6 +1,7 @@
 """A model over a split in the training loop: exact scores in float32, every image counted once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,9 +9,12 @@ from unet import metrics
 from unet.data.ingest import Batch
 from unet.data.order import PADDING
 
+if TYPE_CHECKING:
+    from unet.recipe.step import Learner
+
 
 def score(
-    learner, batches: Iterable[Batch], images: int, names: Sequence[str], report: Callable[[Batch], None]
+    learner: "Learner", batches: Iterable[Batch], images: int, names: Sequence[str], report: Callable[[Batch], None]
 ) -> dict:
     """Scores by class name over the batches of all workers of the learner, with `loss` and `images`.
 
@@ -20,14 +24,13 @@ def score(
         RuntimeError: another number of images than `images` came by.
     """
     learner.refresh_float32()
-    confusion, sums = np.zeros((len(names), len(names)), np.int64), np.zeros(2)
+    confusion, sums = np.zeros((len(names), len(names)), np.int64), np.zeros(learner.loss.size + 1)
     for batch in batches:
-        matrix, loss_sum = learner.evaluate(batch.images, batch.masks)
+        matrix, loss_sums = learner.evaluate(batch.images, batch.masks)
         confusion += matrix
-        sums += loss_sum, np.count_nonzero(batch.indices != PADDING)
+        sums += *loss_sums, np.count_nonzero(batch.indices != PADDING)
         report(batch)
-    confusion, (loss_sum, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
+    confusion, (*loss_sums, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
     if counted != images:
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
-    loss = metrics.mean_loss(float(loss_sum), int(confusion.sum()))
-    return metrics.scores(confusion, names) | {"loss": loss, "images": int(counted)}
+    return metrics.scores(confusion, names) | {"loss": learner.loss.mean_of(loss_sums), "images": int(counted)}

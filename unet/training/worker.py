@@ -24,7 +24,7 @@ def train_worker(config: dict) -> None:
 
         from unet.recipe.step import Learner
 
-        learner = Learner(job.settings, len(job.classes), rank, world_size, strategy)
+        learner = Learner(job.settings.recipe(len(job.classes)), rank, world_size, strategy)
         if config["streamed"]:
             shard = ray.train.get_dataset_shard("train")
         else:

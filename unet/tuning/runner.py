@@ -5,7 +5,6 @@ from unet.cluster import planner, precision
 from unet.cluster.nodes import cluster_nodes
 from unet.cluster.room import take_places
 from unet.errors import InputError
-from unet.runs.arrays import count_parameters
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, check_samples
 from unet.terminal import Display
@@ -57,7 +56,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     plan, together = planner.plan_trials(largest, nodes, data_bytes, planned)
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
     classes = len(prepared.manifest.classes)
-    parameters = count_parameters(3, largest.model.base_filters, largest.model.depth, classes)
+    parameters = largest.recipe(classes).network.parameters
     check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
     _settle_precision(sweep, plan.use_gpu, display)
     tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)

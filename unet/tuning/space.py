@@ -13,8 +13,9 @@ import numpy as np
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Integer
 
-from unet.config import AUTO, SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
+from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
 from unet.errors import InputError
+from unet.recipe.recipe import AUTO
 
 SPACES = Path(__file__).resolve().parent.parent.parent / "tune_spaces"
 DRAWS = {

@@ -9,6 +9,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -20,6 +21,7 @@ from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged, NoGpu
 from unet.progress import Live
+from unet.recipe.recipe import Recipe, traced_key
 from unet.runs.checkpoint import FILES, Checkpoints
 from unet.runs.run import Run
 from unet.storage import Folder
@@ -30,6 +32,9 @@ from unet.training.loop import Loop, not_finite
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
 from unet.tuning.watch import Watch
+
+if TYPE_CHECKING:
+    from unet.recipe.step import Learner
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class WarmTrial(tune.Trainable):
         self._link = _TrialLink(shared.link, self._run.folder.uri)
         self._link.moved = self._watch.moved
         self._learners = self._learners or Learners()
-        learner = self._learners.get(settings, len(shared.classes))
-        latest, _ = self._run.checkpoints.resume(settings.model)
+        learner = self._learners.get(settings.recipe(len(shared.classes)))
+        latest, _ = self._run.checkpoints.resume(settings)
         training = settings.training
         reading = replace(
             shared.reading,
@@ -163,7 +168,6 @@ class WarmTrial(tune.Trainable):
         # Its own state was restored when it began, and what it took before is part of that: Tune may give it again.
         if state.settings["run_name"] != self._run.name and gift != own.taken_over:
             donated.load(name, self._loop.learner)
-            self._loop.learner.set_rates()
             own.taken_over = gift
 
 
@@ -183,31 +187,30 @@ class _TrialLink(WorkerLink):
 
 
 class Learners:
-    """Learners with their traced graphs and initial weights, the latest few of a process."""
+    """Learners with their traced graphs, the latest few of a process."""
 
     KEPT = 3
 
     def __init__(self):
-        self._kept = OrderedDict()
+        self._kept: OrderedDict[str, Learner] = OrderedDict()
 
-    def get(self, settings: TrainSettings, classes: int):
-        """A learner at the start of a training with these settings: equal, bit for bit, to a new one."""
+    def get(self, recipe: Recipe) -> "Learner":
+        """A learner at the start of a training by this recipe: equal, bit for bit, to a new one."""
         import keras
 
-        from unet.recipe.step import Learner, traced_for
+        from unet.recipe.step import Learner
 
-        key = traced_for(settings, classes)
+        key = traced_key(recipe)
         if key in self._kept:
-            learner, weights = self._kept.pop(key)
-            learner.restart(weights, settings)
+            learner = self._kept.pop(key)
+            learner.restart(recipe)
         else:
             while len(self._kept) >= self.KEPT:
                 self._kept.popitem(last=False)
                 gc.collect()  # graphs and models refer to each other in circles
                 keras.utils.clear_session()
-            learner = Learner(settings, classes)
-            weights = learner.model.get_weights()
-        self._kept[key] = (learner, weights)
+            learner = Learner(recipe)
+        self._kept[key] = learner
         return learner
 
 

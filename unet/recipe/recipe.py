@@ -1,0 +1,109 @@
+"""Everything that a training step depends on, and what follows from it without TensorFlow."""
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from unet.recipe import optimizer
+from unet.recipe.loss import LossSettings
+from unet.recipe.network import ModelSettings, Network, Shapes, describe
+from unet.recipe.optimizer import OptimizerSettings
+from unet.settings import SettingsGroup
+
+AUTO = "auto"
+"""The precision that is chosen when the run begins, by what its machines have."""
+Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
+WEIGHTS = "weights/"
+"""What the names of the network's own weights begin with, among all that a step changes."""
+
+
+class TrainingSettings(SettingsGroup):
+    """How it learns."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training samples."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """The global batch, divided among the workers."""
+    precision: Precision = "auto"
+    """Precision of the training steps. auto: bfloat16 where every worker's processor or GPU computes it fast, float16
+    where every GPU computes that, else float32. Scores are always computed in float32."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop the run, or skip the step."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """Stop after this many epochs without a better val mean IoU. Default: never."""
+    grad_shards: Annotated[int, Field(ge=1)] = 1
+    """Add up the gradients of this many equal parts of the batch in a fixed order. With 2, and one thread a worker,
+    one worker and two give the same numbers."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initial weights, order, flips and dropout."""
+
+
+PARTS: dict[str, type[SettingsGroup]] = {
+    "model": ModelSettings,
+    "training": TrainingSettings,
+    "optimizer": OptimizerSettings,
+    "loss": LossSettings,
+}
+"""The groups of settings of a recipe."""
+
+
+class Recipe(SettingsGroup):
+    """What a training step depends on, and nothing else: a `Learner` gets no other settings.
+
+    Attributes:
+        image_size: side of the network's square input, in pixels.
+        classes: the network's outputs, 1 to 255.
+    """
+
+    image_size: Annotated[int, Field(ge=1)]
+    classes: Annotated[int, Field(ge=1, le=255)]
+    model: ModelSettings
+    training: TrainingSettings
+    optimizer: OptimizerSettings
+    loss: LossSettings
+
+    @classmethod
+    def of(cls, values: dict[str, Any], image_size: int, classes: int) -> "Recipe":
+        """From flat settings, of which it takes its own.
+
+        Raises:
+            InputError: a value does not fit.
+        """
+        taken = {name: {key: values[key] for key in part.model_fields if key in values} for name, part in PARTS.items()}
+        return cls(image_size=image_size, classes=classes, **taken)
+
+    @cached_property
+    def network(self) -> Network:
+        return describe(self.model, self.classes)
+
+    @cached_property
+    def variables(self) -> Shapes:
+        """The shape of everything that a step changes, by name: weights, optimizer, loss scale.
+
+        `Learner.variables` holds the variables themselves. Saving, loading, synchronising, restarting and packaging go
+        by these names and know no others.
+        """
+        weights = {f"{WEIGHTS}{name}": shape for name, shape in self.network.variables.items()}
+        slots = optimizer.variable_shapes(self.network.trainable)
+        return (
+            weights
+            | {f"optimizer/{name}": shape for name, shape in slots.items()}
+            | {
+                "loss_scale": (),
+                "good_steps": (),
+            }
+        )
+
+
+GIVEN_TO_EACH_STEP = {"optimizer": {"learning_rate"}, "model": {"dropout"}}
+"""Settings that a traced step does not hold, since they come with its arguments."""
+
+
+def traced_key(recipe: Recipe) -> str:
+    """Equal for recipes that one traced step and its initial weights serve.
+
+    All settings count but those of `GIVEN_TO_EACH_STEP`: one that is new costs a trace, and never a number.
+    """
+    # Where nothing is dropped the graph has no dropout at all.
+    return f"{recipe.model_dump_json(exclude=GIVEN_TO_EACH_STEP)} {recipe.model.dropout > 0}"
