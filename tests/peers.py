@@ -39,10 +39,16 @@ def main(rank, ports, output, values, steps, poison, devices):
         play_gpus(devices)
     strategy = join_workers(devices > 1) if world > 1 else None
 
+    import pytest
+    import toys
+
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
     from unet.recipe.step import Learner
 
+    if values.pop("toys", False):
+        toys.add_term(pytest.MonkeyPatch())
+        toys.add_layer(pytest.MonkeyPatch())
     settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
     learner = Learner(settings.recipe(3), rank, world, strategy)
     learner.synchronise()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import toys
 from conftest import TINY
 
 from unet.config import TrainSettings, unflat
@@ -17,32 +18,9 @@ SMALL = {"image_size": 32, "base_filters": 4, "depth": 2, "batch_size": 6, "drop
 CLASSES = 3
 
 
-class ToyOverlap:
-    """One minus the share of probability that falls on the true class of a pixel, by the ratio of two global sums.
-
-    Both depend on the logits, so its gradient over a batch is no mean of those over parts of it.
-    """
-
-    is_mean = False
-
-    def size(self, classes):
-        return 2
-
-    def sums(self, pixels):
-        import tensorflow as tf
-
-        probabilities = tf.nn.softmax(pixels.logits)
-        true = tf.gather(probabilities, pixels.labels, batch_dims=3)
-        valid = tf.cast(pixels.valid, tf.float32)
-        return [pixels.add(true * valid), pixels.add(tf.reduce_sum(probabilities**2, -1) * valid)]
-
-    def value(self, sums):
-        return 1 - sums[0] / (sums[1] + 1)
-
-
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(losses.TERMS, "toy", ToyOverlap)
+    toys.add_term(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""What the recipe promises to whoever adds to it: a layer with statistics of its own, and traces that are shared."""
+
+import numpy as np
+import pytest
+import toys
+
+from unet.config import SEARCHABLE, TrainSettings, flat, unflat
+from unet.data.synthetic import draw_pet
+from unet.recipe import recipe
+from unet.recipe.recipe import PARTS, traced_key
+from unet.recipe.step import Learner
+from unet.runs.checkpoint import Checkpoints
+from unet.storage import Folder
+
+SMALL = {"image_size": 16, "base_filters": 4, "depth": 2, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
+
+
+@pytest.fixture
+def centred(monkeypatch):
+    toys.add_layer(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def pets():
+    """Six of them, of which the last two rows are the padding of a short batch."""
+    images, masks = (np.stack(part) for part in zip(*(draw_pet(i, 16) for i in range(6)), strict=True))
+    images[4:], masks[4:] = 0, 255
+    return images, masks
+
+
+def learner(**changes) -> Learner:
+    return Learner(unflat(TrainSettings, SMALL | changes).recipe(3))
+
+
+def test_a_layer_that_is_added_is_described_and_trained_but_for_its_statistics(centred):
+    one = learner()
+    assert {name: tuple(variable.shape) for name, variable in one.variables().items()} == one.recipe.variables
+    assert "weights/centre/moving_mean" in one.recipe.variables
+    assert not any("moving_mean" in name for name in one.recipe.variables if name.startswith("optimizer/"))
+    assert one.recipe.network.keras_paths["centre/moving_mean"] == "layers/centring/vars/0"
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_a_moving_average_follows_the_mean_of_the_whole_batch(centred, pets, shards):
+    """Whatever the micro-shards, of which the last may hold padding only; and padding counts for nothing."""
+    one = learner(grad_shards=shards)
+    convolve = one.model.get_layer("conv")
+    expected = np.zeros(4)
+    for step in (1, 2, 3):
+        outputs = convolve(pets[0][:4].astype(np.float32) / 255).numpy().astype(np.float64)
+        expected = toys.MOMENTUM * expected + (1 - toys.MOMENTUM) * outputs.mean((0, 1, 2))
+        assert one.train_step(*pets, step).finite
+        np.testing.assert_allclose(one.variables()["weights/centre/moving_mean"].numpy(), expected, atol=1e-6)
+
+
+def test_it_is_saved_restored_and_scored_like_every_weight(centred, pets, tmp_path):
+    settings = unflat(TrainSettings, SMALL | {"precision": "mixed_float16"})
+    from conftest import state_of
+
+    one, other = (Learner(settings.recipe(3)) for _ in range(2))
+    one.train_step(*pets, 1)
+    Folder(tmp_path).write_text("config.yaml", "")
+    checkpoints = Checkpoints(Folder(tmp_path))
+    checkpoints.load(checkpoints.save(one, state_of(settings, step=1)), other)
+    mean = one.variables()["weights/centre/moving_mean"].numpy()
+    assert mean.any() and np.array_equal(other.variables()["weights/centre/moving_mean"].numpy(), mean)
+    other.refresh_float32()
+    assert np.array_equal(other.float32_model.get_layer("centre").mean.numpy(), mean)
+    one.restart(one.recipe)
+    assert not one.variables()["weights/centre/moving_mean"].numpy().any()
+
+
+def test_a_step_that_is_passed_over_moves_nothing(centred, pets):
+    one = learner(precision="mixed_float16")
+    one.loss_scale.assign(2.0**127)
+    assert not one.train_step(*pets, 1).finite
+    assert not one.variables()["weights/centre/moving_mean"].numpy().any()
+
+
+def test_a_layer_asks_for_its_pass_in_words(centred):
+    with pytest.raises(RuntimeError, match=r"call the model inside `training_pass"):
+        learner().model(np.zeros((1, 16, 16, 3), np.float32), training=True)
+
+
+OTHER = {
+    "base_filters": 8,
+    "depth": 1,
+    "dropout": 0.5,
+    "epochs": 11,
+    "batch_size": 12,
+    "precision": "mixed_float16",
+    "on_nan": "skip",
+    "patience": 3,
+    "grad_shards": 2,
+    "seed": 1,
+    "learning_rate": 0.5,
+    "clip_norm": 1.0,
+    "loss": "0.5*cross_entropy",
+}
+"""Another value of each setting of a recipe."""
+
+
+def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_equal():
+    """A setting that is new is to be added here; it costs a trace of its own until somebody shows that it need not."""
+    names = {name for part in PARTS.values() for name in part.model_fields}
+    assert names == OTHER.keys() and names >= SEARCHABLE
+    base = {"dropout": 0.25, "image_size": 32}
+
+    def key(**changes) -> str:
+        return traced_key(unflat(TrainSettings, base | changes).recipe(3))
+
+    shared = {name for name, value in OTHER.items() if key(**{name: value}) == key()}
+    assert shared == {"learning_rate", "dropout"}  # a restarted learner is compared with a new one in test_learner
+    assert key(dropout=0.0) != key() and key(image_size=64) != key()
+    assert traced_key(unflat(TrainSettings, base).recipe(4)) != key()
+    other_machine = {"storage_path": "/tmp/other", "run_name": "other", "num_workers": 1, "threads": 7}
+    assert key(**other_machine) == key()
+
+
+def test_a_recipe_is_what_its_saved_settings_say():
+    settings = unflat(TrainSettings, OTHER | {"image_size": 64})
+    assert recipe.Recipe.of(flat(settings), 64, 5) == settings.recipe(5)
