@@ -13,10 +13,10 @@ setup: $(STAMP)  ## The virtual environment: every package in the version and wi
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 setup" if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
-	@echo "Installing TensorFlow, Ray, MLflow and what they need into $(VENV): $$(grep '^[a-z0-9].*==' requirements.txt | grep -vc win32) packages, 1 GB to download, 3 GB on disk, a few minutes."
+	@echo "Installing TensorFlow, Ray, MLflow and what they need into $(VENV): $$(grep '^[a-z0-9].*==' requirements.txt | grep -vc win32) packages, 1 GB to download, 3.5 GB on disk, two to five minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@set -o pipefail; $(BIN)/pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements.txt | \
-		sed -u -n -e 's#^\(Collecting\|Processing\) \([^ ]*/\)\?\([^ ]*\).*#  \3#p' -e 's/^Installing collected.*/All are here. Unpacking them takes a minute or two, without output./p'
+		sed -u -n -e 's#^\(Collecting\|Processing\) \([^ ]*/\)\?\([^ ]*\).*#  \3#p' -e 's/^Installing collected.*/All downloaded. Unpacking takes a minute or two, without output./p'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 	@echo "Done. Next: make train, make test, or $(BIN)/unet-train --help."
