@@ -1,4 +1,5 @@
 # `make train` and `make test` set up what they need.
+SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,18 +7,26 @@ STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
-.PHONY: setup train test test-avx2 test-slow kill-test gpu-check ui lint bench
+.PHONY: setup requirements train test test-avx2 test-slow kill-test golden gpu-check ui lint types bench
 
-setup: $(STAMP)
+setup: $(STAMP)  ## The virtual environment: every package in the version and with the hash of requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 setup" if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 setup" if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
+	@echo "Installing TensorFlow, Ray, MLflow and what they need into $(VENV): $$(grep '^[a-z0-9].*==' requirements.txt | grep -vc win32) packages, 1 GB to download, 3.5 GB on disk, two to five minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@set -o pipefail; $(BIN)/pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements.txt | \
+		sed -u -n -e 's#^\(Collecting\|Processing\) \([^ ]*/\)\?\([^ ]*\).*#  \3#p' -e 's/^Installing collected.*/All downloaded. Unpacking takes a minute or two, without output./p'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+	@echo "Done. Next: make train, make test, or $(BIN)/unet-train --help."
 
-train: setup  ## Train on drawn pets with two workers: about three minutes on 2 cores
+requirements: setup  ## requirements.txt anew from pyproject.toml. Pins stay; UPGRADE=--upgrade or UPGRADE=--upgrade-package=NAME moves them
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --strip-extras --no-annotate --extra test \
+		--custom-compile-command "make requirements" $(UPGRADE) --output-file requirements.txt pyproject.toml
+
+train: setup  ## Train on drawn pets with two workers: about three minutes on two cores
 	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --base-filters 16 --batch-size 32 --epochs 15 --num-workers 2
 
 test: setup  ## The suite, about thirteen minutes
@@ -27,12 +36,15 @@ test-avx2: setup  ## The suite as on a processor without AVX-512, on one that ha
 	$(AVX2) $(BIN)/python -m pytest -q -m 'not slow and not kills and not bfloat16'
 	TF_ENABLE_ONEDNN_OPTS=0 $(AVX2) $(BIN)/python -m pytest -q -m 'bfloat16 and not slow'
 
-test-slow: setup  ## What takes a minute or more each
+test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
-kill-test: setup  ## Kills of workers, controller and driver at random times: about half an hour
+kill-test: setup  ## Kills workers, controllers and drivers at random moments: about half an hour
 	$(BIN)/python -m pytest -s -m '' tests/test_kills.py
 	UNET_SWEEP_KILLS=3 $(BIN)/python -m pytest -q tests/test_tune.py -k kills_of_the_driver
+
+golden: setup  ## Digests of short trainings beside the recorded ones: a change that may move no number leaves them
+	$(BIN)/python benchmarks/golden.py
 
 gpu-check: setup  ## A machine's GPU against its CPU, for a report: about five minutes, no network
 	$(BIN)/python benchmarks/gpu_check.py
@@ -41,10 +53,13 @@ ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:500
 	uri=$$($(BIN)/python -m unet.tracking.database) && \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "$$uri"
 
-lint: setup
+lint: setup  ## Style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: setup  ## Every speed claim of the README
+types: setup  ## The type checker, about twenty seconds
+	$(BIN)/mypy
+
+bench: setup  ## Every speed claim of docs/performance.md
 	$(BIN)/python benchmarks/train_throughput.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/prepare_throughput.py

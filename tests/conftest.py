@@ -158,8 +158,8 @@ def ray_processes(kind: str) -> list[psutil.Process]:
     return [p for p in mine if p.is_running() and kind in " ".join(p.cmdline())]
 
 
-def door(name: str, *flags) -> int:
-    """Run a job in this process, as far as its door goes; its exit code."""
+def command(name: str, *flags) -> int:
+    """Run a job's command in this process; its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")

@@ -24,7 +24,7 @@ LAYERS = (
     ("training",),
     ("supervise",),
     ("tuning",),
-    ("cli",),
+    ("commands",),
 )
 """From the ground up: what stands on one floor knows nothing of its neighbours."""
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}

@@ -1,18 +1,20 @@
-"""The doors: help, precedence, and one sentence with exit code 2 for what cannot work."""
+"""The command line: help, precedence, and one sentence with exit code 2 for what cannot work."""
 
+import importlib
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT, job
 
-from unet.cli import parse
+from unet.commands.cli import parse
 from unet.config import TrainSettings, flat, parse_bytes, parse_interval, parse_yaml, unflat
 from unet.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict", "export"])
 def test_help_is_there_without_ray_or_tensorflow(name):
     done = job(name, "--help")
     assert done.returncode == 0 and "--debug" in done.stdout and "default" in done.stdout
@@ -26,6 +28,23 @@ except SystemExit:
 sys.exit(str({{"ray", "tensorflow", "mlflow"}} & set(sys.modules) or "") or 0)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_the_installed_commands_are_the_jobs():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    names = [path.stem for path in (ROOT / "jobs").glob("*.py")]
+    assert scripts == {f"unet-{name}": f"unet.commands.{name}:main" for name in names}
+    for name in names:
+        assert callable(importlib.import_module(f"unet.commands.{name}").main)
+        assert f"from unet.commands.{name} import main\n" in (ROOT / "jobs" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict", "export"])
+def test_examples_in_the_help_keep_their_lines(name):
+    lines = job(name, "--help").stdout.splitlines()
+    module = importlib.import_module(f"unet.commands.{name}")
+    examples = [line for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert len(examples) >= 2 and set(examples) <= set(lines) and max(map(len, examples)) <= 100
 
 
 def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path):

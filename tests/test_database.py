@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from conftest import ROOT, door
+from conftest import ROOT, command
 
 from unet.config import read_config
 from unet.errors import InputError
@@ -100,7 +100,7 @@ def test_any_path_does(whole):
     uri = default_uri(Folder(storage))
     assert database_of(uri) == storage / "mlflow.db"
     assert [f.path for f in mlflow.MlflowClient(uri).list_artifacts(run_id)] == ["below", "model", "registered"]
-    assert door("train", f"--storage-path={storage}", "--data=/nothing") == 2  # and not for its name
+    assert command("train", f"--storage-path={storage}", "--data=/nothing") == 2  # and not for its name
 
 
 AFTER = """
@@ -225,7 +225,7 @@ def test_what_no_waiting_mends_is_told_at_the_start(whole, tmp_path, monkeypatch
                 connection.execute(statement)
     else:
         change(path)
-    assert door(job, f"--storage-path={tmp_path}", "--data=synthetic", "--run-name=x") == 2
+    assert command(job, f"--storage-path={tmp_path}", "--data=synthetic", "--run-name=x") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and str(path) in error
     assert re.search(words, error)

@@ -1,4 +1,4 @@
-"""What the documents say of tests is so."""
+"""What the documents say of tests, files and each other is so; the pinned packages carry hashes."""
 
 import ast
 import re
@@ -43,3 +43,30 @@ def test_every_fault_says_which_target_runs_its_test(row):
                 file,
                 name,
             )
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Links within the documents, with their headings."""
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+def test_the_files_that_documents_name_are_there():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"`((?:unet|tests|benchmarks|docs|jobs)/[\w/.]+\.\w+)`", page.read_text()):
+            assert (ROOT / name).exists(), (page.name, name)
+
+
+def test_every_pinned_package_carries_hashes_and_no_address():
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.txt").read_text().split("\n", 2)[2])
+    assert len(entries) > 150
+    for entry in entries:
+        assert re.match(r"[a-z0-9-]+==\S+( ; .+)? \\\n", entry) and "--hash=sha256:" in entry, entry.splitlines()[0]
+        assert "://" not in entry

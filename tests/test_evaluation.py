@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import tensorflow as tf
-from conftest import ROOT, door, read_json
+from conftest import ROOT, command, read_json
 from PIL import Image
 from rich.console import Console
 from test_run import oracle_network, wait_for
@@ -226,7 +226,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     folder, found = trained
     uri = found["model_uri"]
     flags = ["--data", packed, "--storage-path", storage, "--bootstrap", 1000]
-    assert door("evaluate", "--model", f"trained,{uri}", *flags) == 0
+    assert command("evaluate", "--model", f"trained,{uri}", *flags) == 0
     results = folder / "evaluations" / "test"
     told = read_json(results / "metrics.json")
     counts, trained_counts = np.array(told["confusion"]), np.array(found["test"]["confusion"])
@@ -303,7 +303,7 @@ def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkey
         ([], "Say which model"),
         (["--model", "models:/pets/1", "--data", tmp_path / "no"], "There is no data at"),
     ):
-        assert door("evaluate", *flags, "--storage-path", tmp_path) == 2
+        assert command("evaluate", *flags, "--storage-path", tmp_path) == 2
         assert words in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tensorflow as tf
-from conftest import ROOT, door
+from conftest import ROOT, command
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,7 +138,7 @@ def predicted(photos, trained, tmp_path_factory):
     """One command over all of them: its flags, output and exit code."""
     output = tmp_path_factory.mktemp("predicted") / "out"
     flags = ["--model", "trained", "--input", photos[0], "--output", output, "--storage-path", trained[0].parent]
-    return flags, output, door("predict", *flags, "--num-workers", 1, "--batch-size", 5, "--probabilities")
+    return flags, output, command("predict", *flags, "--num-workers", 1, "--batch-size", 5, "--probabilities")
 
 
 def table_of(output: Path) -> dict[str, dict]:
@@ -211,7 +211,7 @@ def test_the_same_command_does_only_what_is_missing(photos, predicted, tmp_path)
     drawn(31, 34, 45).save(folder / "plain.png")
     (folder / "bad" / "text.jpg").write_bytes((folder / "plain.jpg").read_bytes())  # mended
     flags = ["--model", "trained", "--input", folder.as_uri(), "--output", output.as_uri(), *predicted[0][6:]]
-    assert door("predict", *flags, "--num-workers", 1, "--probabilities") == 0
+    assert command("predict", *flags, "--num-workers", 1, "--probabilities") == 0
     after = {p: p.stat().st_mtime_ns for kind in ("masks", "overlays") for p in (output / kind).rglob("*.*")}
     touched = {p.relative_to(output).as_posix() for p, time in after.items() if before.get(p, (0,))[0] != time}
     names = "grey.png", "wide.png", "deep.png", "plain.png.png", "bad/text.png"
@@ -249,7 +249,7 @@ def test_other_predictions_are_refused(predicted, photos, trained, tmp_path, cap
         (["--output", tmp_path / "damaged", "--probabilities"], "job.json is damaged"),
         (["--num-workers", 99, "--output", tmp_path / "new"], "at most 2 fit"),
     ):
-        assert door("predict", *flags, *changes) == 2 and words in capsys.readouterr().err
+        assert command("predict", *flags, *changes) == 2 and words in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
     assert not (tmp_path / "own" / ".predictions").exists()
 
@@ -259,11 +259,11 @@ def test_what_cannot_be_written_is_a_sentence(trained, tmp_path, capsys):
     drawn(0, 40, 50).save(tmp_path / "photos" / "a.jpg")
     flags = ["--input", tmp_path / "photos", "--output", tmp_path / "out", "--storage-path", trained[0].parent]
     flags = ["--model", "trained", "--num-workers", 1, *flags]
-    assert door("predict", *flags) == 0
+    assert command("predict", *flags) == 0
     (tmp_path / "out" / "masks" / "a.png").unlink()
     (tmp_path / "out" / "masks" / "a.png" / "in the way").mkdir(parents=True)
     capsys.readouterr()
-    assert door("predict", *flags) == 1
+    assert command("predict", *flags) == 1
     words = capsys.readouterr().err
     assert "masks/a.png: Is a directory; put that right. The same command goes on from here." in words, words
 
@@ -272,7 +272,7 @@ def test_nothing_but_bad_photos_is_a_failure(trained, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a\tb.jpg").write_bytes(b"")
     flags = ["--input", tmp_path / "photos", "--output", tmp_path / "out", "--storage-path", trained[0].parent]
-    assert door("predict", "--model", "trained", *flags) == 1
+    assert command("predict", "--model", "trained", *flags) == 1
     assert table_of(tmp_path / "out")["a\\tb.jpg"]["status"] == "unsafe_name"
 
 

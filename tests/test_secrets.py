@@ -1,10 +1,10 @@
-"""No secret of a URI comes out of the one place that takes them out, nor of the doors."""
+"""No secret of a URI comes out of the one place that takes them out, nor of the command line."""
 
 import string
 
 import pytest
 import yaml
-from conftest import ROOT, door, tiny_settings
+from conftest import ROOT, command, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,7 +92,7 @@ def test_a_run_saves_and_shows_none(tmp_path):
 )
 def test_a_refusal_shows_none(name, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UNET_STORAGE_PATH", str(tmp_path))
-    assert door(name, *flags) == 2
+    assert command(name, *flags) == 2
     captured = capsys.readouterr()
     assert "error: " in captured.err and ("Traceback" in captured.err) == ("--debug" in flags)
     assert not any(word in captured.out + captured.err for word in WORDS)
@@ -100,14 +100,14 @@ def test_a_refusal_shows_none(name, flags, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["tracking_uri", "data"])
 def test_a_resume_asks_for_what_was_not_saved(flag, tmp_path):
-    from unet.cli import parse
+    from unet.commands.cli import parse
     from unet.config import TrainSettings
     from unet.errors import InputError
 
     values = {flag: S3 if flag == "data" else HTTP}
     Run("named", tiny_settings(tmp_path, **({"data": ROOT} | values)), Folder(tmp_path / "named")).start()
     flags, name = ["--resume=named", f"--storage-path={tmp_path}"], f"--{flag.replace('_', '-')}"
-    with pytest.raises(InputError, match=rf"Give {name} again: what is secret in .*\*\*\*@"):
+    with pytest.raises(InputError, match=rf"Give {name} again: the secret in .*\*\*\*@"):
         parse(TrainSettings, "", flags)
     settings = parse(TrainSettings, "", [*flags, f"{name}={values[flag]}"])
     assert {**settings.run.model_dump(), **settings.data.model_dump()}[flag] == values[flag]

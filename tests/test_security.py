@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, read_json, state_of, vouch
 
-from unet import cli
+from unet.commands import cli
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.decode import photo
 from unet.data.pictures import Unusable

@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, door, job, read_json, state_of, train, weights_of
+from conftest import TINY, command, job, read_json, state_of, train, weights_of
 
 from unet import storage as storage_module
 from unet.config import TrainSettings, unflat
@@ -156,7 +156,7 @@ NOWHERE = "?scheme=http&endpoint_override=127.0.0.1:9"
 def test_what_is_no_storage_is_one_sentence(uri, capsys, tmp_path):
     for flag in ("--storage-path", "--data"):
         uris = {"--storage-path": str(tmp_path), "--data": "synthetic", flag: uri}
-        assert door("train", *map("=".join, uris.items()), "--tracking-uri=http://127.0.0.1:9") == 2
+        assert command("train", *map("=".join, uris.items()), "--tracking-uri=http://127.0.0.1:9") == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1, error
         assert uri.removesuffix(NOWHERE) in error

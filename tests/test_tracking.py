@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from conftest import ROOT, TINY, door, read_json, tiny_settings, train
+from conftest import ROOT, TINY, command, read_json, tiny_settings, train
 from mlflow_server import Line, Server
 from test_run import start_job, wait_for
 
@@ -347,7 +347,7 @@ def check_synced(folder: Path, server: Server) -> dict:
 def test_sync_of_what_cannot_be_is_one_sentence(unsent, capsys, status, words, flags):
     summary = read_json(unsent / "summary.json") | {"status": status}
     (unsent / "summary.json").write_text(json.dumps(summary))
-    assert door("train", *flags, f"--storage-path={unsent.parent}") == 2
+    assert command("train", *flags, f"--storage-path={unsent.parent}") == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and words in output.err and output.err.count("\n") == 1 and not output.out
     assert read_json(unsent / "summary.json") == summary
@@ -398,5 +398,5 @@ def test_a_training_whose_server_never_comes_back_ends_well(ray_cluster, server,
     summary = read_json(tmp_path / "left" / "summary.json")
     assert summary["status"] == "finished" and summary["delivered"] is False
     server.start()
-    assert door("train", "--sync=left", f"--storage-path={tmp_path}") == 0
+    assert command("train", "--sync=left", f"--storage-path={tmp_path}") == 0
     check_synced(tmp_path / "left", server)

@@ -1,4 +1,4 @@
-"""Errors that are sentences for a person. `unet.cli` prints them without a traceback."""
+"""Errors that are sentences for a person. `unet.commands.cli` prints them without a traceback."""
 
 import re
 
