@@ -124,7 +124,7 @@ def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
         found._find_room(threading.Event())
         return found
 
-    failure = str(find_room(2).failure)
+    failure = str(find_room(2).reports.failure)
     assert "no room for the workers" in failure and "2 workers need 0.75 free CPUs each" in failure
     assert "--resume crowded; --num-workers 1:2 goes on" in failure
     elastic = find_room("1:2")

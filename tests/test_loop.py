@@ -21,8 +21,8 @@ from unet.supervise import driver
 from unet.supervise.preflight import open_run
 from unet.terminal import Display
 from unet.training.job import Job
-from unet.training.link import DriverLink
-from unet.training.loop import Loop, not_finite
+from unet.training.link import not_finite, start_link
+from unet.training.loop import Loop
 
 
 class WorkerLink:
@@ -124,7 +124,7 @@ def test_scores_are_told_of_the_best_epoch_only(reading, storage):
 
 
 def test_the_driver_link_keeps_no_event_that_was_fetched(ray_cluster):
-    link = DriverLink.remote()
+    link = start_link()
     for number in range(3):
         ray.get(link.event.remote("epoch", number))
 

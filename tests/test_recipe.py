@@ -119,4 +119,4 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
 
 def test_a_recipe_is_what_its_saved_settings_say():
     settings = unflat(TrainSettings, OTHER | {"image_size": 64})
-    assert recipe.Recipe.of(flat(settings), 64, 5) == settings.recipe(5)
+    assert recipe.Recipe.of(flat(settings), 5) == settings.recipe(5)

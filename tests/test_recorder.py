@@ -120,7 +120,7 @@ def test_an_end_tells_the_best_epoch_the_median_speed_and_why(recorder, tmp_path
     best = {"best_epoch": 1, "best_score": 0.5, "best_checkpoint": "step_00000010", "validation": {"mean_iou": 0.5}}
     last = state(*recorder.history, skipped_steps=4, **best)
     if end == "finished":
-        recorder.finished(last, None, None, None, None)
+        recorder.finished(last, None)
     else:
         recorder.broken_off(end, last, "of a reason")
     summary = read_json(tmp_path / "told" / "summary.json")

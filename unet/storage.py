@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -33,9 +33,6 @@ PAUSES = (0, 2, 3)
 IN_MEMORY = 2**24
 """A larger object is made in a file, in bytes."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
-
-Content = bytes | Callable[[BinaryIO], object]
-"""A file's bytes, or what writes them to a stream that cannot seek."""
 
 
 def persistently(write: Callable[[], None]) -> None:
@@ -170,7 +167,7 @@ class Folder:
             if not self.exists(name):
                 raise StorageFailed(f"{self} is gone, or the disk it was on: bring it back")
 
-    def commit(self, name: str, files: dict[str, Content]) -> None:
+    def commit(self, name: str, files: Mapping[str, bytes | memoryview]) -> None:
         """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count.
 
         Raises:
@@ -184,7 +181,7 @@ class Folder:
                 self.fs.delete_file(self.at(f"{name}/{MARKER}"))
             _write_set(files, lambda file: self.fs.open_output_stream(self.at(f"{name}/{file}")))
 
-    def _commit_local(self, name: str, files: dict[str, Content]) -> None:
+    def _commit_local(self, name: str, files: Mapping[str, bytes | memoryview]) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)
         target = Path(self.at(name))
         temporary, older = (target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
@@ -299,16 +296,15 @@ class _Counted(io.RawIOBase):
         return self._size, self._digest.hexdigest()
 
 
-def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.AbstractContextManager]) -> None:
+def _write_set(
+    files: Mapping[str, bytes | memoryview], opened: Callable[[str], contextlib.AbstractContextManager]
+) -> None:
     """Write the files and last their marker, each through the stream that `opened` gives for its name."""
     known = {}
     for file, content in files.items():
         with opened(file) as stream:
             counted = _Counted(stream)
-            if callable(content):
-                content(counted)
-            else:
-                counted.write(content)
+            counted.write(content)
             known[file] = counted.known
     with opened(MARKER) as stream:
         stream.write(json.dumps(known).encode())

@@ -125,7 +125,8 @@ class Network:
     @cached_property
     def keras_paths(self) -> dict[str, str]:
         """Where Keras' own weight files (`.weights.h5`) have each variable."""
-        paths, count = {}, Counter[str]()
+        paths: dict[str, str] = {}
+        count = Counter[str]()
         for layer in self.layers:
             kind = KINDS[layer.kind].keras
             place = f"layers/{kind}_{count[kind]}" if count[kind] else f"layers/{kind}"

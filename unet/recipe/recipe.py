@@ -1,5 +1,6 @@
 """Everything that a training step depends on, and what follows from it without TensorFlow."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -64,14 +65,14 @@ class Recipe(SettingsGroup):
     loss: LossSettings
 
     @classmethod
-    def of(cls, values: dict[str, Any], image_size: int, classes: int) -> "Recipe":
-        """From flat settings, of which it takes its own.
+    def of(cls, values: Mapping[str, Any], classes: int) -> "Recipe":
+        """From flat settings, as a run saves them, of which it takes its own.
 
         Raises:
             InputError: a value does not fit.
         """
-        taken = {name: {key: values[key] for key in part.model_fields if key in values} for name, part in PARTS.items()}
-        return cls(image_size=image_size, classes=classes, **taken)
+        parts = {name: {key: values[key] for key in part.model_fields if key in values} for name, part in PARTS.items()}
+        return cls.model_validate({"image_size": values.get("image_size"), "classes": classes, **parts})
 
     @cached_property
     def network(self) -> Network:

@@ -51,7 +51,7 @@ def read_weights(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[
 def arrays_file(arrays: Mapping[str, np.ndarray]) -> memoryview:
     """Arrays by name as an NPZ file."""
     image = io.BytesIO()
-    np.savez(image, **arrays)
+    np.savez(image, **dict(arrays))  # type: ignore[arg-type]  # its types take every keyword for allow_pickle
     return image.getbuffer()
 
 

@@ -98,7 +98,9 @@ class Checkpoints:
         Raises:
             InputError: all are damaged.
         """
-        found, damages, unfinished = None, {}, {}
+        found: tuple[str, State] | None = None
+        damages: dict[str, str] = {}
+        unfinished: dict[str, str] = {}
         self._finish_replacing()
         names = self._names()
         for name in reversed(names):
@@ -158,7 +160,9 @@ class Checkpoints:
             state.stale_epochs = state.epoch - own.epoch
             # All scores of an epoch are kept with it only if it was the best so far.
             state.validation = own.validation if own.best_checkpoint == best else None
-        files = {file: self.folder.read_committed(name, file) for file in (WEIGHTS, OPTIMIZER)}
+        files: dict[str, bytes | memoryview] = {
+            file: self.folder.read_committed(name, file) for file in (WEIGHTS, OPTIMIZER)
+        }
         self.folder.commit(name, files | {STATE: to_json(state)})
         return [f"{damage}: the best that is left is {best or 'still to come'}"]
 
@@ -181,7 +185,7 @@ class Checkpoints:
         values = {key: variable.numpy() for key, variable in learner.variables().items()}
         weights = {key.removeprefix(PREFIX): array for key, array in values.items() if key.startswith(PREFIX)}
         others = {key: array for key, array in values.items() if not key.startswith(PREFIX)}
-        files = {
+        files: dict[str, bytes | memoryview] = {
             WEIGHTS: weights_file(weights, recipe.network.keras_paths),
             OPTIMIZER: arrays_file(others),
             STATE: to_json(state),

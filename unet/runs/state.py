@@ -68,7 +68,7 @@ class State:
 
     @property
     def class_infos(self) -> Classes:
-        return tuple(ClassInfo(name, tuple(colour)) for name, colour in self.classes)
+        return tuple(ClassInfo(name, colour) for name, colour in self.classes)
 
     def add_losses(self, sums: Sequence[float]) -> None:
         """Count the sums of a finite step to the epoch under way."""
@@ -80,7 +80,7 @@ class State:
         Raises:
             InputError: the settings are not those of a training.
         """
-        return Recipe.of(self.settings, self.settings.get("image_size"), len(self.classes))
+        return Recipe.of(self.settings, len(self.classes))
 
 
 _STATE = TypeAdapter(State)
@@ -90,9 +90,10 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def parsed(name: str, content: bytes) -> State:
+def parsed(name: str, content: bytes | memoryview) -> State:
     """The state of a checkpoint. Raises Damaged."""
     try:
+        content = bytes(content)
         state = _STATE.validate_json(content, strict=True)
         known = from_json(content)
     except ValidationError as error:

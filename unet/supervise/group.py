@@ -28,7 +28,7 @@ from unet.data.ingest import Ingest, shards
 from unet.progress import Live
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.job import Job
-from unet.training.link import DriverLink
+from unet.training.link import start_link
 from unet.training.worker import train_worker
 
 ANSWER_SECONDS = 10
@@ -76,7 +76,7 @@ class WorkerGroup:
 
     def __init__(self, name: str, plan: Plan, callbacks: tuple, debug: bool):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.link = DriverLink.options(scheduling_strategy=here).remote()
+        self.link = start_link(scheduling_strategy=here)
         self.nodes: set[str] = set()
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from unet.cluster import planner
 from unet.cluster.nodes import live_nodes
-from unet.data import ingest
+from unet.data.ingest import Ingest, keep
 from unet.runs.state import State
 
 
@@ -17,10 +17,10 @@ class Reading:
         nodes: ids of those that lived when the data were kept.
     """
 
-    ingest: ingest.Ingest
+    ingest: Ingest
     nodes: frozenset[str] = frozenset()
 
-    def begin(self, state: State | None, plan: planner.Plan) -> ingest.Ingest:
+    def begin(self, state: State | None, plan: planner.Plan) -> Ingest:
         """The data from a checkpoint's place in their order on, read as planned."""
         # What was kept may have gone with a node.
         kept = self.ingest.kept if live_nodes().keys() >= self.nodes else None
@@ -32,9 +32,9 @@ class Reading:
         )
         return self.ingest
 
-    def keep(self) -> ingest.Ingest:
+    def keep(self) -> Ingest:
         """The same with all that is trained and validated on in memory."""
         if self.ingest.kept is None:
             self.nodes = frozenset(live_nodes())
-            self.ingest = ingest.keep(self.ingest)
+            self.ingest = keep(self.ingest)
         return self.ingest

@@ -161,13 +161,13 @@ class RunRecorder:
             go_on = f"python jobs/train.py --resume {self.run.name}{where(self.run.settings.run)}"
             self.display.say(f"Stopped at {at}. Continue: {go_on}")
 
-    def finished(self, state: State, test: dict | None, tested: int | None, gallery: dict | None, package) -> None:
-        """The end of a run whose last epoch is behind, and whose test split was scored at the time `tested`."""
+    def finished(self, state: State, found: results.Results | None) -> None:
+        """The end of a run whose last epoch is over; `found` is None for a trial of a sweep."""
         run, facts = self.run, self._facts(state)
-        if not self.as_trial:
+        if found:
             self.display.waiting("drawing")
-            results.keep(run, state, self.history, test, gallery, package)
-            facts |= {"test": test, "test_time": tested}
+            results.keep(run, state, self.history, found)
+            facts |= {"test": found.test, "test_time": found.tested}
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
         if not self.as_trial:

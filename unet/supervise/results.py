@@ -3,6 +3,7 @@
 import io
 import shlex
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,28 @@ from unet.runs.state import State
 from unet.terminal import Display, score_table
 
 
-def keep(run: Run, state: State, history: list[dict], test: dict, gallery: dict, package: dict[str, bytes]) -> None:
+@dataclass(frozen=True)
+class Results:
+    """What the workers hand over at the end of a training (`unet.training.finish`).
+
+    Attributes:
+        test: scores of the test split.
+        tested: when, in milliseconds since 1970.
+        gallery: photos of validation with their truth and predictions, as arrays.
+        package: the files of the packaged model.
+    """
+
+    test: dict
+    tested: int
+    gallery: dict
+    package: dict[str, bytes]
+
+
+def keep(run: Run, state: State, history: list[dict], results: Results) -> None:
     """Write the pictures and the packaged model."""
-    for name, content in draw(history, test, gallery, state.class_infos).items():
+    for name, content in draw(history, results.test, results.gallery, state.class_infos).items():
         run.write(name, content)
-    run.folder.commit(MODEL, package)
+    run.folder.commit(MODEL, results.package)
 
 
 def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> dict[str, bytes]:
@@ -45,10 +63,10 @@ def show(run: Run, uri: str, display: Display) -> None:
     scored = summary["best_epoch"] is not None
     kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
     display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
-    more, data = settings.training.epochs + 10, shlex.quote(settings.data.data)
+    more, data = str(settings.training.epochs + 10), shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    patience = settings.training.patience
-    if patience is not None and patience <= run.checkpoints.latest()[1].stale_epochs:
+    patience, latest = settings.training.patience, run.checkpoints.latest()
+    if patience is not None and latest and patience <= latest[1].stale_epochs:
         more = f"{more} --patience {patience + 5}"
     display.table(
         f"Run {run.name} is finished",

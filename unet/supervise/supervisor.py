@@ -13,19 +13,18 @@ import ray
 
 from unet.cluster import planner
 from unet.cluster.nodes import cluster_nodes, draining_nodes, free_abandoned_places, live_nodes
-from unet.config import parse_interval
+from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
-from unet.errors import Diverged, InputError, NoGpu, RunFailed, StorageFailed
-from unet.runs.run import milliseconds
+from unet.errors import InputError, NoGpu, RunFailed, StorageFailed
 from unet.runs.state import State
 from unet.storage import reported
 from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
 from unet.supervise.group import WorkerGroup
 from unet.supervise.reading import Reading
 from unet.supervise.recorder import RunRecorder
+from unet.supervise.reports import Reports
 from unet.supervise.signals import catch_stop_signals
 from unet.training.job import Job
-from unet.training.loop import not_finite
 
 POLL_SECONDS = 0.25
 LOOK_SECONDS = 3.0
@@ -51,7 +50,6 @@ class Supervisor:
         callbacks: for Ray Train.
         together: how many such trainings share the cluster.
         latest: name and state of the last checkpoint.
-        failure: what ends the run, where no new group can help.
         leaving: why the group under way is to be replaced.
     """
 
@@ -61,19 +59,12 @@ class Supervisor:
     callbacks: tuple
     together: int
     latest: tuple[str, State] | None
-    failure: RunFailed | None = None
-    stopped: bool = False
     leaving: str | None = None
-    left: bool = False
     promised: int | None = None
     """How many workers there was room for when the group was asked to leave."""
-    test: dict | None = None
-    tested: int | None = None
-    """When, in milliseconds since 1970."""
-    gallery: dict | None = None
-    package: dict[str, bytes] | None = None
 
     def __post_init__(self):
+        self.reports = Reports(self.recorder)
         self.run, self.display, self.settings = self.recorder.run, self.recorder.display, self.recorder.run.settings
         training = self.settings.training
         self.reading = Reading(
@@ -120,15 +111,16 @@ class Supervisor:
         tries, reason = Tries(self.settings.compute.max_failures), lost
         while True:
             fault = self._one_group(stop_signal, reason)
-            if self.stopped or self.failure or not (fault or self.left):
+            if self.reports.stopped or self.reports.failure or not (fault or self.reports.left):
                 return fault
             if not self._look_for_checkpoint():
                 return fault
-            reason, wait = self.leaving, 0.0
+            reason = self.leaving
             if fault:
-                reason, wait = fault.reason, tries.failed(fault, self.latest and self.latest[0])
+                wait = tries.failed(fault, self.latest and self.latest[0])
                 if wait is None:
                     return fault
+                reason = fault.reason
                 step = self.latest[1].step if self.latest else 0
                 self.display.say(
                     f"{reason[0].upper()}{reason[1:]}. Going on from step {step}"
@@ -138,7 +130,7 @@ class Supervisor:
                 )
                 stop_signal.wait(wait)
             self._find_room(stop_signal)
-            if self.failure:
+            if self.reports.failure:
                 return fault
             if stop_signal.is_set():
                 self._mark_stopped()
@@ -152,10 +144,10 @@ class Supervisor:
                 self.run.take_over()
                 self.latest, passed_over = self.run.checkpoints.resume(self.settings)
         except InputError as error:
-            self.failure = RunFailed(str(error))
+            self.reports.failure = RunFailed(str(error))
             return False
         except StorageFailed as error:
-            self.failure = error
+            self.reports.failure = error
             return False
         for sentence in passed_over:
             self.display.say(f"{sentence[0].upper()}{sentence[1:]}.", "yellow")
@@ -179,7 +171,7 @@ class Supervisor:
                 self.plan = plan
                 return
             if waited > ROOM_SECONDS:
-                self.failure = RunFailed(
+                self.reports.failure = RunFailed(
                     f"There was no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, go on "
                     f"with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
                 )
@@ -190,7 +182,7 @@ class Supervisor:
 
     def _plan_now(self, held: int = 0) -> planner.Plan | None:
         """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""
-        device = "gpu" if self.plan.use_gpu else "cpu"
+        device: Device = "gpu" if self.plan.use_gpu else "cpu"
         nodes, data_bytes = cluster_nodes(), self.plan.data_bytes
         return planner.plan_now(self.settings, nodes, data_bytes, self.together, held, device)
 
@@ -200,7 +192,7 @@ class Supervisor:
         `reason` is why an earlier group is replaced.
         """
         run, name = self.run, self.latest and self.latest[0]
-        self.left, self.leaving = False, None
+        self.reports.left, self.leaving = False, None
         group = WorkerGroup(run.name, self.plan, self.callbacks, self.settings.command.debug)
         try:
             reading = self.reading.begin(self.latest and self.latest[1], self.plan)
@@ -223,7 +215,7 @@ class Supervisor:
                     free_abandoned_places()
         if hung:
             return Fault(hung)
-        if group.error is None or (self.stopped and group.aborted_at is not None):
+        if group.error is None or (self.reports.stopped and group.aborted_at is not None):
             return None
         lost = group.nodes - live_nodes().keys()
         return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
@@ -254,7 +246,7 @@ class Supervisor:
             ended = group.ended  # asked before the news, so that the last of them are taken in
             at, events = group.news(self.run.folder.uri)
             for kind, content in events:
-                getattr(self, f"_on_{kind}")(content)
+                self.reports.handle(kind, content)
             self.recorder.receive()
             now = time.monotonic()
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
@@ -262,23 +254,23 @@ class Supervisor:
             # Opening the data takes as long as it takes.
             if events or not group.begun or (at is not None and at != live):
                 live, moved, since = at or live, now, since or (now if at else None)
-            if live is not None and not self.stopped:
+            if live is not None and not self.reports.stopped:
                 self.display.progress(live, self.settings.training.epochs)
             if now - moved > limit and not hung:
                 where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
                 hung = f"nothing has moved for {limit / 60:g} minutes{where}: a worker hangs (--step-timeout)"
-            if stop_signal.is_set() and not self.stopped:
+            if stop_signal.is_set() and not self.reports.stopped:
                 group.request("stop")
                 self._mark_stopped()
                 self.display.waiting("stopping: saving a checkpoint (again to stop at once)")
             # Before its first step and after its last one a group has nothing that is not saved.
-            saved = live is None or (live.phase == "test" and self.package is None)
-            if hung or isinstance(self.failure, StorageFailed | NoGpu) or (self.stopped and saved):
+            saved = live is None or (live.phase == "test" and self.reports.package is None)
+            if hung or isinstance(self.reports.failure, StorageFailed | NoGpu) or (self.reports.stopped and saved):
                 group.abort()
-            ending = self.stopped or self.leaving or (live and live.phase == "test")
+            ending = self.reports.stopped or self.leaving or (live and live.phase == "test")
             if now - looked > LOOK_SECONDS and not ending:
                 # A group that has not begun does not hold its own CPUs yet, which would look like room.
-                may_grow = live is not None and now - since > GROW_SECONDS and self.settings.compute.is_elastic
+                may_grow = since is not None and now - since > GROW_SECONDS and self.settings.compute.is_elastic
                 looked, roomy = now, self._look_around(group, may_grow, roomy)
             group.wait(POLL_SECONDS)
 
@@ -296,7 +288,7 @@ class Supervisor:
                 held = self.plan.num_workers
                 found = self._plan_now(held)
                 room = found is not None and found.num_workers > held
-                if room and roomy:
+                if found and room and roomy:
                     self.promised = found.num_workers
                     reason = f"there is room for {found.num_workers} workers"
         if reason:
@@ -306,64 +298,25 @@ class Supervisor:
         return room
 
     def _mark_stopped(self) -> None:
-        self.stopped = True
+        self.reports.stopped = True
         self.recorder.stopped()
 
-    def _on_start(self, world_size: int) -> None:
-        self.display.waiting(f"{world_size} worker(s) loading TensorFlow")
-
-    def _on_changed(self, what: list[str]) -> None:
-        self.display.say(
-            f"Going on with another {', '.join(what)}: the numbers will not be bit-equal to before.", "yellow"
-        )
-
-    def _on_first_step(self, at: float) -> None:
-        self.recorder.first_step(at)
-
-    def _on_epoch(self, content: dict) -> None:
-        self.recorder.epoch(content["record"], content["validation"])
-
-    def _on_test(self, result: dict) -> None:
-        self.test, self.tested = result, milliseconds()
-
-    def _on_gallery(self, gallery: dict) -> None:
-        self.gallery = gallery
-
-    def _on_package(self, files: dict[str, bytes]) -> None:
-        self.package = files
-
-    def _on_stopped(self, step: int) -> None:
-        self.stopped = True
-
-    def _on_left(self, step: int) -> None:
-        self.left = True
-
-    def _on_not_finite(self, content: dict) -> None:
-        remedy = "start anew with a smaller --learning-rate or --clip-norm 1."
-        if self.settings.training.on_nan == "stop":
-            remedy = f"go on with --on-nan skip, or {remedy}"
-        self.failure = Diverged(f"{not_finite(content)} The last checkpoint is whole: {remedy}")
-
-    def _on_storage_failed(self, reason: str) -> None:
-        self.failure = StorageFailed(reason)
-
-    def _on_no_gpu(self, reason: str) -> None:
-        self.failure = NoGpu(reason)
-
     def _end(self, fault: Fault | None) -> None:
-        latest = self.run.checkpoints.latest()
+        latest, reports = self.run.checkpoints.latest(), self.reports
         state = latest and latest[1]
         # A stop signal that came when all was scored already changes nothing.
-        if fault is None and self.failure is None and (not self.stopped or self.package is not None):
-            self.recorder.finished(state, self.test, self.tested, self.gallery, self.package)
+        done = fault is None and reports.failure is None and (not reports.stopped or reports.results is not None)
+        if done and state:
+            self.recorder.finished(state, reports.results)
             return
-        lost = isinstance(self.failure, StorageFailed)  # then the checkpoint of the stop is missing too
-        status = "stopped" if self.stopped and not lost else "failed"
+        lost = isinstance(reports.failure, StorageFailed)  # then the checkpoint of the stop is missing too
+        status = "stopped" if reports.stopped and not lost else "failed"
         with contextlib.suppress(StorageFailed):
             self.recorder.catch_up(state)
-        reason = "stopped by the user" if status == "stopped" else str(self.failure or (fault and fault.reason))
+        reason = "stopped by the user" if status == "stopped" else str(reports.failure or (fault and fault.reason))
         self.recorder.broken_off(status, state, reason)
         if status == "failed":
-            again = state and fault and fault.kind != "final"
-            go_on = f" Go on from step {state.step}: --resume {self.run.name}." if again else ""
-            raise self.failure or RunFailed(f"The training failed: {reason}.{go_on}")
+            go_on = ""
+            if state and fault and fault.kind != "final":
+                go_on = f" Continue from step {state.step} with --resume {self.run.name}."
+            raise reports.failure or RunFailed(f"The training failed: {reason}.{go_on}")

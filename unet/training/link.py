@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import ray
 
@@ -10,20 +11,22 @@ from unet.progress import Live
 LIVE_SECONDS = 0.5
 
 
-@ray.remote(num_cpus=0, enable_task_events=False)  # Ray would keep one of each poll
 class DriverLink:
-    """A driver link owned by the driver; dies with it. It is there at once as long as it imports little."""
+    """An actor of the driver, which dies with it. It is there at once as long as it imports little."""
 
-    def __init__(self):
-        self._live, self._events, self._request, self._requested = {}, [], None, asyncio.Event()
+    def __init__(self) -> None:
+        self._live: dict[str, Live] = {}
+        self._events: list[tuple[str, Any]] = []
         self._seen = 0
-        self._reading, self._given = None, asyncio.Event()
+        self._request, self._requested = "", asyncio.Event()
+        self._reading: list[ray.ObjectRef] = []
+        self._given = asyncio.Event()
 
     async def live(self, run: str, live: Live) -> None:
         """Rank 0 of a run says where it is."""
         self._live[run] = live
 
-    async def event(self, kind: str, content) -> None:
+    async def event(self, kind: str, content: Any) -> None:
         self._events.append((kind, content))
 
     async def request(self, what: str) -> None:
@@ -53,24 +56,43 @@ class DriverLink:
         return self._live, list(self._events)
 
 
-class WorkerLink:
-    """Rank 0's end of the line to the link; never waits inside a step. Other ranks keep silent."""
+def start_link(**options: Any) -> ray.actor.ActorHandle:
+    """A new `DriverLink`, with Ray's options for an actor."""
+    # Ray would keep an event of each poll.
+    actor = ray.remote(num_cpus=0)(DriverLink)
+    return actor.options(enable_task_events=False, **options).remote()  # type: ignore[return-value]  # it is a handle
 
-    def __init__(self, link, run: str, rank: int = 0):
-        self._link, self._run, self._speaks = link, run, rank == 0
-        self._requested, self._last = self._link.requested.remote() if rank == 0 else None, 0.0
+
+class WorkerLink:
+    """A worker's end of the link, of a run by its folder; never waits inside a step. All but rank 0 keep silent."""
+
+    def __init__(self, link: ray.actor.ActorHandle, run: str, rank: int = 0):
+        self._link, self._run, self._speaks, self._last = link, run, rank == 0, 0.0
+        self._requested: ray.ObjectRef | None = link.requested.remote() if rank == 0 else None
 
     @property
     def request(self) -> str | None:
-        """What the driver has asked for by now."""
-        return ray.get(self._requested) if ray.wait([self._requested], timeout=0)[0] else None
+        """What the driver has asked rank 0 for by now: "stop", "leave", or nothing."""
+        if self._requested is None or not ray.wait([self._requested], timeout=0)[0]:
+            return None
+        return ray.get(self._requested)
 
     def live(self, live: Live) -> None:
         if self._speaks and time.monotonic() - self._last >= LIVE_SECONDS:
             self._last = time.monotonic()
             self._link.live.remote(self._run, live)
 
-    def event(self, kind: str, content=None) -> None:
+    def event(self, kind: str, content: Any = None) -> None:
         """Delivered before this returns: what follows may be the end of the process."""
         if self._speaks:
             ray.get(self._link.event.remote(kind, content))
+
+
+def not_finite(content: dict) -> str:
+    """The event of the same name as a sentence."""
+    samples = content["samples"]
+    more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+    return (
+        f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss "
+        f"{content['loss']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
+    )

@@ -1,4 +1,4 @@
-"""The training loop of one worker: restore, then epochs of steps, each followed by validation, then the test.
+"""The training loop of one worker: restore, then epochs of steps, each followed by validation.
 
 All workers run this; what one of them decides (stopping, leaving, saving by the clock) is decided on rank 0 and
 travels with the sum of a step or with a batch of validation, so nobody waits for another for ever.
@@ -6,19 +6,17 @@ travels with the sum of a step or with a batch of validation, so nobody waits fo
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unet import metrics
 from unet.config import CONFIG, FENCING_TOKEN, parse_interval
-from unet.data.ingest import Batch
-from unet.data.resize import ignore_padding
-from unet.data.shards import opened, pixels
+from unet.data.ingest import Batch, Reader
+from unet.data.shards import opened
 from unet.errors import StorageFailed
-from unet.models.trained import TrainedModel
-from unet.packaging.model import package
 from unet.progress import Clock, Live
 from unet.recipe.optimizer import learning_rate
 from unet.runs.checkpoint import Checkpoints
@@ -29,10 +27,11 @@ from unet.training.job import Job
 from unet.training.link import WorkerLink
 from unet.training.scoring import score
 
+if TYPE_CHECKING:
+    from unet.recipe.step import Learner, StepResult
+
 SAVE, STOP, LEAVE = 1, 2, 4
 ENDS = {STOP: "stopped", LEAVE: "left"}
-GALLERY = 8
-"""How many validation photos are shown with their masks."""
 
 
 class FirstCannotWrite(StorageFailed):
@@ -48,8 +47,8 @@ class Loop:
     """The loop of one worker and its state, restored from the job's checkpoint."""
 
     job: Job
-    learner: object
-    reader: object
+    learner: "Learner"
+    reader: Reader
     link: WorkerLink
     rank: int
     world_size: int
@@ -64,7 +63,7 @@ class Loop:
         self.plan = self.reader.ingest.plan("train", self.world_size)
         self.checkpoints = Checkpoints(Folder(self.job.run))
         every = self.settings.run.checkpoint_every
-        self.interval = parse_interval(every) if every else None
+        self.interval = parse_interval(every) if every else ("never", math.inf)
         self._restore()
         self.last_save = time.monotonic()
 
@@ -179,15 +178,15 @@ class Loop:
         """Rank 0's decisions, which reach all workers with the sum of the step, or over a batch of validation."""
         if self.rank:
             return 0
-        by_clock = self.interval and self.interval[0] == "seconds"
-        due = by_clock and time.monotonic() - self.last_save >= self.interval[1]
-        return SAVE * bool(due) + {None: 0, "stop": STOP, "leave": LEAVE}[self.link.request]
+        unit, interval = self.interval
+        due = unit == "seconds" and time.monotonic() - self.last_save >= interval
+        return SAVE * due + {None: 0, "stop": STOP, "leave": LEAVE}[self.link.request]
 
     def _is_due(self, control: int) -> bool:
-        by_steps = self.interval and self.interval[0] == "steps" and self.state.step % self.interval[1] == 0
-        return bool(by_steps or control & SAVE)
+        unit, interval = self.interval
+        return bool(control & SAVE) or (unit == "steps" and self.state.step % interval == 0)
 
-    def _pass_over(self, batch: Batch, result) -> bool:
+    def _pass_over(self, batch: Batch, result: "StepResult") -> bool:
         """After a step whose numbers were not finite (nothing was updated): whether to go on."""
         hopeless = (
             batch.step + 1 == self.plan.steps and not self.state.loss_sums
@@ -267,7 +266,9 @@ class Loop:
         if self.job.fencing_token and run.read_text(FENCING_TOKEN) != self.job.fencing_token:
             raise RuntimeError("other workers have taken over the run")
 
-    def evaluate(self, split: str, batches, handle: Callable[[Batch], None] = lambda batch: None) -> dict:
+    def evaluate(
+        self, split: str, batches: Iterable[Batch], handle: Callable[[Batch], None] = lambda batch: None
+    ) -> dict:
         """The scores on a split; `handle` is called after each of its batches."""
         plan = self.reader.ingest.plan(split, self.world_size)
 
@@ -277,40 +278,6 @@ class Loop:
 
         return score(self.learner, batches, plan.samples, [c.name for c in self.job.classes], done)
 
-    def test(self) -> None:
-        """Score the test split once with the chosen weights, show what they do on validation photos, package them."""
-        chosen = self.state.chosen
-        self.checkpoints.load_weights(chosen, self.learner)
-        result = self.evaluate("test", self.reader.direct("test"))
-        if self.rank == 0:
-            self.link.event("test", result)
-            self.link.event("gallery", self._gallery())
-            # Here, where TensorFlow is loaded already: another process would take ten seconds more.
-            self.link.event("package", package(TrainedModel.of_checkpoint(self.checkpoints.run, chosen)))
-
-    def _gallery(self) -> dict:
-        """Photos of validation with their truth and what the model says: names and uint8 arrays.
-
-        What the model says of a letterbox' padding becomes `IGNORE`: it is no part of the photo.
-        """
-        ingest = self.reader.ingest
-        prepared = opened(ingest.folder)
-        split = "val" if ingest.samples["val"] else "train"
-        columns = ("name", "image", "mask", "original_height", "original_width")
-        table = prepared.read_chunk(split, 0, columns).slice(0, GALLERY)
-        size = ingest.image_size
-        images, truth = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
-        predicted = np.concatenate([self.learner.predict(images[i : i + 1]) for i in range(len(images))])
-        if prepared.manifest.resize == "letterbox":
-            shapes = zip(*(table[name].to_pylist() for name in columns[3:]), strict=True)
-            predicted = np.stack([ignore_padding(mask, *shape) for mask, shape in zip(predicted, shapes, strict=True)])
-        return {
-            "names": table["name"].to_pylist(),
-            "images": images.copy(),
-            "truth": truth.copy(),
-            "predicted": predicted,
-        }
-
     def _report(self, clock: Clock, phase: str, step: int, steps: int) -> None:
         state = self.state
         seconds = (clock.waiting + clock.stepping) / clock.steps if clock.steps else None
@@ -318,13 +285,3 @@ class Loop:
         self.link.live(
             Live(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds)
         )
-
-
-def not_finite(content: dict) -> str:
-    """The event of the same name as a sentence."""
-    samples = content["samples"]
-    more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
-    return (
-        f"The numbers stopped being finite at step {content['step']} of epoch {content['epoch']} (loss "
-        f"{content['loss']}, gradient norm {content['grad_norm']}). The batch: {', '.join(samples[:8])}{more}."
-    )

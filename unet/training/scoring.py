@@ -30,7 +30,7 @@ def score(
         confusion += matrix
         sums += *loss_sums, np.count_nonzero(batch.indices != PADDING)
         report(batch)
-    confusion, (*loss_sums, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
+    confusion, (*total, counted) = learner.sum_over_workers(confusion), learner.sum_over_workers(sums)
     if counted != images:
         raise RuntimeError(f"{counted:.0f} images were scored, there are {images}.")
-    return metrics.scores(confusion, names) | {"loss": learner.loss.mean_of(loss_sums), "images": int(counted)}
+    return metrics.scores(confusion, names) | {"loss": learner.loss.mean_of(total), "images": int(counted)}

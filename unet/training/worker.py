@@ -1,11 +1,13 @@
 """A worker of Ray Train: TensorFlow is started, peers are joined, and the loop runs to its end."""
 
 import ray
+import ray.train
 
 from unet.cluster.devices import start_tensorflow
 from unet.data.ingest import WorkerShard
 from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
 from unet.training.backend import join_workers
+from unet.training.finish import finish
 from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
 
@@ -32,7 +34,7 @@ def train_worker(config: dict) -> None:
             shard = WorkerShard(ray.get(reading), rank, world_size)
         loop = Loop(job, learner, shard.reader(), link, rank, world_size)
         if loop.train(ray.train.report) and job.score_test:
-            loop.test()
+            finish(loop)
     except FirstCannotWrite:
         pass
     except (StorageFailed, NoGpu) as error:

@@ -27,8 +27,8 @@ from unet.runs.run import Run
 from unet.storage import Folder
 from unet.supervise.preflight import open_run
 from unet.training.job import Job
-from unet.training.link import WorkerLink
-from unet.training.loop import Loop, not_finite
+from unet.training.link import WorkerLink, not_finite
+from unet.training.loop import Loop
 from unet.tuning.schedule import SCORE
 from unet.tuning.search import BEST
 from unet.tuning.watch import Watch

@@ -22,7 +22,7 @@ from unet.terminal import Display
 from unet.tracking.registry import register
 from unet.tracking.store import code_version
 from unet.tracking.tracker import Tracker
-from unet.training.link import DriverLink
+from unet.training.link import start_link
 from unet.tuning import outcome
 from unet.tuning.board import Board, epochs_saved
 from unet.tuning.children import ChildRuns
@@ -108,7 +108,7 @@ class Trials:
         tracker.data(self.prepared)
         tracker.artifacts("", {SPACE: sweep.space.text.encode()})
         self.display.table(f"Sweep {sweep.name}", self._overview())
-        self.link = DriverLink.remote()
+        self.link = start_link()
         with catch_stop_signals() as stop_signal:
             try:
                 return self._run(stop_signal, shown)
