@@ -168,7 +168,7 @@ def check_passed_over(run, damage, words):
     damage(run / "checkpoints" / THIRD)
     name, (sentence,) = resume(run)
     assert name == SECOND
-    assert sentence.startswith(f"checkpoint {THIRD} is damaged (") and sentence.endswith(f": going on from {SECOND}")
+    assert sentence.startswith(f"checkpoint {THIRD} is damaged (") and sentence.endswith(f": continuing from {SECOND}")
     assert re.search(words, sentence), sentence
     # Everybody who asks from here on gets the same answer.
     checkpoints = Checkpoints(Folder(run))
@@ -179,7 +179,7 @@ def test_what_a_kill_left_half_written_is_passed_over_and_removed(run):
     folder = run / "checkpoints"
     shutil.move(folder / THIRD, folder / f".tmp-{THIRD}-0a1b2c3d")
     shutil.copytree(folder / FIRST, folder / f".tmp-{SECOND}-0a1b2c3d")  # of a step that was written again
-    assert resume(run) == (SECOND, [f"checkpoint {THIRD} was not finished: going on from {SECOND}"])
+    assert resume(run) == (SECOND, [f"checkpoint {THIRD} was not finished: continuing from {SECOND}"])
     assert sorted(p.name for p in folder.iterdir()) == [FIRST, SECOND]
 
 
@@ -253,13 +253,13 @@ def test_in_an_object_store_files_without_a_marker_are_what_a_kill_left(written,
     content[1000] ^= 1
     run.write_bytes(weights, bytes(content))
     (found, _), (sentence,) = store.resume(SMALL)
-    assert found == SECOND and sentence.endswith(f"(model.weights.h5: wrong digest): going on from {SECOND}")
+    assert found == SECOND and sentence.endswith(f"(model.weights.h5: wrong digest): continuing from {SECOND}")
     store.save(learner, state(3))
     assert store.resume(SMALL)[0][0] == THIRD
     for name in (FIRST, SECOND, THIRD):
         run.fs.delete_file(run.at(f"checkpoints/{name}/COMMIT"))
     found, sentences = store.resume(SMALL)
-    assert found is None and sentences[0].endswith("(COMMIT: missing): starting at the beginning")
+    assert found is None and sentences[0].endswith("(COMMIT: missing): starting from the beginning")
     on_disk = shutil.copytree(written, tmp_path / "run")
     for marker in on_disk.glob("checkpoints/*/COMMIT"):
         marker.unlink()

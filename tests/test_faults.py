@@ -40,7 +40,7 @@ WRAPPED.cause = KeyError("width")
         ({0: BROKEN, 1: DIED}, "lost", "worker 1 (process 4711) was killed or has crashed"),
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
-        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 is out of reach"),
+        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 cannot be reached"),
         ({0: MAILBOX}, "lost", "the link between driver and workers was lost"),
         ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
@@ -60,7 +60,7 @@ def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
     ("text", "fault"),
     [
         ("unet.errors.StorageFailed: the disk is full", Fault("the disk is full", "final")),
-        ("Worker group startup timed out after 30 s", Fault("there was no place for the workers")),
+        ("Worker group startup timed out after 30 s", Fault("there was no room for the workers")),
         ("The actor died.\n\tclass_name: TrainController", Fault("the controller of Ray Train was lost")),
         ("of its own\nno such thing", Fault("RuntimeError: no such thing", "raised")),
         ("", Fault("RuntimeError", "raised")),
@@ -149,7 +149,7 @@ def test_processes_that_hang_are_replaced(kind, trained, storage, packed):
     helper.start()
     frozen = train(storage, packed, run_name=name, checkpoint_every="3", step_timeout="1m")
     helper.join()
-    assert "nothing has moved for 1 minutes" in frozen["restart_log"][0]["reason"]
+    assert "no progress for 1 minutes" in frozen["restart_log"][0]["reason"]
     assert frozen["val"] == summary["val"] and frozen["best_checkpoint"] == summary["best_checkpoint"]
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
     before, after = weights_of(folder, last), weights_of(storage / name, last)

@@ -74,7 +74,7 @@ def test_a_folder_that_another_process_has_is_refused_until_it_ends(folder):
     with another_holds(folder) as other:
         with pytest.raises(Busy, match=f"^process {other.pid} on "), held(folder):
             pass
-        words = rf"^x is under way already \(process {other.pid} on .*\): wait for"
+        words = rf"^x is already running \(process {other.pid} on .*\): wait for"
         with pytest.raises(InputError, match=words), locked(folder, "x"):
             pass
         assert other.communicate("\n")[0] == "let go\n"
@@ -91,7 +91,7 @@ def test_a_run_and_a_sweep_have_one_driver(folder, tmp_path):
     run = open_run(unflat(TrainSettings, storage))
     sweep = open_sweep(unflat(TuneSettings, storage))
     with another_holds(folder) as other:
-        words = rf"^x is under way already \(process {other.pid} on "
+        words = rf"^x is already running \(process {other.pid} on "
         with pytest.raises(InputError, match=words):
             train(run)
         with pytest.raises(InputError, match=words):

@@ -288,7 +288,7 @@ def test_a_run_has_one_driver(packed, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "mine")], **pipes) as other:
         assert other.stdout.readline() == b"1\n"
-        with pytest.raises(InputError, match=rf"^mine is under way already \(process {other.pid} on .*\): wait"):
+        with pytest.raises(InputError, match=rf"^mine is already running \(process {other.pid} on .*\): wait"):
             train(tmp_path, packed, run_name="mine")
         other.kill()
     with locked(Folder(tmp_path / "mine"), "mine"):

@@ -123,7 +123,7 @@ class Checkpoints:
                 self.folder.delete(leftover)
                 if torn[1] not in names and (found is None or torn[1] > found[0]):
                     unfinished[torn[1]] = f"checkpoint {torn[1]} was not finished"
-        start = f"going on from {found[0]}" if found else "starting at the beginning"
+        start = f"continuing from {found[0]}" if found else "starting from the beginning"
         passed = damages | unfinished
         sentences = [f"{passed[name]}: {start}" for name in sorted(passed, reverse=True)]
         return found, sentences + (self._mend_best(*found) if found else [])

@@ -193,7 +193,7 @@ def locked(folder: Folder, name: str) -> Iterator[Lock]:
             lock = stack.enter_context(held(folder))
         except Busy as error:
             raise InputError(
-                f"{name} is under way already ({error}): wait for its end or stop it, or give another --run-name."
+                f"{name} is already running ({error}): wait for it to end, stop it, or give another --run-name."
             ) from error
         except StorageFailed as error:
             raise InputError(f"{error}.") from error

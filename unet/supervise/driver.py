@@ -80,7 +80,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     if latest and latest[1].data_digest != digest:
         raise InputError(
             f"The run {run.name} was trained on data with digest {latest[1].data_digest[:12]}, {prepared.folder} has "
-            f"{digest[:12]}: give the data of then, or another --run-name."
+            f"{digest[:12]}: give the same data, or another --run-name."
         )
     names = prepared.manifest.classes
     if latest and [c.name for c in latest[1].class_infos] != names:

@@ -37,7 +37,7 @@ def fault_of(error: BaseException) -> Fault:
     if own := own_words(text):
         return Fault(own, "final")
     if "startup timed out" in text:
-        return Fault("there was no place for the workers")
+        return Fault("there was no room for the workers")
     if "TrainController" in text:
         return Fault("the controller of Ray Train was lost")
     return Fault(_last_line(error), "raised")
@@ -55,7 +55,7 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
     if own := own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
         return Fault(own, "final")
     if "OutOfMemory" in text or "memory usage threshold" in text:
-        return Fault(f"worker {rank} was ended because its node ran out of memory (a smaller --batch-size needs less)")
+        return Fault(f"worker {rank} was killed because its node ran out of memory (a smaller --batch-size needs less)")
     if "node" in text and ("node has died" in text or "node was terminated" in text or "node failure" in text):
         return Fault(f"worker {rank} was lost with its node")
     if "class_name: DriverLink" in text:
@@ -64,7 +64,7 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
         pid = re.search(r"pid[:=]\s*(\d+)", text)
         return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
     if "HealthCheck" in type(error).__name__ or "temporarily unavailable" in text:
-        return Fault(f"worker {rank} is out of reach")
+        return Fault(f"worker {rank} cannot be reached")
     if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
         return Fault(f"the connection of worker {rank} to the others broke")
     return Fault(f"worker {rank}: {_last_line(error)}", "raised")

@@ -45,7 +45,7 @@ def _identify(settings: TrainSettings) -> Run:
     run = Run.load(name, settings)
     if not run.folder.exists(CONFIG):
         if run.folder.exists(SUMMARY) or run.folder.exists(MANIFEST):
-            raise InputError(f"{run.folder} is no run: give another --run-name.")
+            raise InputError(f"{run.folder} is not the folder of a run: give another --run-name.")
         return run
     before = read_config(run.folder)
     run.settings = with_chosen_precision(settings, before)

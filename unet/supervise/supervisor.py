@@ -123,7 +123,7 @@ class Supervisor:
                 reason = fault.reason
                 step = self.latest[1].step if self.latest else 0
                 self.display.say(
-                    f"{reason[0].upper()}{reason[1:]}. Going on from step {step}"
+                    f"{reason[0].upper()}{reason[1:]}. Continuing from step {step}"
                     + (f" in {wait:.0f} s" if wait else "")
                     + (f" (failure {tries.failures} of at most {tries.most} in a row)." if tries.failures > 1 else "."),
                     "yellow",
@@ -172,8 +172,8 @@ class Supervisor:
                 return
             if waited > ROOM_SECONDS:
                 self.reports.failure = RunFailed(
-                    f"There was no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, go on "
-                    f"with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
+                    f"The cluster had no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, "
+                    f"continue with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
                 )
                 return
             if waited > SETTLE_SECONDS:
@@ -258,7 +258,7 @@ class Supervisor:
                 self.display.progress(live, self.settings.training.epochs)
             if now - moved > limit and not hung:
                 where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
-                hung = f"nothing has moved for {limit / 60:g} minutes{where}: a worker hangs (--step-timeout)"
+                hung = f"no progress for {limit / 60:g} minutes{where}: a worker hangs (see --step-timeout)"
             if stop_signal.is_set() and not self.reports.stopped:
                 group.request("stop")
                 self._mark_stopped()
@@ -282,7 +282,7 @@ class Supervisor:
         """
         called_back, reason, room = group.nodes & draining_nodes(), None, False
         if called_back:
-            reason = f"{len(called_back)} of {len(group.nodes)} nodes called back"
+            reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down"
         elif may_grow:
             with contextlib.suppress(InputError):
                 held = self.plan.num_workers
@@ -293,7 +293,7 @@ class Supervisor:
                     reason = f"there is room for {found.num_workers} workers"
         if reason:
             self.leaving = reason
-            self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then going on with new workers.", "yellow")
+            self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then continuing with new workers.", "yellow")
             group.request("leave")
         return room
 
