@@ -24,8 +24,12 @@ class OptimizerSettings(SettingsGroup):
     """Clip the global gradient to this norm."""
 
 
-def learning_rate(settings: OptimizerSettings, step: int) -> float:
-    """The rate of a step, counted from 1 over the whole run."""
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """The rate of a step, counted from 1 over the whole run, of a run that is to have so many steps.
+
+    `steps` follows from `--epochs`, which may change when a run continues: a schedule that depends on it must say
+    what becomes of the rate then.
+    """
     return settings.learning_rate
 
 

@@ -114,12 +114,15 @@ class Learner:
             for variable, value in zip(same, np.split(shared, ends[:-1]), strict=True):
                 variable.assign(value.reshape(variable.shape))
 
-    def train_step(self, images: np.ndarray, masks: np.ndarray, step: int, control: int = 0) -> StepResult:
+    def train_step(
+        self, images: np.ndarray, masks: np.ndarray, step: int, control: int = 0, steps: int = 0
+    ) -> StepResult:
         """Update the weights from this worker's share: images uint8 (share, S, S, 3), masks uint8 (share, S, S).
 
-        `step` counts from 1 over the whole run; it keys the dropout and gives the learning rate.
+        `step` counts from 1 over the whole run, which is to have `steps`; it keys the dropout and gives the learning
+        rate.
         """
-        rate = learning_rate(self.recipe.optimizer, step)
+        rate = learning_rate(self.recipe.optimizer, step, steps)
         found = self._step(images, masks, step, float(control), rate, self.recipe.model.dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
         overflowed = not finite and math.isfinite(loss) and scale > MIN_LOSS_SCALE

@@ -61,6 +61,7 @@ class Loop:
     def __post_init__(self):
         self.settings = self.job.settings
         self.plan = self.reader.ingest.plan("train", self.world_size)
+        self.steps = self.plan.steps * self.settings.training.epochs
         self.checkpoints = Checkpoints(Folder(self.job.run))
         every = self.settings.run.checkpoint_every
         self.interval = parse_interval(every) if every else ("never", math.inf)
@@ -126,7 +127,7 @@ class Loop:
         state, waited = self.state, time.perf_counter()
         for batch in self.reader.train(state.epoch, state.epoch_step):
             began = time.perf_counter()
-            result = self.learner.train_step(batch.images, batch.masks, state.step + 1, self._control())
+            result = self.learner.train_step(batch.images, batch.masks, state.step + 1, self._control(), self.steps)
             ended = time.perf_counter()
             if not result.finite and not self._pass_over(batch, result):
                 return False
@@ -210,7 +211,7 @@ class Loop:
             "step": state.step,
             "time": int(time.time() * 1000),
             "train_loss": self.learner.loss.mean_of(state.loss_sums) if state.loss_sums else None,
-            "learning_rate": learning_rate(self.settings.optimizer, state.step),
+            "learning_rate": learning_rate(self.settings.optimizer, state.step, self.steps),
             "images_per_second": clock.images_per_second,
             "data_wait_fraction": clock.data_wait_fraction,
             **metrics.as_metrics("val", validation),
