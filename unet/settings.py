@@ -8,11 +8,13 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from unet.errors import InputError
 from unet.paths import database_of, moved, sqlite_uri
@@ -56,7 +58,7 @@ def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the setti
     Raises:
         InputError: an unknown name (with the nearest known) or a value that does not fit.
     """
-    parts = {part: set(field.annotation.model_fields) for part, field in cls.model_fields.items()}
+    parts = {part: set(_fields_of(field)) for part, field in cls.model_fields.items()}
     nested: dict[str, dict] = {part: {} for part in parts}
     for name, value in values.items():
         part = next((part for part, names in parts.items() if name in names), None)
@@ -68,6 +70,13 @@ def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the setti
         return cls(**nested)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def _fields_of(part: FieldInfo) -> Iterable[str]:
+    """The settings of a part, whose type is a group of them."""
+    if not (isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel)):
+        raise TypeError(f"{part.annotation} is not a group of settings")
+    return part.annotation.model_fields
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

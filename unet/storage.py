@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -27,6 +27,9 @@ import pyarrow.fs as pafs
 from unet.errors import Damaged, InputError, StorageFailed, first_line
 from unet.secrets import without_secrets
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 MARKER = "COMMIT"
 PAUSES = (0, 2, 3)
 """Seconds to wait before each try to write."""
@@ -34,8 +37,15 @@ IN_MEMORY = 2**24
 """A larger object is made in a file, in bytes."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
 
-Content = bytes | Callable[[BinaryIO], object]
-"""A file's bytes, or what writes them to a stream that cannot seek."""
+
+class Sink(Protocol):
+    """A stream that takes bytes and cannot seek."""
+
+    def write(self, data: "ReadableBuffer", /) -> int: ...
+
+
+Content = bytes | Callable[[Sink], object]
+"""A file's bytes, or what writes them."""
 
 
 def persistently(write: Callable[[], None]) -> None:
@@ -117,7 +127,7 @@ class Folder:
         return self.read_bytes(name).decode()
 
     @contextlib.contextmanager
-    def writing(self, name: str, durable: bool = True) -> Iterator[BinaryIO]:
+    def writing(self, name: str, durable: bool = True) -> Iterator[IO[bytes]]:
         """A stream to write a file through; it is there once all of it is, and an exception leaves what was.
 
         Without `durable` it does not wait for the disk: if the power fails, the file may be gone or empty.
@@ -190,7 +200,7 @@ class Folder:
         temporary, older = (target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
 
         @contextlib.contextmanager
-        def synced(file: str) -> Iterator[BinaryIO]:
+        def synced(file: str) -> Iterator[IO[bytes]]:
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / file, "wb") as stream:
                 yield stream
@@ -282,13 +292,13 @@ class Folder:
 class _Counted(io.RawIOBase):
     """A stream that knows size and digest of what went through it."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Sink):
         self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
 
     def writable(self) -> bool:
         return True
 
-    def write(self, data) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         self._stream.write(data)
         self._digest.update(data)
         size = memoryview(data).nbytes
@@ -300,7 +310,7 @@ class _Counted(io.RawIOBase):
         return self._size, self._digest.hexdigest()
 
 
-def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.AbstractContextManager]) -> None:
+def _write_set(files: dict[str, Content], opened: Callable[[str], contextlib.AbstractContextManager[Sink]]) -> None:
     """Write the files and last their marker, each through the stream that `opened` gives for its name."""
     known = {}
     for file, content in files.items():
@@ -325,7 +335,7 @@ def reported(what: object, how: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = REMEDIES.get(error.errno, "put that right")
+        remedy = REMEDIES.get(error.errno or 0, "put that right")
         raise StorageFailed(f"Cannot {how} {what}: {_reason(error)}; {remedy}") from error
 
 

@@ -140,11 +140,11 @@ def score_table(title: str, scores: Mapping) -> Table:
     loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
     caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
+    if len(shown := lowest(scores["iou"])) < len(scores["iou"]):
+        caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
-    for name in (shown := lowest(scores["iou"])):
+    for name in shown:
         table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
-    if len(shown) < len(scores["iou"]):
-        table.caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
     table.add_section()
     table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
     return table

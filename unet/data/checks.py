@@ -101,7 +101,8 @@ _VARIANTS = _variants()
 
 def duplicates(samples: pa.Table) -> tuple[list[Problem], list[Problem]]:
     """Photos that stand under two names: (those to leave out, since they are in two splits; warnings)."""
-    left_out, warnings = [], []
+    left_out: list[Problem] = []
+    warnings: list[Problem] = []
     for same in _groups(samples, "photo"):
         same = sorted(same, key=lambda row: (KEPT_FIRST[row["split"]], row["name"]))
         first = same[0]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,10 @@ from unet.recipe.augment import flips, mirror
 
 KEEP_BYTES = 2**26
 """What a task reads at least of data that are kept: the start of one takes longer than reading a small chunk."""
+
+
+Pixels = tuple[np.ndarray, np.ndarray]
+"""Images, uint8 (N, S, S, 3), and masks, uint8 (N, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class WorkerShard:
 
     def reader(self) -> "Reader":
         """Open it in the worker."""
-        return _Kept(self) if self.stream is None else _Streamed(self)
+        return _Kept(self) if self.stream is None else _Streamed(self, self.stream)
 
 
 class Reader:
@@ -156,7 +161,7 @@ class Reader:
     def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def _gathered(self, split, epoch, first_step, chunks) -> Iterator[Batch]:
+    def _gathered(self, split: str, epoch: int, first_step: int, chunks: "Chunks") -> Iterator[Batch]:
         plan = self.ingest.plan(split, self.world_size)
         for step, shares in plan.shares(self.ingest.order(split, epoch), first_step):
             indices = shares[self.rank]
@@ -171,16 +176,18 @@ class _Kept(Reader):
             for split, refs in (self.ingest.kept or {}).items()
         }
 
-    def _batches(self, split, epoch, first_step):
+    def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         return self._gathered(split, epoch, first_step, self._chunks[split])
 
 
 class _Streamed(Reader):
-    def __init__(self, shard: WorkerShard):
+    def __init__(self, shard: WorkerShard, stream: ray.data.DataIterator):
         super().__init__(shard)
-        self._blocks = iter(shard.stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        whole_blocks: Any = None  # Ray takes it, and leaves it out of its types
+        blocks = stream.iter_batches(batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=2)
+        self._blocks: Iterator[pa.Table] = iter(blocks)
 
-    def _batches(self, split, epoch, first_step):
+    def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         size = self.ingest.image_size
         for step in range(first_step, self.ingest.plan(split, self.world_size).steps):
             block = next(self._blocks)
@@ -211,7 +218,7 @@ def keep(ingest: Ingest) -> Ingest:
     chunk_bytes = CHUNK * sample_bytes(ingest.image_size)
     together = max(1, KEEP_BYTES // chunk_bytes)
     chunks = {split: -(-ingest.samples[split] // CHUNK) for split in ("train", "val")}
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"split": split, "first": first, "last": min(count, first + together)}
         for split, count in chunks.items()
         for first in range(0, count, together)
@@ -229,9 +236,10 @@ def keep(ingest: Ingest) -> Ingest:
     numbers = [task["last"] - task["first"] for task in tasks]
     if len(blocks) != sum(numbers):
         raise RuntimeError(f"Ray Data gave {len(blocks)} blocks for {sum(numbers)} chunks.")
-    kept, blocks = {"train": [], "val": []}, iter(blocks)
+    kept: dict[str, list[ray.ObjectRef]] = {"train": [], "val": []}
+    left = iter(blocks)
     for task, number in zip(tasks, numbers, strict=True):
-        kept[task["split"]] += islice(blocks, number)
+        kept[task["split"]] += islice(left, number)
     return replace(ingest, kept=kept)
 
 
@@ -282,6 +290,12 @@ def _in_order(dataset: ray.data.Dataset) -> None:
     dataset.context.enable_progress_bars = False
 
 
+class Chunks(Protocol):
+    """The pixels of chunks by their place in the canonical order."""
+
+    def __getitem__(self, chunk: int, /) -> Pixels: ...
+
+
 class _LazyChunks:
     """Chunks read when a row is first asked for, and let go of when all the rows of them that are wanted were.
 
@@ -290,24 +304,25 @@ class _LazyChunks:
     """
 
     def __init__(self, prepared: Prepared, split: str, wanted: np.ndarray, check: bool = True):
-        self._split, self._size, self._read = split, prepared.manifest.image_size, {}
+        self._split, self._size = split, prepared.manifest.image_size
+        self._read: dict[int, Pixels] = {}
         self._load = prepared.read_checked if check else prepared.read_chunk
         self._left = dict(
             zip(*(found.tolist() for found in np.unique(wanted // CHUNK, return_counts=True)), strict=True)
         )
 
-    def __getitem__(self, chunk: int):
+    def __getitem__(self, chunk: int) -> Pixels:
         if chunk not in self._read:
             self._read[chunk] = _arrays(self._load(self._split, chunk), self._size)
         self._left[chunk] -= 1
         return self._read[chunk] if self._left[chunk] else self._read.pop(chunk)
 
 
-def _arrays(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(table: pa.Table, size: int) -> Pixels:
     return pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
 
 
-def _gather(indices: np.ndarray, chunks, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _gather(indices: np.ndarray, chunks: Chunks, size: int) -> Pixels:
     """The rows of canonical indices, copied out of their chunks; padding rows are black and ignored."""
     images = np.empty((len(indices), size, size, 3), np.uint8)
     masks = np.empty((len(indices), size, size), np.uint8)

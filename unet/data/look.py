@@ -128,7 +128,7 @@ def class_rows(samples: Samples, classes: Classes) -> list[dict]:
 
 def breed_rows(samples: Samples) -> list[dict]:
     """A row a breed, the most frequent first: its samples by split; none if no breed is known."""
-    found = defaultdict(Counter)
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for breed, split in zip(samples.breeds, samples.splits, strict=True):
         found[breed][split] += 1
     if not any(found):

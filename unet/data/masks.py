@@ -15,7 +15,7 @@ from unet.classes import COLOUR, IGNORE, UNKNOWN, Labels, Reading
 from unet.data.pictures import Picture, Unusable
 from unet.data.sources.description import spelled
 
-CHANNELS = ("red", "green", "blue")
+CHANNELS: tuple[Reading, ...] = ("red", "green", "blue")
 """Readings that are taken where `dataset.yaml` names them only: a colour's channels fit too easily."""
 WORDS = {
     **{"index": "palette indices or stored numbers", "grey": "grey values", "colour": "colours"},
@@ -185,12 +185,12 @@ def _codes(mask: Picture, image: Image.Image) -> tuple[Codes, list[str]]:
     """A mask's codes and their readings, and what was done to get them."""
     if image.mode == "P":
         used = np.flatnonzero(image.histogram())
-        return Codes(image, used, {"index": used} | _readings(_palette(image, used))), []
+        return Codes(image, used, {"index": used, **_readings(_palette(image, used))}), []
     if image.mode in ("1", "L"):
         image = image.convert("L") if image.mode == "1" else image
         used = np.flatnonzero(image.histogram())
         stored = np.rint(used * (min(mask.white, 255) / 255)).astype(np.int64)
-        return Codes(image, used, {"index": stored} | _readings(_grey(used))), []
+        return Codes(image, used, {"index": stored, **_readings(_grey(used))}), []
     if image.mode.startswith("I"):
         used = np.unique(np.asarray(image)).astype(np.int64)
         stored = np.rint(used * (mask.white / 65535)).astype(np.int64) if mask.format == "PPM" else used
@@ -244,7 +244,7 @@ def _palette(image: Image.Image, used: np.ndarray) -> np.ndarray:
     """The colours of some of a palette's places, int64 (K, 4), as Pillow shows them."""
     row = Image.new("P", (len(used), 1))
     row.putdata(used.tolist())
-    row.putpalette(image.getpalette("RGBA"), "RGBA")
+    row.putpalette(image.getpalette("RGBA") or [], "RGBA")
     row.info = image.info  # which may hold what of it is transparent
     return np.asarray(row.convert("RGBA"))[0].astype(np.int64)
 
@@ -253,7 +253,7 @@ def _readings(colours: np.ndarray) -> dict[Reading, np.ndarray]:
     """What colours, int64 (K, 4) of red, green, blue and alpha, can say."""
     red, green, blue, alpha = colours.T
     is_grey = (red == green).all() and (green == blue).all()
-    found = {"grey": red} if is_grey else {"red": red, "green": green, "blue": blue}
+    found: dict[Reading, np.ndarray] = {"grey": red} if is_grey else {"red": red, "green": green, "blue": blue}
     found["colour"] = COLOUR + red * 2**16 + green * 2**8 + blue
     if (alpha != 255).any():
         found["alpha"] = alpha

@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from unet.data.sources import SUFFIXES
 
@@ -88,10 +90,8 @@ def open_picture(path: str, read: Callable[[str], bytes] = file_content) -> Pict
     image.load()
     stored = image.transpose(UPRIGHT[OPPOSITE.get(turned, turned)]) if turned > 1 else image
     orientation = turned if image.format == "TIFF" else _orientation(image)
-    frames = getattr(image, "n_frames", 1)
-    return Picture(
-        stored, Path(path).name, image.format, frames, orientation, white, white_is_zero, _lossy(image, content)
-    )
+    kind, frames = image.format or "", getattr(image, "n_frames", 1)
+    return Picture(stored, Path(path).name, kind, frames, orientation, white, white_is_zero, _lossy(image, content))
 
 
 @cache
@@ -113,11 +113,11 @@ def _orientation(picture: Image.Image) -> int:
     return found if found in UPRIGHT else 1
 
 
-def _white(image: Image.Image, content: bytes) -> tuple[int, bool]:
+def _white(image: ImageFile, content: bytes) -> tuple[int, bool]:
     """The number that is stored for white, and whether 0 is, before the pixels are loaded."""
     if image.format == "PNG":
         return 2 ** content[24] - 1, False
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         bits, white_is_zero = image.tag_v2.get(258, (1,)), image.tag_v2.get(262) == 0
         return 2 ** max(bits) - 1, white_is_zero
     if image.format == "PPM" and image.mode != "F":
@@ -127,17 +127,17 @@ def _white(image: Image.Image, content: bytes) -> tuple[int, bool]:
     return (1 if image.mode == "1" else 255), False
 
 
-def _lossy(image: Image.Image, content: bytes) -> str:
+def _lossy(image: ImageFile, content: bytes) -> str:
     if image.format in LOSSLESS or (image.format == "WEBP" and b"VP8 " not in set(_chunks(content, 12))):
         return ""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         compression = image.tag_v2.get(259, 1)
         return "" if compression in LOSSLESS_TIFF else f"a TIFF with lossy compression ({compression})"
     return {
         "JPEG": "a JPEG",
         "MPO": "a JPEG",
         "WEBP": "a lossy WebP",
-    }.get(image.format, f"{image.format}, which does not tell whether it was saved lossily")
+    }.get(image.format or "", f"{image.format}, which does not tell whether it was saved lossily")
 
 
 def _chunks(content: bytes, start: int) -> Iterator[bytes]:

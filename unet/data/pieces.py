@@ -152,7 +152,7 @@ def _facts(sample: Sample, decoded: decode.Decoded, image: np.ndarray, mask: np.
 
 def _content(decoded: decode.Decoded, pixels: np.ndarray) -> bytes:
     found = hashlib.sha256(f"{decoded.height}x{decoded.width}".encode())
-    found.update(pixels)
+    found.update(pixels.data)
     return found.digest()
 
 

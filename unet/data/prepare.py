@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -202,7 +203,7 @@ class _Preparation:
         work, target = self.place.work, self.place.shards
         shards = [shard for split in SPLITS for shard in _cut_files(kept, split, self.recipe.shards)]
         task, recipe = ray.remote(num_cpus=1)(write_shard), ray.put(self.recipe)
-        digests = {}
+        digests: dict[str, str] = {}
         for index, digest in _each((task, shard, recipe, work.uri, target.uri) for shard in shards):
             digests[shards[index].file] = digest
             self.progress("writing shards", len(digests), len(shards))
@@ -298,10 +299,10 @@ def _of_split(samples: pa.Table, split: str) -> pa.Table:
     return samples.filter(pa.compute.equal(samples["split"], split))
 
 
-def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
+def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, Any]]:
     """(number of the call, its result) as the tasks end, with a few more begun than there are CPUs."""
     ahead = int(2 * ray.cluster_resources().get("CPU", 1)) + 1
-    running = {}
+    running: dict[ray.ObjectRef, int] = {}
     for number, (task, *arguments) in enumerate(calls):
         running[task.remote(*arguments)] = number
         if len(running) >= ahead:
@@ -310,7 +311,7 @@ def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
         yield _next(running)
 
 
-def _next(running: dict) -> tuple[int, object]:
+def _next(running: dict[ray.ObjectRef, int]) -> tuple[int, Any]:
     (done,), _ = ray.wait(list(running))
     try:
         return running.pop(done), ray.get(done)

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet.classes import Classes, ClassInfo
+from unet.config import Resize
 from unet.data.order import CHUNK, sample_bytes
 from unet.data.plain import open_parquet
 from unet.errors import InputError, first_line
@@ -40,8 +41,8 @@ def sample_digest(name: str, split: str, image: np.ndarray, mask: np.ndarray) ->
     """sha256 of a sample's name, split, shape and pixels; image uint8 (S, S, 3), mask uint8 (S, S)."""
     header = f"{name}\0{split}\0{'x'.join(map(str, image.shape))}\0"
     found = hashlib.sha256(header.encode())
-    found.update(np.ascontiguousarray(image))
-    found.update(np.ascontiguousarray(mask))
+    found.update(np.ascontiguousarray(image).data)
+    found.update(np.ascontiguousarray(mask).data)
     return found.digest()
 
 
@@ -94,7 +95,7 @@ class Manifest:
     """
 
     image_size: int
-    resize: str
+    resize: Resize
     classes: list[str]
     colours: list[list[int]]
     counts: dict[str, int]
@@ -121,7 +122,7 @@ class Manifest:
     def class_infos(self) -> Classes:
         """The classes with their colours."""
         pairs = zip(self.classes, self.colours, strict=True)
-        return tuple(ClassInfo(name, tuple(colour)) for name, colour in pairs)
+        return tuple(ClassInfo(name, (red, green, blue)) for name, (red, green, blue) in pairs)
 
     def to_json(self) -> str:
         """With `manifest_digest`, the sha256 of all the rest, so that no edit goes unseen."""
@@ -210,7 +211,8 @@ class Prepared:
         return {split: self._chunks_of(split) for split in SPLITS}
 
     def _chunks_of(self, split: str) -> list[tuple[str, int]]:
-        files, groups, found = self.manifest.files[split], Counter(), []
+        files, found = self.manifest.files[split], []
+        groups: Counter[int] = Counter()
         for number in files_of_chunks(self.count(split), len(files)):
             found.append((files[number], groups[number]))
             groups[number] += 1

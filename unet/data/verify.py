@@ -55,9 +55,10 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
         yield from _samples(Prepared(folder, manifest), changed, progress)
 
 
-def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[Damage]:
+def _samples(prepared: Prepared, changed: dict[str, str], progress: Progress) -> Iterator[Damage]:
     """The samples whose pixels are not those of their digest."""
-    manifest, found, seen = prepared.manifest, {}, 0
+    manifest, seen = prepared.manifest, 0
+    found: dict[str, bytes] = {}
     for split in SPLITS:
         files = manifest.files[split]
         owners = [files[file] for file in files_of_chunks(manifest.counts[split], manifest.shards)]

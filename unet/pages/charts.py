@@ -23,7 +23,8 @@ class Axis(NamedTuple):
         """An axis over values, of which None counts for nothing, in about so many steps of at least `least`."""
         found = [value for value in values if value is not None] or [0.0, 1.0]
         span = max(max(found) - min(found), 1e-3)
-        step = max(float(STEPS[min(np.searchsorted(STEPS, span / steps), len(STEPS) - 1)]), least)
+        place = min(int(np.searchsorted(STEPS, span / steps)), len(STEPS) - 1)
+        step = max(float(STEPS[place]), least)
         low, high = (
             float(edge(value / step)) * step for edge, value in ((np.floor, min(found)), (np.ceil, max(found)))
         )

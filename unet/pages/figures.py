@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ABSENT, DPI = "–", 130
 INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
-LEGEND = {"frameon": False, "fontsize": 10, "labelcolor": INK}
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 
 
 def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], path: str | Path) -> Path:
@@ -32,14 +32,14 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
     are thin lines without names.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     if not history:
         raise ValueError("There are no epochs to draw: the history is empty. Train for at least one epoch.")
     many = len(classes) > MANY
     rows = 1 if many else math.ceil((len(classes) + 1) / 8)
-    figure = Figure(figsize=(13, 4.1 + 0.24 * rows), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
+    figure = Figure(figsize=(13, 4.1 + 0.24 * rows), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1))
     loss, iou, dice = panels = figure.subplots(1, 3)
     # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
     style = {"linewidth": 1.8} | ({"marker": "o", "markersize": 3.5} if len(history) <= 25 else {})
@@ -120,10 +120,10 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path:
     for (row, column), share in np.ndenumerate(shares):
         # White and ink read equally well on the blue of 0.6; shares that round to nothing step back.
         colour = "white" if share > 0.6 else INK if share >= 0.005 else QUIET
-        upper, lower = cell_text(confusion[row, column], totals[row])
+        upper, lower = cell_text(int(confusion[row, column]), int(totals[row]))
         axes.text(column, row, upper, ha="center", va="bottom" if lower else "center", color=colour, size=share_size)
         axes.text(column, row + 0.1, lower, ha="center", va="top", color=colour, size=pixel_size)
-    tilt = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    tilt: dict[str, Any] = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(count), names, fontsize=name_size, color=INK, **tilt)
     axes.set_yticks(range(count), names, fontsize=name_size, color=INK)
     for draw in (axes.hlines, axes.vlines):
@@ -192,7 +192,7 @@ def gallery(
         handleheight=1.1,
         **LEGEND,
     )
-    stretch = {"extent": (0, width, height, 0), "interpolation": "lanczos"}
+    stretch: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "lanczos"}
     for sample, (photo, name, caption) in enumerate(zip(images, names, captions, strict=True)):
         row, place = divmod(sample, abreast)
         # Under the masks the photo is grey and pale: a ginger cat must not pass for the colour of its class.
@@ -223,7 +223,8 @@ def gallery(
 
 def _most_frequent(classes: Sequence[ClassInfo], truth: np.ndarray, predicted: np.ndarray) -> list[ClassInfo]:
     """The classes with most pixels in the masks, at most `MANY`, in the order of their ids."""
-    pixels = sum(np.bincount(masks.reshape(-1), minlength=IGNORE + 1) for masks in (truth, predicted))[: len(classes)]
+    every = np.concatenate([truth, predicted], axis=None)
+    pixels = np.bincount(every, minlength=IGNORE + 1)[: len(classes)]
     return [classes[i] for i in sorted(np.argsort(-pixels, kind="stable")[:MANY]) if pixels[i]]
 
 
@@ -231,7 +232,8 @@ def lowest(scores: Mapping[str, float | None]) -> list[str]:
     """The names of the classes that a table shows: all, or of more than `MANY` the lowest `MANY`, the lowest first."""
     if len(scores) <= MANY:
         return list(scores)
-    return sorted((name for name, score in scores.items() if score is not None), key=scores.get)[:MANY]
+    measured = {name: score for name, score in scores.items() if score is not None}
+    return sorted(measured, key=measured.__getitem__)[:MANY]
 
 
 def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
@@ -283,7 +285,9 @@ def calm(axes: Axes, title: str) -> None:
     axes.tick_params(length=0, labelsize=10, labelcolor=QUIET, pad=6)
 
 
-def unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, ...]:
+def unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, float, float]:
     """Return `colour` in 0..1; `on_white` darkens a light one just enough for a thin line on paper."""
     bright = np.dot(colour, (0.2126, 0.7152, 0.0722)) / 255
-    return tuple(channel / 255 * (min(1, 0.68 / max(bright, 0.01)) if on_white else 1) for channel in colour)
+    darker = min(1.0, 0.68 / max(bright, 0.01)) if on_white else 1.0
+    red, green, blue = (channel / 255 * darker for channel in colour)
+    return red, green, blue

@@ -9,10 +9,11 @@ import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import h5py
 import numpy as np
+
+from unet.storage import Sink
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,7 +49,7 @@ def optimizer_shapes(weights: Shapes) -> Shapes:
     return {f"optimizer/{i:03d}": shape for i, shape in enumerate(slots)} | {"loss_scale": (), "good_steps": ()}
 
 
-def write_weights(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+def write_weights(stream: Sink, arrays: dict[str, np.ndarray]) -> None:
     """Arrays by path as an HDF5 file, which Keras' `load_weights` reads too."""
     image = io.BytesIO()  # HDF5 writes back and forth
     with h5py.File(image, "w") as file:
@@ -82,7 +83,7 @@ def read_weights(content: bytes, shapes: Shapes) -> Iterator[np.ndarray]:
             yield found[()]
 
 
-def write_arrays(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(stream: Sink, arrays: dict[str, np.ndarray]) -> None:
     """Arrays by name as an NPZ file."""
     np.savez(stream, **arrays)
 

@@ -79,7 +79,8 @@ def archives(folder: Path, val_fraction: float) -> Source:
                 source.left_out.append(Problem(printable(name), *problem, split=split))
                 continue
             seen[name] = official
-            source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
+            image, mask = _paths(folder, name)
+            source.samples.append(Sample(name, split, name.rpartition("_")[0], str(image), str(mask)))
         if lines and len(seen) == before:
             refuse_unmatched(listing, lines, [path.stem for path in (folder / "images").glob("*.jpg")], "images/")
     if not seen:

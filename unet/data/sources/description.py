@@ -141,8 +141,9 @@ def spelled(value: int) -> str:
 def _values(name: str, given: Any) -> list[int]:
     """The mask values of a class: numbers, or colours as `unet.classes` packs them."""
     several = given if isinstance(given, list) else [given]
-    found = [_value(value) for value in several]
-    if not found or None in found:
+    known = [_value(value) for value in several]
+    found = [value for value in known if value is not None]
+    if not known or len(found) < len(known):
         turned = (
             f"; write the name first, as in `{given}: {name}`" if isinstance(given, str) and name.isdecimal() else ""
         )

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -72,7 +72,7 @@ def export_in_task(
         InputError: as `export`.
     """
     network = {name: value for name, value in os.environ.items() if name.upper() in NETWORK}
-    task = ray.remote(
+    task = ray.remote(  # type: ignore[call-overload]  # its types know no strategy that names a node
         num_cpus=0,  # never waits for CPUs of the one node where the paths surely mean the same
         max_calls=1,
         max_retries=0,
@@ -83,7 +83,8 @@ def export_in_task(
     try:
         return _follow(map(ray.get, steps), progress)
     except InputError as error:
-        raise InputError(str(error.cause)) from None  # without the traceback of the task
+        # Ray's own subclass, whose text is the traceback of the task.
+        raise InputError(str(getattr(error, "cause", error))) from None
 
 
 def _follow(steps: Iterable, progress: Progress) -> Exported:
@@ -142,12 +143,13 @@ def _build(builder_class, cache: Path, source_dir: Path | None):
     return builder
 
 
-def _write(builder, target: Path) -> Iterator[tuple[int, int]]:
+def _write(builder, target: Path) -> Generator[tuple[int, int], None, set[str]]:
     """Write all records; the progress is yielded, the names are returned."""
     import tensorflow_datasets
 
     skip = tensorflow_datasets.decode.SkipDecoding()
-    total, names = sum(builder.info.splits[split].num_examples for split in LISTS), set()
+    names: set[str] = set()
+    total = sum(builder.info.splits[split].num_examples for split in LISTS)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=target.parent) as scratch:
         folder = Path(scratch) / "pets"
