@@ -25,6 +25,7 @@ from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
+from unet.borders import near_border
 from unet.cluster.planner import Node
 from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
@@ -35,7 +36,7 @@ from unet.evaluation import intervals, outcome, scorer, tables
 from unet.evaluation import output as place
 from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.pool import Pool, plan_pool, reduced
-from unet.evaluation.records import near_border, record_schema
+from unet.evaluation.records import record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from unet.classes import IGNORE, MANY, ClassInfo
+from unet.pages.pictures import STRIPES, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,7 +174,8 @@ def gallery(
     named = classes if len(classes) <= MANY else _most_frequent(classes, truth, predicted)
     legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
     if (truth == IGNORE).any():
-        legend.append(Patch(facecolor="#8d8d8d", edgecolor="#c9c9c9", hatch="/////", linewidth=0, label="ignored"))
+        dark, light = map(unit, STRIPES)
+        legend.append(Patch(facecolor=dark, edgecolor=light, hatch="/////", linewidth=0, label="ignored"))
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
     abreast = 2 if count > 4 else 1
     side, gap, gutter, margin = 2.5, 0.07, 0.35, 0.2
@@ -192,11 +195,9 @@ def gallery(
         handleheight=1.1,
         **LEGEND,
     )
-    stretch: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "lanczos"}
+    extent = (0, width, height, 0)
     for sample, (photo, name, caption) in enumerate(zip(images, names, captions, strict=True)):
         row, place = divmod(sample, abreast)
-        # Under the masks the photo is grey and pale: a ginger cat must not pass for the colour of its class.
-        pale = 60 + 0.75 * photo @ (0.299, 0.587, 0.114)
         panels = ("photo", None, name), ("truth", truth[sample], ""), ("prediction", predicted[sample], caption)
         for column, (title, mask, note) in enumerate(panels):
             corner = (margin + place * block + column * (side + gap), page[1] - head - row * row_height - tall)
@@ -214,9 +215,10 @@ def gallery(
                 color=INK,
                 linespacing=1.35,
             )
-            axes.imshow(photo if mask is None else pale, cmap="gray", vmin=0, vmax=255, **stretch)
-            if mask is not None:
-                axes.imshow(_tint(mask, classes), extent=stretch["extent"])
+            if mask is None:
+                axes.imshow(photo, extent=extent, interpolation="lanczos")
+            else:
+                axes.imshow(_panel(photo, mask, classes), extent=extent)
     figure.savefig(path, format="png")
     return Path(path)
 
@@ -262,21 +264,12 @@ def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]
     return [record["epoch"] for record in records], [record[key] for record in records]
 
 
-def _tint(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
-    """Return uint8 RGBA of `mask`, uint8 (H, W), enlarged so that borders and stripes are finer than its pixels."""
+def _panel(photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
+    """A mask over its photo, uint8 RGB, enlarged so that borders and stripes are finer than the mask's pixels."""
     scale = max(1, round(640 / max(mask.shape)))
     mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    palette = np.full((256, 4), 141, np.uint8)
-    palette[: len(classes), :3] = [item.colour for item in classes]
-    palette[IGNORE, 3] = 225
-    tint = palette[mask]
-    tint[(mask == IGNORE) & (np.add.outer(*map(np.arange, mask.shape)) // 8 % 2 == 0), :3] = 201
-    # A solid border keeps a region sharp where its translucent colour would melt into the photo.
-    for axis in (0, 1):
-        lines, borders = mask.swapaxes(0, axis), tint.swapaxes(0, axis)
-        changes = lines[1:] != lines[:-1]
-        borders[1:][changes, 3] = borders[:-1][changes, 3] = 255
-    return tint
+    grey = Image.fromarray(photo).convert("L").resize(mask.shape[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(overlay(np.asarray(grey), mask, classes, edged=True))
 
 
 def calm(axes: Axes, title: str) -> None:
