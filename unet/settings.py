@@ -36,9 +36,15 @@ Device = Literal["auto", "cpu", "gpu"]
 
 
 class SettingsGroup(BaseModel):
-    """A group of settings: unknown names are refused, and nothing changes after the door."""
+    """A group of settings: unknown names are refused, and nothing changes once they are parsed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():
+            if field.description:  # as one line: the command line would keep some of its breaks
+                field.description = " ".join(field.description.split())
 
     def __init__(self, **values):
         try:
@@ -158,7 +164,8 @@ def sentence(error: ValidationError) -> str:
     if first["loc"] and not message.startswith("--"):
         flag = "--" + str(first["loc"][-1]).replace("_", "-")
         value = first.get("input")
-        message = f"{flag} {value}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
+        shown = repr(value) if isinstance(value, str) and not value.strip() else value
+        message = f"{flag} {shown}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
     return message + "."
 
 

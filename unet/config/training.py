@@ -1,19 +1,20 @@
-"""What a run is."""
+"""The settings of a training run."""
 
 import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.common import CommandSettings, RegisteredName, StoreSettings
+from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
+from unet.config.fields import RegisteredName
 from unet.settings import Device, SettingsGroup, parse_interval
 
 FENCING_TOKEN = ".fencing-token"
-"""What the workers under way may write into a run's folder by."""
+"""File with the token that lets the current group of workers write into a run's folder."""
 
 AUTO = "auto"
-"""The precision that is chosen when the run begins, by what its machines have."""
+"""The precision is chosen when the run starts, by what its machines compute fast."""
 Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
 
 
@@ -23,53 +24,53 @@ class ModelSettings(SettingsGroup):
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
     """Filters of the first block; each level below doubles them."""
     depth: Annotated[int, Field(ge=1, le=7)] = 4
-    """Number of poolings."""
+    """Number of pooling steps, each of which halves the picture's sides."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of activations dropped after each pooling and concatenation."""
+    """Share of activations dropped after each pooling and each concatenation."""
 
 
 class TrainingSettings(SettingsGroup):
-    """How it learns."""
+    """How the network learns."""
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training samples."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """The global batch, divided among the workers."""
+    """Samples in a global batch, which is divided among the workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of Adam."""
+    """Learning rate of the Adam optimizer."""
     precision: Precision = "auto"
-    """Of the training step; auto: bfloat16 where every worker's processor or GPU computes it fast, float16 where every
-    GPU computes that, else float32. Scores are always taken in float32."""
+    """Precision of the training step. auto: bfloat16 if every worker's processor or GPU computes it fast, float16 if
+    every GPU computes that, else float32. Scores are always computed in float32."""
     clip_norm: Annotated[float | None, Field(gt=0)] = None
-    """Clip the summed gradient to this global norm."""
+    """Clip the summed gradient to this global norm. None: no clipping."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is not finite: stop the run, or pass over the step."""
+    """What to do when a loss or gradient is not finite: stop the run, or skip the step."""
     patience: Annotated[int | None, Field(ge=1)] = None
-    """Stop after so many epochs without a better val mean IoU. Default: never."""
+    """Stop after this many epochs without a better val mean IoU. None: never."""
     grad_shards: Annotated[int, Field(ge=1)] = 1
-    """Sum the gradient of so many equal parts of the batch in a fixed order: with 2 and one thread a worker, one
-    worker and two give the same numbers."""
+    """Split each batch into this many equal parts and sum their gradients in a fixed order. With 2 parts and one
+    thread per worker, one worker and two give the same numbers."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of initial weights, order, flips and dropout."""
+    """Seed of initial weights, sample order, flips and dropout."""
 
 
 class ComputeSettings(SettingsGroup):
-    """What it runs on."""
+    """What the training runs on."""
 
     num_workers: int | str = 1
-    """Training processes; each takes an equal share of every batch. 1:4 is elastic: begin with what is free, give up
-    workers that are lost, take more when there is room."""
+    """Number of training processes; each takes an equal share of every batch. A range such as 1:4 is elastic: start
+    with what is free, go on without workers that are lost, add workers when there is room."""
     threads: Annotated[int | None, Field(ge=1)] = None
-    """TensorFlow threads a worker. Default: the cores it really has."""
+    """TensorFlow threads per worker. None: as many as it really has cores."""
     device: Device = "auto"
-    """auto: a GPU for each worker where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
-    GPU."""
+    """auto: a GPU for each worker if the cluster has enough, else CPUs. gpu: refuse to start without enough GPUs. cpu:
+    use no GPU."""
     deterministic: bool = False
-    """Let TensorFlow use only operations that repeat bit for bit: GPUs need it for that and are slower, CPUs do not."""
+    """Use only TensorFlow operations that repeat bit for bit. It slows GPUs down; CPUs repeat without it."""
     max_failures: Annotated[int, Field(ge=0)] = 5
-    """Start lost workers again at most so often in a row without a new checkpoint."""
+    """Restart lost workers at most this many times in a row without a new checkpoint."""
     step_timeout: str = "10m"
-    """Start the workers again when no step or batch of scoring has ended for so long; 10m is minutes."""
+    """Restart the workers when no training step and no scoring batch has ended for this long; 10m is ten minutes."""
 
     @field_validator("num_workers")
     @classmethod
@@ -77,14 +78,14 @@ class ComputeSettings(SettingsGroup):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise ValueError(f"--num-workers {value} is no number of workers: give 2, or 1:2 for one to two")
+            raise ValueError(f"--num-workers {value} is not a number of workers: write 2, or 1:2 for one to two")
         return int(value) if least == most else str(value)
 
     @field_validator("step_timeout")
     @classmethod
     def _is_minutes(cls, value):
         if parse_interval(value)[0] != "seconds":
-            raise ValueError(f"--step-timeout {value} is no time: 10m means ten minutes")
+            raise ValueError(f"--step-timeout {value} is not a duration: write 10m for ten minutes")
         return value
 
     @property
@@ -101,28 +102,29 @@ class ComputeSettings(SettingsGroup):
 
 
 class RunSettings(StoreSettings):
-    """Where it goes."""
+    """The run, and where its results go."""
 
     run_name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = None
-    """Default: the time. The same name with the same settings continues the run."""
+    """Name of the run; with the same settings, an existing name continues that run. None: the current time."""
     resume: str | None = None
-    """Continue this run, with the settings it was started with."""
+    """Continue this run with the settings it was started with."""
     sync: str | None = None
-    """Train nothing: send what MLflow lacks of this run, which has ended."""
+    """Train nothing; send MLflow what it lacks of this run, which has ended."""
     checkpoint_every: str | None = "10m"
-    """Save inside an epoch too: 200 is steps, 10m minutes, None never. Each epoch's end is saved in any case."""
+    """Also save within an epoch: 200 means every 200 steps, 10m every ten minutes, None never. The end of each epoch is
+    always saved."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """How many of the best checkpoints stay; the last one always does."""
+    """How many of the best checkpoints to keep; the latest is always kept."""
     experiment: str = "unet-pets"
-    """MLflow experiment."""
-    register: RegisteredName = None
-    """Register the model in MLflow under this name; it becomes the champion if it is better on val."""
+    """Name of the MLflow experiment."""
+    register: RegisteredName | None = None
+    """Register the model in MLflow under this name; it becomes the champion if it scores better on val."""
 
     @field_validator("run_name")
     @classmethod
     def _is_free(cls, value):
         if value in ("data", "mlartifacts", "mlflow.db"):
-            raise ValueError(f"--run-name {value} is a name that the storage path keeps for itself")
+            raise ValueError(f"--run-name {value} is a name that the storage path needs itself: choose another")
         return value
 
     @field_validator("checkpoint_every")
@@ -141,7 +143,9 @@ class RunSettings(StoreSettings):
     @model_validator(mode="after")
     def _remote_needs_server(self):
         if "://" in self.storage_path and not self.tracking_uri:
-            raise ValueError("--storage-path in an object store needs --tracking-uri: sqlite cannot live there")
+            raise ValueError(
+                "--storage-path in an object store needs --tracking-uri: the default, SQLite, needs a local disk"
+            )
         return self
 
 
@@ -161,7 +165,7 @@ class TrainSettings(SettingsGroup):
         compute, shards, batch = self.compute, self.training.grad_shards, self.training.batch_size
         if compute.most_workers > batch:
             raise ValueError(
-                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some would have no sample"
+                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some workers would be idle"
             )
         ends = (compute.least_workers, compute.most_workers)
         if shards > 1 and (any(shards % workers for workers in ends) or batch % shards):
@@ -178,7 +182,7 @@ class TrainSettings(SettingsGroup):
 
     @property
     def worker_counts(self) -> list[int]:
-        """How many workers there may be, in growing order: with micro-shards only numbers that divide them."""
+        """The allowed numbers of workers, in growing order: with gradient shards only those that divide them."""
         shards = self.training.grad_shards
         allowed = range(self.compute.least_workers, self.compute.most_workers + 1)
         return [workers for workers in allowed if shards == 1 or shards % workers == 0]
@@ -192,7 +196,7 @@ MAY_CHANGE = frozenset(
         *("register", "config", "debug"),
     )
 )
-"""Settings that may change when a run continues (its data are compared by their digest)."""
+"""Settings that may change when a run continues; its data are compared by their digest."""
 
 
 def check_image_size(image_size: int, depth: int) -> None:
@@ -205,4 +209,6 @@ def check_image_size(image_size: int, depth: int) -> None:
     if image_size % multiple:
         below = image_size // multiple * multiple
         fits = " and ".join(str(s) for s in (below, below + multiple) if s)
-        raise ValueError(f"--image-size {image_size} is not a multiple of {multiple} (2**depth): nearest are {fits}")
+        raise ValueError(
+            f"--image-size {image_size} is not a multiple of {multiple} (2**depth): the nearest are {fits}"
+        )
