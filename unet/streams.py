@@ -10,7 +10,10 @@ import os
 import select
 import sys
 
-PLAIN = {"·": "-", "–": "-", "—": "-", "─": "-", "…": "...", "×": "x", "→": "->", "“": '"', "”": '"', "’": "'"}
+PLAIN = {
+    **{"·": "-", "–": "-", "—": "-", "─": "-", "−": "-", "…": "...", "×": "x", "→": "->"},
+    **{"“": '"', "”": '"', "’": "'", "\N{NO-BREAK SPACE}": " "},
+}
 """What is printed for a sign that the stream's encoding does not have; for others a question mark."""
 ERRORS = "unet.plain"
 """The name by which streams take `PLAIN`."""

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
-from unet.pages.figures import ABSENT, lowest
+from unet.pages.figures import lowest
+from unet.pages.numbers import duration, percent, score, speed
 from unet.progress import Live
 from unet.secrets import without_secrets
 
@@ -51,8 +52,8 @@ class Display:
         self._progress(f"{what}  {done:,}/{total:,}" if total else what, last=done == total)
 
     def scoring(self, done: int, total: int, images_per_second: float | None) -> None:
-        speed = f" · {images_per_second:.1f} images/s" if images_per_second else ""
-        self._progress(f"scoring  {done:,}/{total:,} images{speed}", last=done == total)
+        pace = f" · {speed(images_per_second)}" if images_per_second else ""
+        self._progress(f"scoring  {done:,}/{total:,} images{pace}", last=done == total)
 
     def problems(self, manifest) -> None:
         """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""
@@ -70,14 +71,14 @@ class Display:
         if live.phase != "test":
             parts.insert(0, f"epoch {live.epoch}/{epochs}")
         if live.images_per_second is not None:
-            parts.append(f"{live.images_per_second:.1f} images/s")
+            parts.append(speed(live.images_per_second))
         if live.loss is not None:
-            parts.append(f"loss {live.loss:.4f}")
+            parts.append(f"loss {score(live.loss)}")
         if live.seconds_per_step is not None and live.phase == "train":
             steps = live.steps - live.step + (epochs - live.epoch) * live.steps
             parts.append(f"{duration(steps * live.seconds_per_step)} left")
         if live.data_wait_fraction is not None:  # last: a narrow terminal cuts here
-            parts.append(f"data wait {live.data_wait_fraction:.0%}")
+            parts.append(f"data wait {percent(live.data_wait_fraction, 0)}")
         self._progress(" · ".join(parts))
 
     def waiting(self, text: str) -> None:
@@ -96,10 +97,10 @@ class Display:
     def epoch(self, record: dict, epochs: int, classes: Classes) -> None:
         parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
         for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
-            parts.append(f"{label} {_number(record.get(key))}")
-        parts += [f"{name} {_number(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
+            parts.append(f"{label} {score(record.get(key))}")
+        parts += [f"{name} {score(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
         if "images_per_second" in record:
-            parts.append(f"{record['images_per_second']:.1f} images/s")
+            parts.append(speed(record["images_per_second"]))
         best = record.get("best_epoch") == record["epoch"]
         self._printed = time.monotonic()
         self.say("  ".join(parts) + ("  *best" if best else ""), "bold" if best else None)
@@ -115,16 +116,6 @@ def names_in_line(classes: Classes) -> list[str]:
     return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def score_table(title: str, scores: Mapping) -> Table:
     """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
 
@@ -134,17 +125,14 @@ def score_table(title: str, scores: Mapping) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    def four(value: float | None) -> str:
-        return ABSENT if value is None else f"{value:.4f}"
-
-    loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
-    caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
+    loss = f" · loss {score(scores['loss'])}" if "loss" in scores else ""
+    caption = f"accuracy {score(scores['accuracy'])}{loss}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
     if len(shown := lowest(scores["iou"])) < len(scores["iou"]):
         caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
     for name in shown:
-        table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
+        table.add_row(name, score(scores["iou"][name]), score(scores["dice"][name]))
     table.add_section()
-    table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
+    table.add_row("mean", score(scores["mean_iou"]), score(scores["mean_dice"]), style="bold")
     return table

@@ -16,8 +16,9 @@ from PIL import Image
 from unet.classes import Classes
 from unet.data.resize import Resize, box_of
 from unet.data.shards import SPLITS, Manifest, Prepared
+from unet.pages.numbers import percent, signed
 from unet.pages.pictures import data_uri, outlines, relative
-from unet.pages.render import percent, render, signed
+from unet.pages.render import render
 
 SHEET = {"train": 12, "val": 6, "test": 6}
 """Pictures of the contact sheet by split."""

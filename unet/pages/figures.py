@@ -16,12 +16,13 @@ import numpy as np
 from PIL import Image
 
 from unet.classes import IGNORE, MANY, ClassInfo
+from unet.pages.numbers import cell_text, score
 from unet.pages.pictures import STRIPES, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ABSENT, DPI = "–", 130
+DPI = 130
 INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 
@@ -134,22 +135,6 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path:
     return Path(path)
 
 
-def cell_text(pixels: int, row_total: int) -> tuple[str, str]:
-    """Return a cell's share of its row and its pixels, such as ("91.2 %", "1.2 M"); a row without pixels is "–"."""
-    if row_total == 0:
-        return ABSENT, ""
-    share = f"{100 * pixels / row_total:.1f} %"
-    # Rounding must not turn a few pixels into none, nor nearly all into all.
-    if 0 < pixels < row_total:
-        share = {"0.0 %": "<0.1 %", "100.0 %": ">99.9 %"}.get(share, share)
-    number, units = float(pixels), ["", " k", " M", " G"]
-    # 999.5 would print as 1000, so it already belongs to the next unit.
-    while number >= 999.5 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return share, f"{number:.{1 if units[0] and number < 9.95 else 0}f}{units[0]}"
-
-
 def gallery(
     images: np.ndarray,
     truth: np.ndarray,
@@ -234,7 +219,7 @@ def lowest(scores: Mapping[str, float | None]) -> list[str]:
     """The names of the classes that a table shows: all, or of more than `MANY` the lowest `MANY`, the lowest first."""
     if len(scores) <= MANY:
         return list(scores)
-    measured = {name: score for name, score in scores.items() if score is not None}
+    measured = {name: value for name, value in scores.items() if value is not None}
     return sorted(measured, key=measured.__getitem__)[:MANY]
 
 
@@ -249,9 +234,7 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
     """Return "pet 0.91 · background 0.96 · outline –"; with more than four classes, absent ones are left out."""
     scores = zip(classes, image_iou(truth, predicted, len(classes)), strict=True)
     parts = [
-        f"{item.name} {ABSENT if score is None else f'{score:.2f}'}"
-        for item, score in scores
-        if score is not None or len(classes) <= 4
+        f"{item.name} {score(value, digits=2)}" for item, value in scores if value is not None or len(classes) <= 4
     ]
     parts = [*parts[:MANY], f"and {len(parts) - MANY} more"] if len(parts) > MANY else parts
     # Only the spaces between classes may break: a name and its value stay on one line.
