@@ -1,4 +1,4 @@
-"""What was left out, mended or warned of: all of it counted, the first of each kind in the manifest, all beside it."""
+"""What was left out, repaired or warned of: all counted, the first of each kind in the manifest, all beside it."""
 
 import json
 
@@ -15,7 +15,7 @@ from unet.storage import Folder
 
 @pytest.fixture
 def found() -> Findings:
-    """Six samples, two of them with two repairs, and one that the source has mended; five problems of two kinds."""
+    """Six samples, two of them with two repairs, and one that the source has repaired; five problems of two kinds."""
     repairs = [["turned", "grey to RGB"], [], ["turned"], ["grey to RGB", "turned"], ["turned"], []]
     kept = pa.table(
         {"name": list("abcdef"), "split": ["train"] * 6, "repairs": pa.array(repairs, pa.list_(pa.string()))}

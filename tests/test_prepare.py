@@ -141,7 +141,7 @@ def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
 def test_a_split_without_samples_is_told_and_harms_nothing(ray_cluster, archives, tmp_path):
     manifest = prepare(str(archives), Folder(tmp_path / "shards"), Recipe(32, val_fraction=1e-9))
     assert manifest.counts == {"train": 90, "val": 0, "test": 21} and manifest.files["val"] == []
-    assert ("empty_split", "val has no sample") in {(row["problem"], row["detail"]) for row in manifest.warnings}
+    assert ("empty_split", "val has no samples") in {(row["problem"], row["detail"]) for row in manifest.warnings}
     assert not list(verify(Folder(tmp_path / "shards"), lambda *step: None))
     assert len(Prepared(Folder(tmp_path / "shards")).read_checked("test", 0)) == 21
 

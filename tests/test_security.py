@@ -327,7 +327,7 @@ def test_a_photo_starts_no_program(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
-    with pytest.raises(Unusable, match=r"a\.jpg cannot be decoded: it is no picture of a known kind"):
+    with pytest.raises(Unusable, match=r"a\.jpg cannot be decoded: it is not a picture of a known format"):
         photo(str(tmp_path / "a.jpg"), lambda name: Path(name).read_bytes())
 
 

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a table at the start, a live line, a line an epoch, a table at the end.
+"""What a person sees during a run: a table at the start, a live line, a line per epoch, a table at the end.
 
-Without a terminal the same as plain lines, no control codes.
+Without a terminal the same as plain lines, without control codes.
 """
 
 import time
@@ -22,7 +22,7 @@ SHOWN = 5
 PLAIN_SECONDS = 20
 """How often the progress line is printed where it cannot be redrawn."""
 LINE_CLASSES = 4
-"""The IoU of more classes than these would not fit into a line."""
+"""With more classes than this, their IoU would not fit into a line."""
 
 
 class Display:
@@ -31,9 +31,9 @@ class Display:
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.redraws = self.console.is_interactive and self.console.file.isatty()
-        """Whether lines can be drawn anew: not on a dumb terminal, nor in a log that is to have colours."""
+        """Whether lines can be redrawn: not on a dumb terminal, nor in a log that is to have colours."""
         if not self.console.file.isatty():
-            self.console.width = 160  # tables in a log are not folded at a width nobody has
+            self.console.width = 160  # tables in a log need not fit a terminal
         self._live: LiveText | None = None
         self._printed = time.monotonic()
 
@@ -41,14 +41,14 @@ class Display:
         self.console.print(Text(without_secrets(text), style=style or ""))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and values, each on one unbroken line so that paths and commands can be copied."""
+        """Names and values, each on one unbroken line, so that paths and commands can be copied."""
         self.say(title, "bold")
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", without_secrets(value)))
 
     def working(self, what: str, done: int, total: int) -> None:
-        """How far a long work is; `total` 0 where that is not known."""
+        """How far a long task is; `total` is 0 if that is not known."""
         self._progress(f"{what}  {done:,}/{total:,}" if total else what, last=done == total)
 
     def scoring(self, done: int, total: int, images_per_second: float | None) -> None:
@@ -56,8 +56,8 @@ class Display:
         self._progress(f"scoring  {done:,}/{total:,} images{pace}", last=done == total)
 
     def problems(self, manifest) -> None:
-        """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""
-        lists = ("left out", "left_out", "red"), ("mended", "repaired", None), ("looks wrong", "warnings", "yellow")
+        """What was left out of prepared data, repaired, or looks wrong: a line for each kind, with the first names."""
+        lists = ("left out", "left_out", "red"), ("repaired", "repaired", None), ("looks wrong", "warnings", "yellow")
         for title, found, style in lists:
             for kind, count in manifest.kinds(found).most_common():
                 of_kind = [row for row in getattr(manifest, found) if kind in (row.get("problem"), row.get("repair"))]
@@ -112,12 +112,12 @@ class Display:
 
 
 def names_in_line(classes: Classes) -> list[str]:
-    """The names of the classes whose IoU a line shows: all, or none where they are too many for it."""
+    """The names of the classes whose IoU a line shows: all, or none if there are too many for it."""
     return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
 
 
 def score_table(title: str, scores: Mapping) -> Table:
-    """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
+    """A terminal table: IoU and Dice of each class and their means, the other scores in the caption.
 
     `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `images` and maybe
     `loss`; a value that could not be measured is None.

@@ -1,4 +1,4 @@
-"""What a preparation left out, mended or warns of: the first of each kind in the manifest, all of it beside it.
+"""What a preparation left out, repaired or warns of: the first of each kind in the manifest, all of it beside it.
 
 A manifest is read by every process that reads the data, so it holds no list that grows with them.
 """
@@ -70,9 +70,9 @@ def _repairs(kept: pa.Table, source: Source) -> pa.Table:
     repairs, names = kept["repairs"].combine_chunks(), kept["name"]
     own = pc.list_parent_indices(repairs)
     of_source = [i for i, name in enumerate(names.to_pylist()) if name in source.repairs] if source.repairs else []
-    mended = kept.select(["name", "split"]).take(pa.concat_arrays([own, pa.array(of_source, own.type)]))
+    repaired = kept.select(["name", "split"]).take(pa.concat_arrays([own, pa.array(of_source, own.type)]))
     kinds = [*pc.list_flatten(repairs).to_pylist(), *(source.repairs[names[i].as_py()] for i in of_source)]
-    columns = [*mended.columns, pa.array(kinds, pa.string()), pa.array([""] * len(kinds), pa.string())]
+    columns = [*repaired.columns, pa.array(kinds, pa.string()), pa.array([""] * len(kinds), pa.string())]
     return pa.table(columns, schema=_SCHEMA)
 
 
@@ -84,9 +84,9 @@ def _first(table: pa.Table) -> pa.Table:
 
 
 def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
-    """The row of an overview that says how much the checks of the data found; none where they found nothing."""
+    """The row of an overview with the numbers of what the checks of the data found; none if they found nothing."""
     manifest = prepared.manifest
-    lists = ("left out", "left_out"), ("mended", "repaired"), ("look wrong", "warnings")
+    lists = ("left out", "left_out"), ("repaired", "repaired"), ("look wrong", "warnings")
     counts = [(what, manifest.kinds(found).total()) for what, found in lists]
     found = ", ".join(f"{count:,} {what}" for what, count in counts if count)
     return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []

@@ -2,7 +2,7 @@
 
 Data that fit the memory budget are read once into the object store, where the workers of a node share them. Data
 that do not fit are streamed by one execution of Ray Data for the whole run, training and validation in turn. Both
-ways give the same samples in the same order; a streamed block says where it belongs and the worker checks it.
+ways give the same samples in the same order; a streamed block says where it belongs, and the worker checks it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ from unet.data.streaming import DATA_CPUS, STREAM_TASKS
 from unet.recipe.augment import flips, mirror
 
 KEEP_BYTES = 2**26
-"""What a task reads at least of data that are kept: the start of one takes longer than reading a small chunk."""
+"""What a task reads at least of data that are kept: starting one takes longer than reading a small chunk."""
 
 
 Pixels = tuple[np.ndarray, np.ndarray]
@@ -36,9 +36,9 @@ class Batch:
     Attributes:
         epoch: from 1.
         step: in the epoch, from 0.
-        indices: int64 (rows,) canonical indices; `PADDING` where a row only fills up.
+        indices: int64 (rows,) canonical indices; `PADDING` for a row that only fills the batch.
         images: uint8 (rows, S, S, 3).
-        masks: uint8 (rows, S, S) class ids; `IGNORE` all over in a padding row.
+        masks: uint8 (rows, S, S) class ids; `IGNORE` throughout in a padding row.
     """
 
     epoch: int
@@ -59,10 +59,10 @@ class Ingest:
         batch_size: the global batch.
         seed: of order and flips.
         epochs: the last epoch.
-        kept: by split, references to the chunks held in the object store; None when streaming.
+        kept: by split, references to the chunks in the object store; None when streaming.
         start: (epoch, step in the epoch) to start at.
         memory: bytes of object store that streaming may use.
-        window: chunks of a window of the order; None: as `unet.data.order` has it for the image size.
+        window: chunks of a window of the order; None: what `unet.data.order` takes for the image size.
         tasks: streaming tasks at a time.
     """
 
@@ -139,8 +139,8 @@ class Reader:
     def direct(self, split: str) -> Iterator[Batch]:
         """This worker's part of a split straight from its shards: for one pass, an execution would cost more to start.
 
-        The parts are stretches of the canonical order, of equal length but for one sample, so nobody reads all chunks,
-        and a worker may have a batch less than another.
+        The parts are stretches of the canonical order, of equal length but for one sample, so no worker reads all
+        chunks, and one may have a batch fewer than another.
         """
         samples, size = self.ingest.samples[split], self.ingest.image_size
         part = np.arange(self.rank * samples // self.world_size, (self.rank + 1) * samples // self.world_size)
@@ -235,7 +235,7 @@ def keep(ingest: Ingest) -> Ingest:
     blocks = dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS).materialize().to_arrow_refs()
     numbers = [task["last"] - task["first"] for task in tasks]
     if len(blocks) != sum(numbers):
-        raise RuntimeError(f"Ray Data gave {len(blocks)} blocks for {sum(numbers)} chunks.")
+        raise RuntimeError(f"Ray Data returned {len(blocks)} blocks for {sum(numbers)} chunks.")
     kept: dict[str, list[ray.ObjectRef]] = {"train": [], "val": []}
     left = iter(blocks)
     for task, number in zip(tasks, numbers, strict=True):
@@ -297,7 +297,7 @@ class Chunks(Protocol):
 
 
 class _LazyChunks:
-    """Chunks read when a row is first asked for, and let go of when all the rows of them that are wanted were.
+    """Chunks, each read when a row of it is first asked for and released when all its wanted rows were.
 
     `wanted` are canonical indices, each to be asked for once. With `check`, the chunks' pixels are compared with the
     digests of when they were prepared.

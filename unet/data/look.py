@@ -113,7 +113,7 @@ class Samples:
 
 
 def class_rows(samples: Samples, classes: Classes) -> list[dict]:
-    """A row a class: its share of the classified pixels and the samples that show it by split, and how it spreads."""
+    """A row for each class: its share of the labelled pixels and the samples that show it, by split, and its spread."""
     rows = []
     for index, item in enumerate(classes):
         by_split = {}
@@ -128,7 +128,7 @@ def class_rows(samples: Samples, classes: Classes) -> list[dict]:
 
 
 def breed_rows(samples: Samples) -> list[dict]:
-    """A row a breed, the most frequent first: its samples by split; none if no breed is known."""
+    """A row for each breed, the most frequent first: its samples by split; none if no breed is known."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for breed, split in zip(samples.breeds, samples.splits, strict=True):
         found[breed][split] += 1
@@ -183,7 +183,7 @@ class FindingGroup(NamedTuple):
 
 
 def offenders(samples: Samples, classes: Classes) -> list[FindingGroup]:
-    """The groups that are not empty; `found` counts those that are no mere end of a ranking."""
+    """The groups that are not empty; `found` counts those that are more than the end of a ranking."""
     single = np.flatnonzero(samples.shares.max(axis=1, initial=0) == 1)
     unfit = np.argsort(samples.mask_fit)[: np.isfinite(samples.mask_fit).sum()]
     ignored = samples.ignored / (samples.boxes[:, 2] * samples.boxes[:, 3])
@@ -261,7 +261,7 @@ def _picture(image: np.ndarray, mask: np.ndarray, box: np.ndarray, classes: Clas
 
 
 def _repairs(manifest: Manifest) -> list[tuple[str, int, list[str]]]:
-    """Each repair, the most frequent first: how many samples it mended, and the names of those that are listed."""
+    """Each repair, the most frequent first: how many samples it concerns, and the names of those that are listed."""
     names = defaultdict(list)
     for item in manifest.repaired:
         names[item["repair"]].append(item["name"])

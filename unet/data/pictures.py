@@ -1,4 +1,4 @@
-"""A picture's file: opened safely, and what its container says of its pixels, which they alone do not tell."""
+"""A picture's file: opened safely, and what its container says about its pixels that they alone do not show."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ LOSSLESS_TIFF = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
 
 
 class Unusable(Exception):
-    """A sample that cannot be used: `problem` is a short name, `detail` says it in words."""
+    """A sample that cannot be used: `problem` is a short name, `detail` a description."""
 
     def __init__(self, problem: str, detail: str):
         super().__init__(detail)
@@ -50,9 +50,9 @@ class Picture:
         format: Pillow's name of it.
         frames: how many it holds; `image` is the first.
         orientation: what the EXIF says, 1 (upright) to 8.
-        white: the number that is stored for white; of a decoder that scales, `image` has 255 or 65535 in its place.
+        white: the number that is stored for white; if the decoder scales, `image` has 255 or 65535 instead.
         white_is_zero: 0 is stored for white.
-        lossy: why its values may be others than those that were saved; empty where they cannot.
+        lossy: why its values may differ from those that were saved; empty if they cannot.
     """
 
     image: Image.Image
@@ -96,7 +96,7 @@ def open_picture(path: str, read: Callable[[str], bytes] = file_content) -> Pict
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's names of the kinds that samples may be of: others start programs, as EPS does Ghostscript."""
+    """Pillow's names of the formats that samples may have: others start programs, as EPS does Ghostscript."""
     known = Image.registered_extensions()
     return tuple(sorted({known[suffix] for suffix in SUFFIXES if suffix in known}))
 
@@ -137,7 +137,7 @@ def _lossy(image: ImageFile, content: bytes) -> str:
         "JPEG": "a JPEG",
         "MPO": "a JPEG",
         "WEBP": "a lossy WebP",
-    }.get(image.format or "", f"{image.format}, which does not tell whether it was saved lossily")
+    }.get(image.format or "", f"{image.format}, which does not say whether it was saved lossily")
 
 
 def _chunks(content: bytes, start: int) -> Iterator[bytes]:
@@ -145,5 +145,5 @@ def _chunks(content: bytes, start: int) -> Iterator[bytes]:
     while start + 8 <= len(content):
         name, size = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8], "little")
         yield name
-        # What a frame holds begins after sixteen bytes of its place and duration; chunks have even lengths.
+        # A frame's content begins after sixteen bytes with its position and duration; chunks have even lengths.
         start += 8 + (16 if name == b"ANMF" else size + size % 2)

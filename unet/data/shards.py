@@ -33,7 +33,7 @@ SPLITS = ("train", "val", "test")
 
 
 def name_hash(name: str) -> bytes:
-    """What the canonical order sorts by and what decides about the split."""
+    """What the canonical order sorts by and what decides the split."""
     return hashlib.sha256(name.encode()).digest()
 
 
@@ -72,7 +72,7 @@ def shard_schema(image_size: int, original_masks: bool = False) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in `manifest.json`.
+    """The content of `manifest.json`.
 
     Attributes:
         image_size: side of the square pictures, in pixels.
@@ -88,7 +88,7 @@ class Manifest:
         shards: files of a split, at most.
         original_masks: whether the shards hold `mask_original`.
         left_out: samples that could not be used: {name, split, problem, detail}.
-        repaired: samples that were mended: {name, repair}.
+        repaired: samples that were repaired: {name, repair}.
         warnings: what looks wrong but was kept: {name, problem, detail}; an empty name concerns the whole set.
         totals: of these three, how many there are of each problem or repair. The lists hold the first of each
             (`unet.data.findings`); empty where older preparations listed all.
@@ -125,7 +125,7 @@ class Manifest:
         return tuple(ClassInfo(name, (red, green, blue)) for name, (red, green, blue) in pairs)
 
     def to_json(self) -> str:
-        """With `manifest_digest`, the sha256 of all the rest, so that no edit goes unseen."""
+        """With `manifest_digest`, the sha256 of all the rest, so that no edit goes unnoticed."""
         content = asdict(self)
         return json.dumps(content | {"manifest_digest": _digest_of(content)}, indent=2)
 
@@ -139,7 +139,7 @@ class Manifest:
         content = json.loads(text)
         if content["schema_version"] != SCHEMA_VERSION:
             raise InputError(
-                f"the data were prepared with schema version {content['schema_version']}, this program reads "
+                f"the data were prepared with schema version {content['schema_version']}, but this program reads "
                 f"{SCHEMA_VERSION}: prepare them again"
             )
         if content.pop("manifest_digest") != _digest_of(content):
@@ -158,7 +158,7 @@ def _digest_of(content: dict) -> str:
 
 
 def files_of_chunks(samples: int, shards: int) -> list[int]:
-    """Of each chunk of a split, in which of its at most so many files it stands."""
+    """For each chunk of a split, which of its files, `shards` at most, holds it."""
     chunks = -(-samples // CHUNK)
     return [chunk * min(shards, chunks) // chunks for chunk in range(chunks)]
 
@@ -169,18 +169,18 @@ def _opened(uri: str, written: tuple[int, int]) -> "Prepared":
 
 
 def opened(uri: str) -> "Prepared":
-    """A prepared folder that this process reads again and again: its manifest and footers are read once.
+    """A prepared folder that this process reads repeatedly: its manifest and footers are read once.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a prepared folder.
     """
     folder = Folder(uri)
     info = folder.fs.get_file_info(folder.at(MANIFEST))
-    return _opened(uri, (info.size or 0, info.mtime_ns or 0))  # others may have prepared it anew
+    return _opened(uri, (info.size or 0, info.mtime_ns or 0))  # another process may have prepared it again
 
 
 class Prepared:
-    """A prepared folder opened for reading; `manifest` where it is not written yet."""
+    """A prepared folder opened for reading; `manifest` if it is not written yet."""
 
     def __init__(self, folder: Folder, manifest: Manifest | None = None):
         self.folder = folder
@@ -220,7 +220,7 @@ class Prepared:
 
     @contextlib.contextmanager
     def _parquet(self, file: str) -> Iterator[pq.ParquetFile]:
-        """A file, whose footer is read the first time only. It stays not open: it may lie on a disk that is to go.
+        """A file, whose footer is read only once. The file is not kept open: its disk may have to be unmounted.
 
         Raises:
             OSError, ArrowInvalid: it cannot be read.

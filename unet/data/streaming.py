@@ -1,4 +1,4 @@
-"""What streaming takes of a node: how many tasks read ahead, and the memory of each."""
+"""What streaming needs of a node: how many tasks read ahead, and the memory of each."""
 
 import math
 
@@ -27,7 +27,7 @@ def tasks_beside(workers: float, memory: float, each: float) -> int:
     """How many streaming tasks of `each` bytes at a time a node has memory for, beside what its workers need.
 
     Raises:
-        InputError: for none.
+        InputError: there is not enough for one.
     """
     fit = STREAM_TASKS if math.isinf(memory) else min(STREAM_TASKS, int((memory - workers) // each))
     if fit < 1:

@@ -32,7 +32,7 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
         InputError: there is no manifest.
     """
     if not folder.exists(MANIFEST):
-        raise InputError(f"{folder} holds no {MANIFEST}: it was not prepared, or not to the end.")
+        raise InputError(f"{folder} holds no {MANIFEST}: it was not prepared, or not completely. Prepare it first.")
     try:
         manifest = Manifest.from_json(folder.read_text(MANIFEST))
     except (ValueError, TypeError, KeyError) as error:
@@ -46,7 +46,7 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
             if not folder.exists(file):
                 changed[file] = MISSING
             elif sha256_of(folder, file) != sha256:
-                changed[file] = "has changed: its sha256 is another"
+                changed[file] = "has changed: its SHA-256 differs"
         except OSError as error:
             changed[file] = f"cannot be read: {first_line(error)}"
         progress("reading files", done, len(manifest.sha256))
@@ -69,11 +69,11 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress: Progress) ->
                 rows = prepared.digests(split, _row_group(prepared, file, group))
             except (OSError, ValueError, KeyError) as error:
                 if changed.get(file) != MISSING:
-                    yield file, f"cannot be read from {expected[0][0]} to {expected[-1][0]}: {first_line(error)}"
+                    yield file, f"its samples {expected[0][0]} to {expected[-1][0]} cannot be read: {first_line(error)}"
                 continue
             for before, now in zip_longest(expected, rows, fillvalue=("beyond the last", b"")):
                 if before != now:
-                    yield file, f"sample {before[0]} has changed: its digest is another"
+                    yield file, f"sample {before[0]} has changed: its digest differs"
             found |= dict(rows)
             progress("comparing samples", seen, sum(manifest.counts.values()))
     if not changed and data_digest(found) != manifest.data_digest:
@@ -81,6 +81,6 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress: Progress) ->
 
 
 def _row_group(prepared: Prepared, file: str, group: int) -> pa.Table:
-    # Without the pages' checksums, which would only say that something in 256 samples is wrong.
+    # Without the pages' checksums, which would only show that something in 256 samples is wrong.
     with prepared.folder.fs.open_input_file(prepared.folder.at(file)) as stream:
         return open_parquet(stream).read_row_group(group, columns=["name", "image", "mask"]).combine_chunks()

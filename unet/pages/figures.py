@@ -30,7 +30,7 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], path: str | Path) -> Path:
     """Draw loss, IoU and Dice over the epochs, with the best epoch by mean IoU marked.
 
-    `history` holds a record an epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
+    `history` holds a record for each epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
     `val_dice_<class>`. A value that is missing, None or not finite is left out of its line. More classes than `MANY`
     are thin lines without names.
     """
@@ -96,7 +96,7 @@ def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
 def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:
     """Draw `confusion`, int64 (C, C), row = truth, column = predicted: each cell's share of its row and its pixels.
 
-    Of more classes than `MANY` it shows the shares' colours only, in a picture of one size.
+    With more classes than `MANY` it shows only the colours of the shares, in a picture of one size.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -224,7 +224,7 @@ def lowest(scores: Mapping[str, float | None]) -> list[str]:
 
 
 def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
-    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 counts for nothing."""
+    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 is left out."""
     truth, predicted = truth[truth != IGNORE], predicted[truth != IGNORE]
     found = [(truth == index, predicted == index) for index in range(class_count)]
     return [float(np.sum(a & b) / np.sum(a | b)) if np.any(a | b) else None for a, b in found]

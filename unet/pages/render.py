@@ -18,7 +18,7 @@ def render(template: str, **content) -> str:
     environment.filters |= {"percent": percent, "signed": signed, "rgb": _rgb, "breakable": _breakable}
     environment.filters["thousands"] = "{:,}".format
     page = environment.get_template(template).render(content)
-    # A file name that is no UTF-8 reaches Python as lone surrogates, which no file can be written with.
+    # A file name that is not UTF-8 reaches Python as lone surrogates, which cannot be written to a file.
     return page.encode(errors="backslashreplace").decode()
 
 
