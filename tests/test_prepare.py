@@ -121,7 +121,7 @@ def test_first_use_prepares_and_the_second_does_not(ray_cluster, packed, tmp_pat
     assert (tmp_path / "data").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="prepared at 32 px: give --image-size 32"):
         resolve(first.folder.path, 64, "stretch", storage, lambda *step: None)
-    with pytest.raises(InputError, match="prepared at --resize stretch: give --resize stretch"):
+    with pytest.raises(InputError, match="prepared with --resize stretch: give --resize stretch"):
         resolve(first.folder.path, 32, "letterbox", storage, lambda *step: None)
 
 

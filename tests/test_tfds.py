@@ -277,6 +277,6 @@ def test_a_full_disk(plain, tmp_path, monkeypatch, error):
 
 
 def test_a_folder_that_is_there_is_not_touched(plain, tmp_path):
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         tfds.export(tmp_path, tmp_path / "cache", plain, builder_of(plain))
     assert not list(tmp_path.iterdir())
