@@ -13,9 +13,10 @@ from unet.config import DataSettings, PrepareSettings
 
 def run(settings: PrepareSettings) -> int:
     from unet.cluster.session import ray_session
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import cache_of, kept_folder, prepare
-    from unet.data.shards import MANIFEST, REPORT
+    from unet.data.manifest import MANIFEST, REPORT
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
+    from unet.data.preparing.resolve import cache_of, kept_folder
     from unet.data.sources.find import check_source
     from unet.storage import Folder
     from unet.terminal import Display
@@ -55,7 +56,7 @@ def run(settings: PrepareSettings) -> int:
 
 
 def verify(folder: str, display) -> int:
-    from unet.data.verify import verify
+    from unet.data.preparing.verify import verify
     from unet.storage import Folder
 
     try:

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, write_archives
-from unet.data.checks import MISFIT, mask_fit, without_padding
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.checks import MISFIT, mask_fit, without_padding
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.verify import verify
 from unet.data.resize import letterbox_box
 from unet.data.shards import Prepared
-from unet.data.verify import verify
 from unet.errors import InputError
 from unet.storage import Folder
 

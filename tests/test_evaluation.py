@@ -28,8 +28,8 @@ from unet import metrics
 from unet.borders import near_border
 from unet.cluster.planner import Node
 from unet.config import EvaluateSettings, ModelSettings, unflat
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.evaluation import intervals, outcome, scorer, tables

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet.classes import PETS
-from unet.data import findings
-from unet.data.findings import FINDINGS, Findings
+from unet.data.preparing import findings
+from unet.data.preparing.findings import FINDINGS, Findings
 from unet.data.sources import Problem, Source
 from unet.storage import Folder
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from unet import locks
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.data.output import OutputFolder
+from unet.data.preparing.output import OutputFolder
 from unet.errors import InputError, StorageFailed
 from unet.locks import Busy, held
 from unet.prediction import results

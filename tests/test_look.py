@@ -7,9 +7,9 @@ import pytest
 from pages import Page, assert_stands_alone, pets, picture, write_prepared
 
 from unet.classes import IGNORE, PETS, ClassInfo
-from unet.data import look
-from unet.data.look import data_report
-from unet.data.shards import SPLITS
+from unet.data.manifest import SPLITS
+from unet.data.preparing import look
+from unet.data.preparing.look import data_report
 
 NASTY = ("<script>alert(1)</script>", "猫_" * 60, "no\udcffutf8")
 

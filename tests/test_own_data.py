@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from tests.conftest import read_json, train
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.sources.description import describe
 from unet.errors import InputError
 from unet.storage import Folder

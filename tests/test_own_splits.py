@@ -5,8 +5,8 @@ import unicodedata
 import pytest
 
 from tests.test_own_data import ROADS, write
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.data.sources.own import own
 from unet.errors import InputError

@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from unet.data import pieces
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare, resolve
-from unet.data.shards import MANIFEST, Prepared
-from unet.data.verify import verify
+from unet.data.manifest import MANIFEST
+from unet.data.preparing import pieces
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.resolve import resolve
+from unet.data.preparing.verify import verify
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -211,9 +213,9 @@ def test_a_killed_preparation_goes_on(prepared, packed, tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 import ray
-from unet.data import pieces
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing import pieces
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.storage import Folder
 
 pieces.PIECE_SAMPLES = 8

@@ -20,12 +20,13 @@ from conftest import ROOT, read_json
 from unet import cli
 from unet.config import TrainSettings, TuneSettings, flat, unflat
 from unet.data.decode import photo
+from unet.data.manifest import MANIFEST, Manifest
 from unet.data.pictures import Unusable
-from unet.data.pieces import read_table
-from unet.data.shards import MANIFEST, Manifest, Prepared
+from unet.data.preparing.pieces import read_table
+from unet.data.preparing.verify import verify
+from unet.data.shards import Prepared
 from unet.data.sources.archives import extract
 from unet.data.sources.description import describe
-from unet.data.verify import verify
 from unet.errors import InputError
 from unet.runs.arrays import optimizer_shapes, weight_shapes, write_arrays, write_weights
 from unet.runs.checkpoint import Checkpoints
@@ -233,8 +234,8 @@ def pickled_column(rows: int, canary: Path) -> pa.Array:
 
 @pytest.fixture(scope="module")
 def shards(ray_cluster, packed, tmp_path_factory) -> Path:
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import prepare
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
 
     target = tmp_path_factory.mktemp("whole") / "shards"
     prepare(str(packed), Folder(target), Recipe(32))

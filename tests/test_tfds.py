@@ -20,8 +20,8 @@ import pytest
 from conftest import write_archives
 from PIL import Image
 
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.data.sources import tfds
 from unet.data.synthetic import draw_pet

@@ -9,24 +9,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.classes import IGNORE
-from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
-from unet.data.shards import Prepared, opened, pixels
+from unet.data.chunks import Chunks, LazyChunks, arrays, gather
+from unet.data.order import CHUNK, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
+from unet.data.shards import opened
 from unet.data.streaming import DATA_CPUS, STREAM_TASKS
 from unet.recipe.augment import flips, mirror
 
 KEEP_BYTES = 2**26
 """What a task reads at least of data that are kept: starting one takes longer than reading a small chunk."""
-
-
-Pixels = tuple[np.ndarray, np.ndarray]
-"""Images, uint8 (N, S, S, 3), and masks, uint8 (N, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +141,9 @@ class Reader:
         samples, size = self.ingest.samples[split], self.ingest.image_size
         part = np.arange(self.rank * samples // self.world_size, (self.rank + 1) * samples // self.world_size)
         plan = BatchPlan(len(part), self.ingest.plan(split, self.world_size).share, 1)
-        chunks = _LazyChunks(opened(self.ingest.folder), split, part)
+        chunks = LazyChunks(opened(self.ingest.folder), split, part)
         return self._one_ahead(
-            Batch(1, step, indices, *_gather(indices, chunks, size)) for step, (indices,) in plan.shares(part)
+            Batch(1, step, indices, *gather(indices, chunks, size)) for step, (indices,) in plan.shares(part)
         )
 
     def _one_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -161,18 +157,18 @@ class Reader:
     def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def _gathered(self, split: str, epoch: int, first_step: int, chunks: "Chunks") -> Iterator[Batch]:
+    def _gathered(self, split: str, epoch: int, first_step: int, chunks: Chunks) -> Iterator[Batch]:
         plan = self.ingest.plan(split, self.world_size)
         for step, shares in plan.shares(self.ingest.order(split, epoch), first_step):
             indices = shares[self.rank]
-            yield Batch(epoch, step, indices, *_gather(indices, chunks, self.ingest.image_size))
+            yield Batch(epoch, step, indices, *gather(indices, chunks, self.ingest.image_size))
 
 
 class _Kept(Reader):
     def __init__(self, shard: WorkerShard):
         super().__init__(shard)
         self._chunks = {
-            split: [_arrays(table, self.ingest.image_size) for table in ray.get(refs)]
+            split: [arrays(table, self.ingest.image_size) for table in ray.get(refs)]
             for split, refs in (self.ingest.kept or {}).items()
         }
 
@@ -258,12 +254,12 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
         plan, order = ingest.plan(split, world_size), ingest.order(split, epoch)
         wanted = order[first * plan.batch_size : last * plan.batch_size]
         # Once a run the pixels are compared with their digests; after that the pages' checksums must do.
-        chunks = _LazyChunks(opened(ingest.folder), split, wanted, check=epoch == first_epoch)
+        chunks = LazyChunks(opened(ingest.folder), split, wanted, check=epoch == first_epoch)
         for step, shares in plan.shares(order, first):
             if step == last:
                 return
             for rank, indices in enumerate(shares):
-                images, masks = _gather(indices, chunks, ingest.image_size)
+                images, masks = gather(indices, chunks, ingest.image_size)
                 row = {"split": split, "epoch": epoch, "step": step, "rank": rank}
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
@@ -288,48 +284,3 @@ def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
 def _in_order(dataset: ray.data.Dataset) -> None:
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-
-
-class Chunks(Protocol):
-    """The pixels of chunks by their place in the canonical order."""
-
-    def __getitem__(self, chunk: int, /) -> Pixels: ...
-
-
-class _LazyChunks:
-    """Chunks, each read when a row of it is first asked for and released when all its wanted rows were.
-
-    `wanted` are canonical indices, each to be asked for once. With `check`, the chunks' pixels are compared with the
-    digests of when they were prepared.
-    """
-
-    def __init__(self, prepared: Prepared, split: str, wanted: np.ndarray, check: bool = True):
-        self._split, self._size = split, prepared.manifest.image_size
-        self._read: dict[int, Pixels] = {}
-        self._load = prepared.read_checked if check else prepared.read_chunk
-        self._left = dict(
-            zip(*(found.tolist() for found in np.unique(wanted // CHUNK, return_counts=True)), strict=True)
-        )
-
-    def __getitem__(self, chunk: int) -> Pixels:
-        if chunk not in self._read:
-            self._read[chunk] = _arrays(self._load(self._split, chunk), self._size)
-        self._left[chunk] -= 1
-        return self._read[chunk] if self._left[chunk] else self._read.pop(chunk)
-
-
-def _arrays(table: pa.Table, size: int) -> Pixels:
-    return pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
-
-
-def _gather(indices: np.ndarray, chunks: Chunks, size: int) -> Pixels:
-    """The rows of canonical indices, copied out of their chunks; padding rows are black and ignored."""
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    masks = np.empty((len(indices), size, size), np.uint8)
-    for row, index in enumerate(indices.tolist()):
-        if index == PADDING:
-            images[row], masks[row] = 0, IGNORE
-        else:
-            chunk_images, chunk_masks = chunks[index // CHUNK]
-            images[row], masks[row] = chunk_images[index % CHUNK], chunk_masks[index % CHUNK]
-    return images, masks

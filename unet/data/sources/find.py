@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from unet.config import SOURCES
-from unet.data.shards import MANIFEST
+from unet.data.manifest import MANIFEST
 from unet.data.sources import Progress, Source, fingerprint, tfds
 from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
 from unet.data.sources.description import DESCRIPTION, describe

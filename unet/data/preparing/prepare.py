@@ -3,7 +3,6 @@
 What a killed preparation has done is kept beside the output, and the same command goes on from there.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from unet.config import Resize, is_source_name
-from unet.data import checks
-from unet.data.findings import FINDINGS, Findings
-from unet.data.look import data_report
+from unet.data.manifest import MANIFEST, REPORT, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, data_digest, files_of_chunks
 from unet.data.masks import WORDS
 from unet.data.order import CHUNK
-from unet.data.output import OutputFolder
-from unet.data.pieces import (
+from unet.data.preparing import checks
+from unet.data.preparing.findings import FINDINGS, Findings
+from unet.data.preparing.look import data_report
+from unet.data.preparing.output import OutputFolder
+from unet.data.preparing.pieces import (
     Piece,
     Recipe,
     ShardFile,
@@ -34,19 +33,9 @@ from unet.data.pieces import (
     sha256_of,
     write_shard,
 )
-from unet.data.shards import (
-    MANIFEST,
-    REPORT,
-    SAMPLES,
-    SCHEMA_VERSION,
-    SPLITS,
-    Manifest,
-    Prepared,
-    data_digest,
-    files_of_chunks,
-)
+from unet.data.shards import Prepared
 from unet.data.sources import Problem, Progress, Source
-from unet.data.sources.find import TFDS, check_source, open_source, version_of
+from unet.data.sources.find import check_source, open_source, version_of
 from unet.errors import InputError, RunFailed, first_line
 from unet.storage import Folder
 
@@ -54,49 +43,6 @@ SAMPLE_COLUMNS = (
     *("name", "split", "breed", "original_height", "original_width"),
     *("pixels", "ignored", "repairs", "mask_fit", "digest"),
 )
-
-
-def resolve(data: str, image_size: int, resize: Resize, storage: Folder, progress: Progress) -> Prepared:
-    """The prepared folder that `--data` means; any other source is prepared on first use and kept.
-
-    Raises:
-        InputError: there are no data, or they cannot be used.
-    """
-    if "://" in data or (Path(data) / MANIFEST).is_file():
-        prepared = Prepared(Folder(data if "://" in data else Path(data).resolve()))
-        manifest = prepared.manifest
-        for flag, wanted, found in (
-            ("image-size", image_size, manifest.image_size),
-            ("resize", resize, manifest.resize),
-        ):
-            if wanted != found:
-                how = f"at {found} px" if flag == "image-size" else f"with --resize {found}"
-                raise InputError(
-                    f"{data} was prepared {how}: give --{flag} {found}, or prepare it again with --{flag} {wanted}."
-                )
-        return prepared
-    recipe = Recipe(image_size, resize)
-    target = kept_folder(data, recipe, storage)
-    if not target.exists(MANIFEST):
-        prepare(data, target, recipe, cache=cache_of(storage), progress=progress)
-    return Prepared(target)
-
-
-def kept_folder(source: str, recipe: Recipe, storage: Folder) -> Folder:
-    """Where the storage path keeps the data prepared from a source."""
-    name = f"{source.replace(':', '-')}-{recipe.image_size}px"
-    if not is_source_name(source):
-        folder = Path(source).resolve()
-        key = hashlib.sha256(f"{folder}|{version_of(source)}".encode()).hexdigest()[:8]
-        name = f"{folder.name}-{recipe.image_size}px-{key}"
-    letterbox = "-letterbox" if recipe.resize == "letterbox" else ""
-    val = f"-val{recipe.val_fraction:g}" if recipe.val_fraction != Recipe.val_fraction else ""
-    return storage / "data" / f"{name}{letterbox}{val}-v{SCHEMA_VERSION}"
-
-
-def cache_of(storage: Folder) -> Path | None:
-    """Where downloads are kept; None if the storage is not a local disk."""
-    return Path(storage.path) / "data" / TFDS if storage.is_local else None
 
 
 def prepare(

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet.data.shards import REPORT, Prepared
+from unet.data.manifest import REPORT
+from unet.data.shards import Prepared
 from unet.data.sources import Problem, Source
 from unet.storage import Folder
 
@@ -29,7 +30,7 @@ class Findings(NamedTuple):
 
     @classmethod
     def of(cls, kept: pa.Table, source: Source, left_out: list[Problem], warnings: list[Problem]) -> "Findings":
-        """Of the samples that stay (`unet.data.pieces.facts_schema`), and the problems."""
+        """Of the samples that stay (`unet.data.preparing.pieces.facts_schema`), and the problems."""
         return cls(_problems(left_out), _repairs(kept, source), _problems(warnings))
 
     def entries(self) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet.data.shards import MANIFEST
+from unet.data.manifest import MANIFEST
 from unet.data.sources import Progress
 from unet.errors import InputError
 from unet.locks import waited_for

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from unet.classes import IGNORE, Labels
 from unet.config import Resize
 from unet.data import decode
-from unet.data.checks import mask_fit, without_padding
 from unet.data.decode import BILINEAR, NEAREST
+from unet.data.manifest import sample_digest
 from unet.data.order import CHUNK
 from unet.data.pictures import Unusable
 from unet.data.plain import check_plain
+from unet.data.preparing.checks import mask_fit, without_padding
 from unet.data.resize import letterbox_box
-from unet.data.shards import sample_digest, shard_schema
+from unet.data.shards import shard_schema
 from unet.data.sources import Sample
 from unet.errors import InputError
 from unet.storage import Folder

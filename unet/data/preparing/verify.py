@@ -5,17 +5,10 @@ from itertools import zip_longest
 
 import pyarrow as pa
 
-from unet.data.pieces import sha256_of
+from unet.data.manifest import MANIFEST, SAMPLES, SPLITS, Manifest, data_digest, files_of_chunks
 from unet.data.plain import open_parquet
-from unet.data.shards import (
-    MANIFEST,
-    SAMPLES,
-    SPLITS,
-    Manifest,
-    Prepared,
-    data_digest,
-    files_of_chunks,
-)
+from unet.data.preparing.pieces import sha256_of
+from unet.data.shards import Prepared
 from unet.data.sources import Progress
 from unet.errors import InputError, first_line
 from unet.storage import Folder

@@ -14,8 +14,9 @@ import pyarrow as pa
 from PIL import Image
 
 from unet.classes import Classes
+from unet.data.manifest import SPLITS, Manifest
 from unet.data.resize import Resize, box_of
-from unet.data.shards import SPLITS, Manifest, Prepared
+from unet.data.shards import Prepared
 from unet.pages.numbers import percent, signed
 from unet.pages.pictures import data_uri, outlines, relative
 from unet.pages.render import render
@@ -38,7 +39,7 @@ def data_report(prepared: Prepared) -> str:
     groups = offenders(samples, classes)
     shown = {row for rows in sheet.values() for row in rows} | {row for group in groups for row, _ in group.rows}
     return render(
-        "data/look.html.jinja",
+        "data/preparing/look.html.jinja",
         manifest=manifest,
         classes=classes,
         splits=[split for split in SPLITS if manifest.counts[split]],
