@@ -28,8 +28,8 @@ import tensorflow as tf
 from unet.cluster.session import ray_session
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import CHUNK, window_of
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.storage import Folder
 

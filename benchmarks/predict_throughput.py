@@ -64,8 +64,8 @@ def loop(folder: Path, output: Path, trained: TrainedModel, writes_ahead: bool, 
     from unet.data import decode
     from unet.data.resize import to_square
     from unet.models.inference import Network
+    from unet.pages.pictures import overlay
     from unet.prediction.enlarge import bands, likeliest
-    from unet.prediction.stages import overlay
 
     start_tensorflow(CORES)
     network, palette = Network(trained), bytes(c for info in trained.classes for c in info.colour)

@@ -78,8 +78,8 @@ def run_loop(files: list, processes: int) -> tuple[float, float]:
 
 def run_job(folder: Path) -> dict[str, float]:
     """Seconds and CPU seconds of the whole, and seconds of its parts."""
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import prepare
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
     from unet.data.sources.find import open_source, version_of
     from unet.storage import Folder
 
@@ -163,8 +163,8 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="a folder in the official layout, unpacked, instead of drawn pets")
     options = parser.parse_args()
     from unet.cluster.session import ray_session
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import prepare
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
     from unet.storage import Folder
 
     begun = time.perf_counter()

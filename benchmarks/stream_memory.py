@@ -22,10 +22,11 @@ from processes import MB, slope, usage
 
 from unet.cluster.session import ray_session
 from unet.data.ingest import Ingest, shards
+from unet.data.manifest import MANIFEST
 from unet.data.order import PADDING, epoch_order, window_of
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
-from unet.data.shards import MANIFEST, Prepared
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.shards import Prepared
 from unet.storage import Folder
 
 SIZE, BATCH, SEED, SETTLED = 128, 64, 7, 3

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unet.classes import IGNORE, PETS
+from unet.data.manifest import MANIFEST, SPLITS, Manifest
 from unet.data.order import CHUNK
-from unet.data.shards import MANIFEST, SPLITS, Manifest, Prepared, shard_schema
+from unet.data.shards import Prepared, shard_schema
 from unet.data.synthetic import draw_pet
 from unet.storage import Folder
 

@@ -58,7 +58,7 @@ def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path):
     ("flags", "words"),
     [
         (["--dropout", "1.5"], "--dropout 1.5"),
-        (["--image-size", "100"], "96 and 112"),
+        (["--image-size", "100"], "the nearest are 96 and 112"),
         (["--num-workers", "9", "--batch-size", "4"], "--num-workers 9 is more than --batch-size 4"),
         (["--grad-shards", "3", "--num-workers", "2"], "--grad-shards 3"),
         (["--memory-budget", "much"], "8GB"),
@@ -68,7 +68,7 @@ def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path):
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--resume", "nix", "--storage-path", "EMPTY"], "There is no run nix"),
         (["--run-name", "../up"], "--run-name"),
-        (["--run-name", "data"], "keeps for itself"),
+        (["--run-name", "data"], "needs itself"),
         (["--storage-path", "s3://bucket/x"], "--tracking-uri"),
         (["--tracking-uri", "http://127.0.0.1:9", "--storage-path", "EMPTY"], "does not answer"),
     ],

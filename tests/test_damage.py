@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, write_archives
-from unet.data.checks import MISFIT, mask_fit, without_padding
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.checks import MISFIT, mask_fit, without_padding
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.verify import verify
 from unet.data.resize import letterbox_box
 from unet.data.shards import Prepared
-from unet.data.verify import verify
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -143,7 +143,7 @@ def colour_mask(pet):
     pet.resave(pet.trimap, lambda i: Image.merge("RGB", [i, i.point(lambda v: 3 * v), i]))
 
 
-@shows("left_out", "listed_twice", "listed again")
+@shows("left_out", "listed_twice", "listed twice")
 def listed_twice(pet):
     pet.list_also(f"{pet.name} 1 1 1")
 
@@ -260,7 +260,7 @@ def copied_mask(pet):
     shutil.copy(other.trimap, pet.trimap)
 
 
-@shows("warnings", "in_no_split", "in no list", name="stray")
+@shows("warnings", "in_no_split", "not in any list", name="stray")
 def photo_in_no_list(pet):
     shutil.copy(pet.photo, pet.of("stray").photo)
 
@@ -376,7 +376,7 @@ def test_file_that_may_not_be_read(tmp_path):
         "except pictures.Unusable as error: print(error.problem, error.detail)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert done.stdout.startswith("no_permission secret.jpg may not be read"), done.stderr
+    assert done.stdout.startswith("no_permission secret.jpg cannot be read"), done.stderr
 
 
 @pytest.mark.parametrize("entry", ["../../escaped.jpg", "/tmp/escaped.jpg", "images/nul\0.jpg", "link"])

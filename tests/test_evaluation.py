@@ -25,17 +25,18 @@ from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
+from unet.borders import near_border
 from unet.cluster.planner import Node
 from unet.config import EvaluateSettings, unflat
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.evaluation import intervals, outcome, scorer, tables
 from unet.evaluation import output as place
 from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.pool import Pool, plan_pool, reduced
-from unet.evaluation.records import near_border, record_schema
+from unet.evaluation.records import record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
 from unet.evaluation.summary import compare, summary

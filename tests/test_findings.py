@@ -1,4 +1,4 @@
-"""What was left out, mended or warned of: all of it counted, the first of each kind in the manifest, all beside it."""
+"""What was left out, repaired or warned of: all counted, the first of each kind in the manifest, all beside it."""
 
 import json
 
@@ -7,15 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet.classes import PETS
-from unet.data import findings
-from unet.data.findings import FINDINGS, Findings
+from unet.data.preparing import findings
+from unet.data.preparing.findings import FINDINGS, Findings
 from unet.data.sources import Problem, Source
 from unet.storage import Folder
 
 
 @pytest.fixture
 def found() -> Findings:
-    """Six samples, two of them with two repairs, and one that the source has mended; five problems of two kinds."""
+    """Six samples, two of them with two repairs, and one that the source has repaired; five problems of two kinds."""
     repairs = [["turned", "grey to RGB"], [], ["turned"], ["grey to RGB", "turned"], ["turned"], []]
     kept = pa.table(
         {"name": list("abcdef"), "split": ["train"] * 6, "repairs": pa.array(repairs, pa.list_(pa.string()))}

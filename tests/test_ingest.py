@@ -10,11 +10,12 @@ from conftest import state_of
 from unet.cluster.planner import Plan
 from unet.config import TrainSettings
 from unet.data import ingest
+from unet.data.chunks import LazyChunks
 from unet.data.ingest import Ingest, keep, shards
 from unet.data.order import CHUNK, PADDING, epoch_order
 from unet.data.packed import packed, unpacked
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared, pixels
 from unet.recipe.augment import flips
 from unet.storage import Folder
@@ -110,7 +111,7 @@ def test_a_streaming_task_holds_a_window_and_lets_go_of_it(pets):
     plan = reading(pets, epochs=1, batch_size=50, window=1)
     for unit in (unit for unit in ingest._units(plan, 2) if unit["split"] == "train"):
         wanted = plan.order("train", 1)[unit["first"] * 50 : unit["last"] * 50]
-        chunks, held = ingest._LazyChunks(pets, "train", wanted), []
+        chunks, held = LazyChunks(pets, "train", wanted), []
         for index in wanted.tolist():
             chunks[index // CHUNK]
             held.append(len(chunks._read))

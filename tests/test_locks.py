@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from unet import locks
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.data.output import OutputFolder
+from unet.data.preparing.output import OutputFolder
 from unet.errors import InputError, StorageFailed
 from unet.locks import Busy, held
 from unet.prediction import results
@@ -133,13 +133,13 @@ def test_who_was_frozen_for_too_long_has_lost_the_folder_and_writes_no_more(s3, 
             place.fs.delete_file(place.at(name))
         while not run.lock.lost:
             time.sleep(BEAT)
-        with pytest.raises(StorageFailed, match=r"^Another process has taken the run x, "):
+        with pytest.raises(StorageFailed, match=r"^Another process has taken over the run x, "):
             run.write_summary(status="running")
 
 
 def test_an_object_that_comes_too_late_takes_no_folder(s3, tmp_path, monkeypatch):
     """It was on its way while another process took the holder for dead, and would be there again beside that one's."""
-    folder, say, sent = Folder(s3(f"{tmp_path.name}/x")), locks._say_so, []
+    folder, say, sent = Folder(s3(f"{tmp_path.name}/x")), locks._renew, []
 
     def late(place, own):
         sent.append(own)
@@ -147,7 +147,7 @@ def test_an_object_that_comes_too_late_takes_no_folder(s3, tmp_path, monkeypatch
             time.sleep(2 * LAPSE)
         say(place, own)
 
-    monkeypatch.setattr(locks, "_say_so", late)
+    monkeypatch.setattr(locks, "_renew", late)
     monkeypatch.setattr(locks, "_has_ended", lambda holder: False)
     with held(folder) as first, held(folder) as second:
         until = time.monotonic() + 60
@@ -223,4 +223,4 @@ def test_predictions_refuse_and_preparations_wait(folder):
         waited.set()  # the other one ends
 
     with beside(place.locked(progress), waited), place.locked(progress):
-        assert set(said) == {("waiting for another job that prepares these data", 0, 0)}
+        assert set(said) == {("waiting for another job that is preparing these data", 0, 0)}

@@ -7,9 +7,9 @@ import pytest
 from pages import Page, assert_stands_alone, pets, picture, write_prepared
 
 from unet.classes import IGNORE, PETS, ClassInfo
-from unet.data import look
-from unet.data.look import data_report
-from unet.data.shards import SPLITS
+from unet.data.manifest import SPLITS
+from unet.data.preparing import look
+from unet.data.preparing.look import data_report
 
 NASTY = ("<script>alert(1)</script>", "猫_" * 60, "no\udcffutf8")
 
@@ -30,7 +30,7 @@ def html(rows, tmp_path_factory) -> str:
         {"name": name, "split": "train", "problem": "unreadable", "detail": "a <i>bad</i> file"} for name in NASTY
     ]
     left_out += [{"name": f"gone_{i}", "split": "test", "problem": "no mask", "detail": ""} for i in range(500)]
-    repaired = [{"name": f"mended_{i}", "repair": "turned upright"} for i in range(7)]
+    repaired = [{"name": f"repaired_{i}", "repair": "turned upright"} for i in range(7)]
     warnings = [
         {"name": "pet_3", "problem": "twin", "detail": "of pet_4"},
         {"name": "", "problem": "few", "detail": "60"},
@@ -64,7 +64,7 @@ def test_the_passport_and_the_lists_count_right(page):
     assert "3 unreadable" in page.words("left-out") and "500 no mask" in page.words("left-out")
     assert "gone_196" in page.words("left-out") and "gone_197" not in page.words("left-out")
     assert "The first 200 of 503; 303 more" in page.words("left-out")
-    assert "turned upright7" in page.words("repairs") and "mended_6" in page.words("repairs")
+    assert "turned upright7" in page.words("repairs") and "repaired_6" in page.words("repairs")
     # What concerns the whole set comes first.
     assert re.search("the whole set.*few.*pet_3.*twin", page.words("warnings"))
 

@@ -10,8 +10,9 @@ from conftest import tiny_settings, train, weights_of
 
 from unet.classes import PETS
 from unet.data.ingest import Ingest, WorkerShard, keep
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare, resolve
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.recipe.step import Learner
 from unet.runs.run import Run

@@ -112,9 +112,9 @@ def test_ids_come_through_every_form(tmp_path, form):
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ("palette, grey values fit", ["mask: grey values read, not palette indices or stored numbers"]),
-        ("1 bit, stored numbers", ["mask: palette indices or stored numbers read, not grey values"]),
-        ("only alpha fits", ["mask: alpha channel read, not grey values"]),
+        ("palette, grey values fit", ["mask: read by its grey values, not by its palette indices or stored numbers"]),
+        ("1 bit, stored numbers", ["mask: read by its palette indices or stored numbers, not by its grey values"]),
+        ("only alpha fits", ["mask: read by its alpha channel, not by its grey values"]),
         ("opaque", ["mask: alpha dropped", "mask: RGB of equal channels to grey"]),
         ("grey", []),
         ("coloured palette", []),
@@ -130,7 +130,7 @@ def test_what_could_have_been_read_otherwise_is_said(tmp_path, form, said):
     assert list(understand(mask, mask.image, Description(**description).labels("")).repairs) == said
 
 
-ASKED = "write `masks: {}` or `masks: {}` in dataset.yaml, whichever is meant"
+ASKED = "write `masks: {}` or `masks: {}` in dataset.yaml, whichever is right"
 REFUSED = {
     "palette index or grey value": (palette(BITS, grey(0), grey(2)), THREE, ASKED.format("index", "grey")),
     "one colour of a palette": (palette(0 * BITS, grey(2)), THREE, ASKED.format("index", "grey")),
@@ -145,16 +145,24 @@ REFUSED = {
         THREE,
         "painted in colours .* give each class its colour",
     ),
-    "unknown colour": (channels(IDS, 0, 0), PAINTED, "label #010000, #020000 in .* known are #000000 .a., #800000"),
+    "unknown colour": (
+        channels(IDS, 0, 0),
+        PAINTED,
+        "label #010000, #020000 in .* the known labels are #000000 .a., #800000",
+    ),
     "said to be alpha, and has none": (channels(IDS, IDS, IDS), THREE | {"masks": "alpha"}, "has no alpha channel"),
     "said to be indices, which are unknown": (
         palette(IDS + 3, *COLOURS * 2),
         THREE | {"masks": "index"},
         "label 3, 4, 5 in",
     ),
-    "unknown number": (saved(Image.fromarray(IDS + 1)), THREE, "label 3 in .* known are 0 .a., 1 .b., 2 .c."),
-    "fractions": (saved(Image.fromarray(IDS * np.float32(0.5)), "TIFF"), THREE, "no whole ones"),
-    "16 bits in several channels": (png(np.repeat(IDS, 2, axis=1), 16, 4), THREE, "other than 8 bits"),
+    "unknown number": (
+        saved(Image.fromarray(IDS + 1)),
+        THREE,
+        "label 3 in .* the known labels are 0 .a., 1 .b., 2 .c.",
+    ),
+    "fractions": (saved(Image.fromarray(IDS * np.float32(0.5)), "TIFF"), THREE, "not whole numbers"),
+    "16 bits in several channels": (png(np.repeat(IDS, 2, axis=1), 16, 4), THREE, "not of 8 bits"),
     "white is 0 in a PBM": (b"P4\n64 48\n" + np.packbits(BITS, axis=1).tobytes(), BINARY, "stores 0 for white"),
     "white is 0 in a TIFF": (
         saved(Image.fromarray(255 - IDS), "TIFF", tiffinfo={262: 0}),

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from tests.conftest import read_json, train
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.sources.description import describe
 from unet.errors import InputError
 from unet.storage import Folder
@@ -85,18 +85,21 @@ def test_values_names_formats_and_folders(ray_cluster, tmp_path):
         ({"classes": {"road": 1, "a[b]": 2}}, "a[b]"),
         ({"classes": {"road": "one", "car": 2}}, "road"),
         ({"classes": {"road": True, "car": 2}}, "road"),
-        ({"classes": {"road": 1, "car": 2}, "colours": {"cat": [1, 2, 3]}}, "cat is not among the classes"),
+        (
+            {"classes": {"road": 1, "car": 2}, "colours": {"cat": [1, 2, 3]}},
+            "`colours:` names cat, which is not among the classes",
+        ),
         ({"clases": {"road": 1, "car": 2}}, "must hold `classes:`"),
         ({"classes": {"road": 1, "car": 2}, "ignroe": 3}, "no key `ignroe`; did you mean ignore?"),
-        ({"classes": {"road": 1, "Road": 2}}, " differ in case only"),
+        ({"classes": {"road": 1, "Road": 2}}, " differ only in case"),
         ({"classes": {"": 1, "car": 2}}, "a class cannot be called ''"),
         ({"classes": {"Straße": 1, "car": 2}}, "a class cannot be called 'Straße'"),
         ({"classes": {"road ": 1, "car": 2}}, "a class cannot be called 'road '"),
-        ({"classes": {"r" * 61: 1, "car": 2}}, "and have 60 at most"),
+        ({"classes": {"r" * 61: 1, "car": 2}}, "they hold at most 60 of"),
         ({"classes": {0: "road", 1: "car"}}, "write the name first, as in `road: 0`"),
-        ({"classes": {"road": 1.0, "car": 2}}, "1.0 is no mask value"),
-        ({"classes": {"road": [], "car": 2}}, "[] is no mask value"),
-        ({"classes": {"road": "#80408", "car": 2}}, "'#80408' is no mask value"),
+        ({"classes": {"road": 1.0, "car": 2}}, "1.0 is not a mask value"),
+        ({"classes": {"road": [], "car": 2}}, "[] is not a mask value"),
+        ({"classes": {"road": "#80408", "car": 2}}, "'#80408' is not a mask value"),
         ({"classes": {"road": "#804080", "car": 2}}, "numbers or colours, not both"),
         ({"classes": {"road": "#804080", "car": "#804080"}}, "the mask value #804080 is given twice"),
         ({"classes": {"road": 1, "car": 2}, "masks": "gray"}, "masks: input should be 'index', 'grey'"),
@@ -151,13 +154,13 @@ def test_masks_that_can_be_read_in_two_ways_are_settled_in_dataset_yaml(ray_clus
         two_colours(path, i % 2)
     with pytest.raises(InputError) as error:
         prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
-    assert f"write `masks: index` or `masks: grey` in {folder}/dataset.yaml, whichever is meant." in str(error.value)
+    assert f"write `masks: index` or `masks: grey` in {folder}/dataset.yaml, whichever is right." in str(error.value)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*out*"))
     (folder / "dataset.yaml").write_text(yaml.safe_dump(three | {"masks": "grey"}))
     settled = prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
     assert settled.data_digest == plain.data_digest and settled.counts == plain.counts
     assert {row["repair"] for row in settled.repaired} == {
-        "mask: grey values read, not palette indices or stored numbers"
+        "mask: read by its grey values, not by its palette indices or stored numbers"
     }
 
 
@@ -172,7 +175,8 @@ def test_masks_that_need_different_readings_are_refused(ray_cluster, tmp_path):
             image.putpalette([0, 0, 0] * 2 + [7, 7, 7, 9, 9, 9])
             image.save(path)
     with pytest.raises(
-        InputError, match=r"of the mask of p\d+ fit the classes, and only the .* write `masks: grey` or"
+        InputError,
+        match=r"the mask of p\d+ only the .* fit the classes, of the mask of p\d+ only the .* write `masks: grey` or",
     ):
         prepare(str(folder), Folder(tmp_path / "out"), Recipe(32))
 
@@ -204,7 +208,7 @@ def test_what_vanishes_at_the_networks_size_is_told(ray_cluster, tmp_path):
     assert told[names[0], "nothing_labelled_at_size"] == "no labelled pixel of the mask is left at 32 px"
     assert (names[1], "nothing_labelled_at_size") in told
     vanished = [w["detail"] for w in manifest.warnings if w["problem"] == "class_vanishes"]
-    assert vanished == [f"{s} has no pixel left at 32 px of what its masks hold: car" for s in ("test", "train")]
+    assert vanished == [f"at 32 px, {s} has no pixel left of classes in its masks: car" for s in ("test", "train")]
     large = prepare(str(folder), Folder(tmp_path / "large"), Recipe(304, val_fraction=1e-9))
     assert not [w for w in large.warnings if w["problem"] in ("class_vanishes", "nothing_labelled_at_size")]
 

@@ -5,8 +5,8 @@ import unicodedata
 import pytest
 
 from tests.test_own_data import ROADS, write
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.data.sources.own import own
 from unet.errors import InputError
@@ -69,13 +69,13 @@ def test_lists_of_other_programs_are_read(tmp_path, form, encoding):
         (
             "test.txt",
             b"x\ny",
-            "No line of .*test.txt names a photo that is there: line 1 is `x`, and a name in images/, ",
+            "No line of .*test.txt names a photo that exists: line 1 is `x`. Write names in images/, ",
         ),
-        ("test.txt", "é".encode("latin-1"), "test.txt is no utf-8 text .line 1.: save it as UTF-8"),
-        ("test.txt", "b\r\nc\r\n".encode("utf-16-le"), "test.txt looks like UTF-16 without the mark"),
-        ("test.txt", "b".encode("utf-16") + b"x", "test.txt is no utf-16 text"),
-        ("valid.txt", b"b", "valid.txt is not read: call it val.txt"),
-        ("Test.txt", b"b", "Test.txt is not read: call it test.txt"),
+        ("test.txt", "é".encode("latin-1"), "test.txt is not utf-8 text .line 1.: save it as UTF-8"),
+        ("test.txt", "b\r\nc\r\n".encode("utf-16-le"), "test.txt looks like UTF-16 without a byte order mark"),
+        ("test.txt", "b".encode("utf-16") + b"x", "test.txt is not utf-16 text"),
+        ("valid.txt", b"b", "valid.txt would not be read: call it val.txt"),
+        ("Test.txt", b"b", "Test.txt would not be read: call it test.txt"),
     ],
 )
 def test_lists_that_cannot_be_read_are_one_sentence(tmp_path, file, content, words):

@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from unet.data import pieces
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare, resolve
-from unet.data.shards import MANIFEST, Prepared
-from unet.data.verify import verify
+from unet.data.manifest import MANIFEST
+from unet.data.preparing import pieces
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.resolve import resolve
+from unet.data.preparing.verify import verify
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -121,7 +123,7 @@ def test_first_use_prepares_and_the_second_does_not(ray_cluster, packed, tmp_pat
     assert (tmp_path / "data").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="prepared at 32 px: give --image-size 32"):
         resolve(first.folder.path, 64, "stretch", storage, lambda *step: None)
-    with pytest.raises(InputError, match="prepared at --resize stretch: give --resize stretch"):
+    with pytest.raises(InputError, match="prepared with --resize stretch: give --resize stretch"):
         resolve(first.folder.path, 32, "letterbox", storage, lambda *step: None)
 
 
@@ -141,7 +143,7 @@ def test_the_same_command_again_only_reads(prepared, packed, tmp_path):
 def test_a_split_without_samples_is_told_and_harms_nothing(ray_cluster, archives, tmp_path):
     manifest = prepare(str(archives), Folder(tmp_path / "shards"), Recipe(32, val_fraction=1e-9))
     assert manifest.counts == {"train": 90, "val": 0, "test": 21} and manifest.files["val"] == []
-    assert ("empty_split", "val has no sample") in {(row["problem"], row["detail"]) for row in manifest.warnings}
+    assert ("empty_split", "val has no samples") in {(row["problem"], row["detail"]) for row in manifest.warnings}
     assert not list(verify(Folder(tmp_path / "shards"), lambda *step: None))
     assert len(Prepared(Folder(tmp_path / "shards")).read_checked("test", 0)) == 21
 
@@ -211,9 +213,9 @@ def test_a_killed_preparation_goes_on(prepared, packed, tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 import ray
-from unet.data import pieces
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing import pieces
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.storage import Folder
 
 pieces.PIECE_SAMPLES = 8

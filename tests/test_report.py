@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from unet.pages import figures
+from unet.pages import figures, numbers
 from unet.terminal import Display, score_table
 
 
@@ -21,6 +21,7 @@ class Item(NamedTuple):
 
 
 PETS = [Item("pet", (230, 97, 1)), Item("background", (128, 115, 172)), Item("outline", (255, 221, 85))]
+NBSP = "\N{NO-BREAK SPACE}"
 MANY = [Item(f"class {index}", (12 * index, 255 - 12 * index, 128)) for index in range(21)]
 
 
@@ -63,8 +64,8 @@ def test_image_iou_and_its_caption_by_hand():
     ("pixels", "row_total", "expected"),
     [
         (0, 0, ("–", "")),
-        (0, 50, ("0.0 %", "0")),
-        (50, 50, ("100.0 %", "50")),
+        (0, 50, ("0 %", "0")),
+        (50, 50, ("100 %", "50")),
         (1, 1_000_000, ("<0.1 %", "1")),
         (999_999, 1_000_000, (">99.9 %", "1.0 M")),
         (1_234, 4_936, ("25.0 %", "1.2 k")),
@@ -73,7 +74,17 @@ def test_image_iou_and_its_caption_by_hand():
     ],
 )
 def test_cell_text(pixels, row_total, expected):
-    assert figures.cell_text(pixels, row_total) == expected
+    assert numbers.cell_text(pixels, row_total) == (expected[0].replace(" ", NBSP), expected[1])
+
+
+def test_numbers_as_they_are_shown():
+    assert [numbers.percent(share, 0) for share in (0, 0.004, 0.5, 0.999)] == [
+        f"{n}{NBSP}%" for n in (0, "<1", 50, ">99")
+    ]
+    assert [numbers.score(0.84127), numbers.score(-0.5, "+"), numbers.score(None)] == ["0.8413", "-0.5000", "–"]
+    assert numbers.signed(-0.251) == "−0.25"
+    assert [numbers.duration(seconds) for seconds in (59.9, 3723)] == ["0:59", "1:02:03"]
+    assert numbers.gigabytes(1.25e9) == "1.2 GB"
 
 
 def test_best_epoch_is_the_earliest_highest_mean():
@@ -120,9 +131,9 @@ def test_confusion_cells_are_shares_of_their_row(drawn):
     figures.confusion_picture(np.array([[900, 100, 0], [0, 0, 0], [0, 1500, 500]]), PETS, "confusion.png")
     axes = drawn[0].axes[0]
     cells = {(round(text.get_position()[1]), text.get_position()[0]): text.get_text() for text in axes.texts[::2]}
-    assert [cells[0, column] for column in range(3)] == ["90.0 %", "10.0 %", "0.0 %"]
+    assert [cells[0, column] for column in range(3)] == [f"90.0{NBSP}%", f"10.0{NBSP}%", f"0{NBSP}%"]
     assert [cells[1, column] for column in range(3)] == ["–", "–", "–"]
-    assert [cells[2, column] for column in range(3)] == ["0.0 %", "75.0 %", "25.0 %"]
+    assert [cells[2, column] for column in range(3)] == [f"0{NBSP}%", f"75.0{NBSP}%", f"25.0{NBSP}%"]
     assert np.allclose(axes.images[0].get_array(), [[0.9, 0.1, 0], [0, 0, 0], [0, 0.75, 0.25]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["pet", "background", "outline"]
 

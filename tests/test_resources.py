@@ -58,7 +58,7 @@ def test_what_streams_the_data_counts_in_the_memory_of_a_node():
     assert 0.75e9 < task < 1e9 and 0.45e9 < task_bytes(128, 64) < 0.6e9
     found = [plan(large, laptop(memory=workers + room * task), 10**13).stream_tasks for room in (1.1, 2.1, 9)]
     assert found == [1, 2, 2]
-    with pytest.raises(InputError, match=r"the task that streams the data to them 0\.8 GB, the node has"):
+    with pytest.raises(InputError, match=r"the task that streams the data to them 0\.8 GB, but the node has"):
         plan(large, laptop(memory=workers + 0.9 * task), 10**13)
     assert plan(large, laptop(memory=workers + 0.9 * task), 10**6).kept
 

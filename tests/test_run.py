@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, read_json, train, weights_of
 from PIL import Image
 
-from unet.data.shards import Manifest
+from unet.data.manifest import Manifest
 from unet.errors import InputError, RunFailed
 from unet.runs.run import locked
 from unet.storage import Folder

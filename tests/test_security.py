@@ -20,12 +20,13 @@ from conftest import ROOT, read_json, state_of, vouch
 from unet.commands import cli
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.decode import photo
+from unet.data.manifest import MANIFEST, Manifest
 from unet.data.pictures import Unusable
-from unet.data.pieces import read_table
-from unet.data.shards import MANIFEST, Manifest, Prepared
+from unet.data.preparing.pieces import read_table
+from unet.data.preparing.verify import verify
+from unet.data.shards import Prepared
 from unet.data.sources.archives import extract
 from unet.data.sources.description import describe
-from unet.data.verify import verify
 from unet.errors import InputError
 from unet.runs.arrays import arrays_file, weights_file
 from unet.runs.checkpoint import Checkpoints
@@ -234,8 +235,8 @@ def pickled_column(rows: int, canary: Path) -> pa.Array:
 
 @pytest.fixture(scope="module")
 def shards(ray_cluster, packed, tmp_path_factory) -> Path:
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import prepare
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
 
     target = tmp_path_factory.mktemp("whole") / "shards"
     prepare(str(packed), Folder(target), Recipe(32))
@@ -328,7 +329,7 @@ def test_a_photo_starts_no_program(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
-    with pytest.raises(Unusable, match=r"a\.jpg cannot be decoded: it is no picture of a known kind"):
+    with pytest.raises(Unusable, match=r"a\.jpg cannot be decoded: it is not a picture of a known format"):
         photo(str(tmp_path / "a.jpg"), lambda name: Path(name).read_bytes())
 
 

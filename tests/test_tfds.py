@@ -20,8 +20,8 @@ import pytest
 from conftest import write_archives
 from PIL import Image
 
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
 from unet.data.sources import tfds
 from unet.data.synthetic import draw_pet
@@ -277,6 +277,6 @@ def test_a_full_disk(plain, tmp_path, monkeypatch, error):
 
 
 def test_a_folder_that_is_there_is_not_touched(plain, tmp_path):
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         tfds.export(tmp_path, tmp_path / "cache", plain, builder_of(plain))
     assert not list(tmp_path.iterdir())

@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.conftest import listening, read_json, tiny_settings, train, words_of
 from unet.config import EvaluateSettings, TuneSettings, unflat
+from unet.data.manifest import SPLITS
 from unet.data.order import CHUNK
-from unet.data.shards import SPLITS
 from unet.errors import InputError
 from unet.evaluation import outcome, tables
 from unet.evaluation.counts import CELLS, cells_of

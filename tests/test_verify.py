@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet.data.pieces import Recipe
-from unet.data.prepare import prepare
-from unet.data.shards import MANIFEST, SAMPLES, Prepared
-from unet.data.verify import verify
+from unet.data.manifest import MANIFEST, SAMPLES
+from unet.data.preparing.pieces import Recipe
+from unet.data.preparing.prepare import prepare
+from unet.data.preparing.verify import verify
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 

@@ -1,6 +1,6 @@
 """U-Nets that segment photos, trained on Ray, tracked in MLflow.
 
-The jobs are the doors; in a program of your own `unet.load` gives a trained model that takes arrays.
+The jobs are commands; in a program of your own, `unet.load` returns a trained model that takes arrays.
 """
 
 from os import PathLike, fspath
@@ -20,8 +20,8 @@ def load(
     Args:
         model: a run's name (its best checkpoint), the folder of a run or a checkpoint, or an MLflow URI (`runs:/…`,
             `models:/…`).
-        storage_path: where the runs are; default as for the jobs: `UNET_STORAGE_PATH`, else `~/unet-runs`.
-        tracking_uri: MLflow server or store; default: sqlite under the storage path.
+        storage_path: where the runs are; default, as for the jobs: `UNET_STORAGE_PATH`, else `~/unet-runs`.
+        tracking_uri: MLflow server or store; default: SQLite under the storage path.
 
     Raises:
         unet.errors.InputError: there is no such model, it is damaged, or this program's Keras cannot run it.

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 
 class ClassInfo(NamedTuple):
-    """A class of pixels: its name in metrics and files, and its RGB colour (0-255) in pictures. Its id is its place."""
+    """A class of pixels: its name in metrics and files, its RGB colour (0-255) in pictures. Its id is its position."""
 
     name: str
     colour: tuple[int, int, int]
@@ -19,13 +19,13 @@ class ClassInfo(NamedTuple):
 Classes = tuple[ClassInfo, ...]
 
 MANY = 30
-"""Beyond so many classes, pictures and tables show a part of them: a name or a number each could not be read."""
+"""With more classes than this, pictures and tables show only some: a name or number for each could not be read."""
 IGNORE = 255
 """A pixel with this id has no class: it is left out of the loss and of every metric."""
 UNKNOWN = -1
-"""The "id" of a mask value that means nothing."""
+"""The "id" of a mask value that stands for no class."""
 COLOUR = 1 << 24
-"""A colour as a mask value: this plus red * 65536 + green * 256 + blue, so that it is no number of another kind."""
+"""A colour as a mask value: this plus red * 65536 + green * 256 + blue, so that no number of another kind equals it."""
 
 Reading = Literal["index", "grey", "colour", "alpha", "red", "green", "blue"]
 """What of a mask's pixel is its value: its palette's index or the number that is stored, its grey value, its colour, or
@@ -41,9 +41,9 @@ class Labels:
     Attributes:
         classes: the classes, in the order of their ids.
         values: mask value (0-65535, or a colour) to class id, or to `IGNORE`.
-        masks: what of a mask's pixel is its value; None where that has to follow from the values.
-        exif_orientation: what masks lie over; None where that has to follow from the sizes.
-        described_in: the file where both can be settled, if there is one.
+        masks: what of a mask's pixel is its value; None if that has to follow from the values.
+        exif_orientation: what masks lie over; None if that has to follow from the sizes.
+        described_in: the file in which both can be stated, if there is one.
     """
 
     classes: Classes

@@ -1,10 +1,10 @@
-"""Errors that are sentences for a person. `unet.commands.cli` prints them without a traceback."""
+"""Errors whose messages are sentences for a person. `unet.commands.cli` prints them without a traceback."""
 
 import re
 
 
 class InputError(Exception):
-    """Settings, data or a place that cannot work, found before anything started. Exit code 2."""
+    """Settings, data or a folder that cannot work, found before anything started. Exit code 2."""
 
 
 class RunFailed(Exception):
@@ -16,27 +16,27 @@ class Diverged(RunFailed):
 
 
 class StepFailed(Exception):
-    """What TensorFlow raised in a worker, in words: its own errors would make who reads them import it."""
+    """An error of TensorFlow in a worker, as text: whoever reads an error of its own classes has to import it."""
 
 
 class StorageFailed(RunFailed):
-    """What could not be written (or read), why, and the first half of the remedy: the disk is full, read-only, away."""
+    """What could not be written (or read), why (the disk is full, read-only, gone), and half of the remedy."""
 
 
 class Damaged(RunFailed):
-    """A checkpoint that is not what was written: its name, the file and what is wrong with it."""
+    """A checkpoint that is not what was written: its name, the file, and what is wrong with it."""
 
 
 class NoGpu(RunFailed):
-    """A process that was given a GPU cannot use it: no other process, nor the same once more, could."""
+    """A process cannot use the GPU it was given, and neither could another process or a new start."""
 
 
 def own_words(text: str) -> str | None:
-    """What an error of this module says in the words of Ray, which gives on some of what was raised as text only."""
+    """The message of an error of this module within one of Ray, which passes some errors on as text only."""
     own = re.search(r"^unet\.errors\.(?!StepFailed|Damaged)\w+: (.+)$", text, re.MULTILINE)
     return own and own[1]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
+    """The first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

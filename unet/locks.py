@@ -1,8 +1,9 @@
-"""A folder for one process at a time, on a local disk or in an object store. Who is killed holds nothing for long.
+"""A folder for one process at a time, on a local disk or in an object store. A killed process holds nothing for long.
 
-On a disk the system keeps the lock, and a kill lets go of it. An object store has none: there each process that wants
-the folder writes an object of its own, looks whether it is the only one, and writes it again every few seconds. One
-that has not been written again for a minute counts for nothing. The store's clock decides, no machine's.
+On a disk the system keeps the lock, and releases it when its holder is killed. An object store has no locks: there
+each process that wants the folder writes an object of its own, checks that it is the only one, and writes it again
+every few seconds. An object that has not been renewed for a minute no longer counts. The clock of the store decides,
+not that of a machine.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ from unet.storage import Folder, reported
 
 LOCK = ".lock"
 BEAT_SECONDS = 10.0
-"""How often the holder of a lock in an object store says that it lives."""
+"""How often the holder of a lock in an object store renews it."""
 LAPSE_SECONDS = 60.0
-"""How long after its last word it is taken for dead."""
+"""How long after the last renewal its holder is taken for dead."""
 POLL_SECONDS = 0.5
 TRIES, SPREAD_SECONDS = 5, 2.0
-"""How often those that come at the same moment try again, each after a pause of its own up to so long."""
+"""How often processes that come at the same moment try again, each after a random pause of at most this long."""
 
 
 class Busy(Exception):
@@ -49,8 +50,8 @@ class Lock:
         """
         if self.lost:
             raise StorageFailed(
-                f"Another process has taken {what}, since this one could not say for a minute that it lives: wait for "
-                "the end of that one"
+                f"Another process has taken over {what}, because this one could not renew its lock for a minute: wait "
+                "until that process has ended"
             )
 
 
@@ -86,7 +87,7 @@ def _held_on_disk(path: Path) -> Iterator[Lock]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+")  # noqa: SIM115
-        except FileNotFoundError:  # who had it before has just removed the empty folder
+        except FileNotFoundError:  # its last holder has just removed the empty folder
             continue
         with file:
             try:
@@ -94,27 +95,27 @@ def _held_on_disk(path: Path) -> Iterator[Lock]:
             except BlockingIOError as error:
                 file.seek(0)
                 raise Busy(file.read().strip() or "elsewhere") from error
-            # Who had it before has removed it; then others may hold a new one already.
+            # Its last holder has removed it; then another process may hold a new one already.
             if os.fstat(file.fileno()).st_nlink == 0:
                 continue
-            with contextlib.suppress(OSError):  # a full disk keeps nobody from the lock
+            with contextlib.suppress(OSError):  # a full disk does not prevent the lock
                 file.truncate(0)
-                file.write(_told(_this_process()))
+                file.write(_description(_this_process()))
                 file.flush()
             try:
                 yield Lock()
             finally:
-                with contextlib.suppress(OSError):  # the disk may be away
+                with contextlib.suppress(OSError):  # the disk may be gone
                     path.unlink()
             return
 
 
 @contextlib.contextmanager
-def _held_in_store(place: Folder) -> Iterator[Lock]:
+def _held_in_store(folder: Folder) -> Iterator[Lock]:
     own, lock, over = uuid.uuid4().hex, Lock(), threading.Event()
-    with reported(place, "use"):
-        _enter(place, own)
-    beat = threading.Thread(target=_beat, args=(place, own, lock, over), name="lock", daemon=True)
+    with reported(folder, "use"):
+        _enter(folder, own)
+    beat = threading.Thread(target=_beat, args=(folder, own, lock, over), name="lock", daemon=True)
     beat.start()
     try:
         yield lock
@@ -122,75 +123,75 @@ def _held_in_store(place: Folder) -> Iterator[Lock]:
         over.set()
         beat.join()
         with contextlib.suppress(OSError):
-            place.fs.delete_file(place.at(own))
+            folder.fs.delete_file(folder.at(own))
 
 
-def _enter(place: Folder, own: str) -> None:
-    """Be the only one. Of two that see each other neither stays, so that never both do. Raises Busy."""
+def _enter(folder: Folder, own: str) -> None:
+    """Be the only one. Of two that see each other neither stays, so never do both. Raises Busy."""
     for _ in range(TRIES):
-        _say_so(place, own)
-        others = _entries(place)
+        _renew(folder, own)
+        others = _entries(folder)
         now = others.pop(own, None)
         if not others:
             return
         with contextlib.suppress(OSError):
-            place.fs.delete_file(place.at(own))
-        _outlast(place, others, now)
+            folder.fs.delete_file(folder.at(own))
+        _outlast(folder, others, now)
         time.sleep(random.uniform(0, SPREAD_SECONDS))
     raise Busy("several at once")
 
 
-def _outlast(place: Folder, others: dict[str, float], now: float | None) -> None:
-    """Wait until these are gone, and remove the dead; `now` is the store's time. Raises Busy where one lives."""
+def _outlast(folder: Folder, others: dict[str, float], now: float | None) -> None:
+    """Wait until these are gone, and remove the dead; `now` is the store's time. Raises Busy if one is alive."""
     began = time.monotonic()
     while others:
-        there = _entries(place)
+        there = _entries(folder)
         others = {name: said for name, said in others.items() if name in there}
         for name, said in others.items():
-            holder, waited = _content(place, name), time.monotonic() - began
+            holder, waited = _content(folder, name), time.monotonic() - began
             if there[name] != said:
-                raise Busy(_told(holder))
+                raise Busy(_description(holder))
             silent = max(waited, 0.0 if now is None else now + waited - said)
             if silent > LAPSE_SECONDS or _has_ended(holder):
                 with contextlib.suppress(OSError):
-                    place.fs.delete_file(place.at(name))
+                    folder.fs.delete_file(folder.at(name))
         time.sleep(POLL_SECONDS if others else 0)
 
 
-def _beat(place: Folder, own: str, lock: Lock, over: threading.Event) -> None:
+def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
     while not over.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError, StorageFailed):  # the next one may come through
-            if not place.exists(own):
+            if not folder.exists(own):
                 lock.lost = True
                 return
             began = time.monotonic()
-            _say_so(place, own)
-            # An object that was on its way for so long may come after another has removed it, and taken the folder.
-            if time.monotonic() - began > LAPSE_SECONDS - BEAT_SECONDS and _entries(place).keys() - {own}:
-                place.fs.delete_file(place.at(own))
+            _renew(folder, own)
+            # An object that took this long may arrive after another process has removed it and taken the folder.
+            if time.monotonic() - began > LAPSE_SECONDS - BEAT_SECONDS and _entries(folder).keys() - {own}:
+                folder.fs.delete_file(folder.at(own))
                 lock.lost = True
                 return
 
 
-def _say_so(place: Folder, own: str) -> None:
-    place.write_text(own, json.dumps(_this_process()))
+def _renew(folder: Folder, own: str) -> None:
+    folder.write_text(own, json.dumps(_this_process()))
 
 
-def _entries(place: Folder) -> dict[str, float]:
-    """When each process that wants or has the folder has last said so, in seconds of the store's clock."""
-    found = place.fs.get_file_info(pafs.FileSelector(place.path, allow_not_found=True))
+def _entries(folder: Folder) -> dict[str, float]:
+    """When each process that wants or has the folder last renewed its object, in seconds of the store's clock."""
+    found = folder.fs.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
     return {info.base_name: info.mtime_ns / 1e9 for info in found if info.type == pafs.FileType.File}
 
 
-def _content(place: Folder, name: str) -> dict:
+def _content(folder: Folder, name: str) -> dict:
     try:
-        return dict(json.loads(place.read_text(name)))
+        return dict(json.loads(folder.read_text(name)))
     except (OSError, ValueError):  # it has just gone
         return {}
 
 
 def _this_process() -> dict:
-    """What tells whether this process lives, to others of its machine and container."""
+    """By what others on its machine and in its container see whether this process is alive."""
     about = {"process": os.getpid(), "host": socket.gethostname()}
     with contextlib.suppress(OSError):
         about["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -199,11 +200,11 @@ def _this_process() -> dict:
 
 
 def _has_ended(holder: dict) -> bool:
-    """Whether a process is known to have ended: only one of this machine and container can be."""
+    """Whether a process is known to have ended, which can be known only on its machine and in its container."""
     own = _this_process()
     near = "boot" in own and all(own[key] == holder.get(key) for key in ("boot", "processes"))
     return near and not Path(f"/proc/{holder['process']}").exists()
 
 
-def _told(holder: dict) -> str:
+def _description(holder: dict) -> str:
     return f"process {holder['process']} on {holder['host']}" if "process" in holder else "elsewhere"

@@ -1,4 +1,4 @@
-"""Paths of this machine: databases as URIs, and what was moved together with a folder."""
+"""Paths on this machine: databases as URIs, and what was moved together with a folder."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,17 @@ from urllib.parse import quote, unquote
 
 
 def sqlite_uri(path: str | Path) -> str:
-    """The URI of a database in a file, whatever characters its path has.
+    """The URI of an SQLite database, whatever characters its path has.
 
-    Where they have to be percent-encoded the driver is named: of `sqlite:///` MLflow takes the path as it stands there
-    for a folder to make.
+    If they have to be percent-encoded, the URI names the driver: from a plain `sqlite:///`, MLflow would create a
+    folder with the encoded name.
     """
     text = str(path)
     return f"sqlite:///{text}" if quote(text) == text else f"sqlite+pysqlite:///{quote(text)}"
 
 
 def database_of(uri: str | None) -> Path | None:
-    """The file of a database that is one; None for any other store."""
+    """The file of an SQLite database; None for any other store."""
     kind, _, rest = (uri or "").partition(":///")
     text = unquote(rest.partition("?")[0])
     is_file = kind.partition("+")[0] == "sqlite" and text not in ("", ":memory:") and not text.startswith("file:")
@@ -24,9 +24,9 @@ def database_of(uri: str | None) -> Path | None:
 
 
 def moved(path: str, before: str, now: str) -> str:
-    """Where a path is that is there no more, if it was moved together with a folder that was `before` and is `now`.
+    """Where a path that no longer exists is now, if it moved together with a folder from `before` to `now`.
 
-    Where nothing is found there, the path as it was.
+    If nothing is found there, the path as it was.
     """
     old, new = Path(before), Path(now)
     while old.name and old.name == new.name:

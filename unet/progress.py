@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Live:
-    """The state of the step under way, for the progress line.
+    """The state of the current step, for the progress line.
 
     Attributes:
         epoch, step: from 1; `step` within the epoch.

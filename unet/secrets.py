@@ -10,7 +10,7 @@ from typing import Any
 MASK = "***"
 
 # Up to the last @ before the first slash: # and ? end a host, but stand in passwords that were not percent-encoded.
-# A slash in a password is told from the one after a port by what is before it.
+# What comes before a slash shows whether it is part of a password or follows a port.
 _USERINFO = re.compile(r"(://)(?:[^/\s]+|(?!\[)[^/\s:]*:(?!\d{0,5}(?:/|$))\S+)@")
 _NAMES = "key|secret|token|passw|pwd|signature|credential"
 _QUERY = re.compile(rf"([?&;#](?:[^=&;#?\s]*(?:{_NAMES})[^=&;#?\s]*|sig)=)[^&\s'\"]+", re.IGNORECASE)

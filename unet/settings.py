@@ -8,23 +8,25 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from unet.errors import InputError
 from unet.paths import database_of, moved, sqlite_uri
 from unet.storage import Folder
 
 CONFIG = "config.yaml"
-"""What the folder of a run or sweep holds as long as it is there: its flat settings."""
+"""File with the flat settings of a run or sweep; its folder holds it from the beginning."""
 
-PLACES = ("data", "tracking_uri")
-"""Settings that may lie under the storage path."""
+MOVABLE = ("data", "tracking_uri")
+"""Settings that may name something under the storage path, which moves with it."""
 
-# Some jobs have a flag --register; that every Pydantic model has an unrelated method of this name does no harm.
+# Some jobs have a flag --register; the unrelated method of that name in every Pydantic model does no harm.
 warnings.filterwarnings("ignore", message='Field name "register" in ')
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -34,9 +36,15 @@ Device = Literal["auto", "cpu", "gpu"]
 
 
 class SettingsGroup(BaseModel):
-    """A group of settings: unknown names are refused, and nothing changes after the door."""
+    """A group of settings: unknown names are refused, and nothing changes once they are parsed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():
+            if field.description:  # as one line: the command line would keep some of its breaks
+                field.description = " ".join(field.description.split())
 
     def __init__(self, **values):
         try:
@@ -56,7 +64,7 @@ def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the setti
     Raises:
         InputError: an unknown name (with the nearest known) or a value that does not fit.
     """
-    parts = {part: set(field.annotation.model_fields) for part, field in cls.model_fields.items()}
+    parts = {part: set(_fields_of(field)) for part, field in cls.model_fields.items()}
     nested: dict[str, dict] = {part: {} for part in parts}
     for name, value in values.items():
         part = next((part for part, names in parts.items() if name in names), None)
@@ -68,6 +76,13 @@ def unflat(cls: type[Settings], values: dict[str, Any], source: str = "the setti
         return cls(**nested)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def _fields_of(part: FieldInfo) -> Iterable[str]:
+    """The settings of a part, whose type is a group of them."""
+    if not (isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel)):
+        raise TypeError(f"{part.annotation} is not a group of settings")
+    return part.annotation.model_fields
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -115,31 +130,31 @@ def parse_yaml(content: bytes | str, what: str) -> Any:
     """
     try:
         return _Loader(content).get_single_data()
-    except Exception as error:  # beside its own, PyYAML lets out whatever the values of odd tags lead to
+    except Exception as error:  # besides its own errors, PyYAML raises whatever the values of odd tags lead to
         raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
-    """The flat settings that the folder of a run or sweep keeps; where it was moved, with the places of today.
+    """The flat settings in the folder of a run or sweep; if it was moved, with the paths of today.
 
     Raises:
         InputError: they are damaged.
     """
     values = parse_yaml(folder.read_bytes(CONFIG), f"{folder}/{CONFIG}")
     if not isinstance(values, dict):
-        raise InputError(f"{folder}/{CONFIG} does not hold `name: value` lines: bring back a copy of it.")
-    return values | {name: moved_with(folder, values, values[name]) for name in PLACES if values.get(name)}
+        raise InputError(f"{folder}/{CONFIG} does not hold `name: value` lines: restore a copy of it.")
+    return values | {name: moved_with(folder, values, values[name]) for name in MOVABLE if values.get(name)}
 
 
-def moved_with(folder: Folder, config: dict[str, Any], place: str) -> str:
-    """A local path, or the URI of a database in a file, of the settings of a folder that may have been moved since."""
-    path, storage = database_of(place) or place, config.get("storage_path")
+def moved_with(folder: Folder, config: dict[str, Any], setting: str) -> str:
+    """A local path, or the URI of a database in a file, from the settings of a folder that may have moved since."""
+    path, storage = database_of(setting) or setting, config.get("storage_path")
     if not (folder.is_local and storage and os.path.isabs(path)):
-        return place
+        return setting
     found = moved(str(path), f"{storage}/{os.path.basename(folder.path)}", folder.path)
     if found == str(path):
-        return place
-    return found if path == place else sqlite_uri(found)
+        return setting
+    return found if path == setting else sqlite_uri(found)
 
 
 def sentence(error: ValidationError) -> str:
@@ -149,12 +164,13 @@ def sentence(error: ValidationError) -> str:
     if first["loc"] and not message.startswith("--"):
         flag = "--" + str(first["loc"][-1]).replace("_", "-")
         value = first.get("input")
-        message = f"{flag} {value}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
+        shown = repr(value) if isinstance(value, str) and not value.strip() else value
+        message = f"{flag} {shown}: {message[0].lower()}{message[1:]}" if not isinstance(value, dict) else message
     return message + "."
 
 
 def absolute(path: str | Path) -> Path:
-    """The same place whatever the working directory, with ~ as the home directory.
+    """The path independent of the working directory, with ~ as the home directory.
 
     Raises:
         ValueError: there is none of either.
@@ -162,9 +178,9 @@ def absolute(path: str | Path) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError("there is no home directory for ~ (HOME is not set): give a whole path") from error
+        raise ValueError("there is no home directory for ~ (HOME is not set): give an absolute path") from error
     except FileNotFoundError as error:
-        raise ValueError("the working directory is gone: give a whole path, or cd to another") from error
+        raise ValueError("the working directory is gone: give an absolute path, or cd to another directory") from error
 
 
 def parse_bytes(text: str) -> int:
@@ -180,5 +196,5 @@ def parse_interval(text: str) -> tuple[Literal["steps", "seconds"], float]:
     """'200' as ("steps", 200), '10m' as ("seconds", 600)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)m|(\d+)", text)
     if not match or not float(match[1] or match[2]):
-        raise ValueError(f"{text!r} is not an interval: 200 means steps, 10m minutes")
+        raise ValueError(f"{text!r} is not an interval: write 200 for steps, 10m for minutes")
     return ("seconds", float(match[1]) * 60) if match[1] else ("steps", int(match[2]))

@@ -1,7 +1,7 @@
 """A folder of results, on a local disk or in an object store, through pyarrow's file systems.
 
 Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an object
-is made here first, and then sent. A set of files (a checkpoint) carries a marker written last, with the size and
+is completed here before it is sent. A set of files (a checkpoint) carries a marker written last, with the size and
 digest of each, so that it is noticed when they are no longer what was written.
 """
 
@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -27,19 +27,28 @@ import pyarrow.fs as pafs
 from unet.errors import Damaged, InputError, StorageFailed, first_line
 from unet.secrets import without_secrets
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 MARKER = "COMMIT"
 PAUSES = (0, 2, 3)
-"""Seconds to wait before each try to write."""
+"""Seconds to wait before each attempt to write."""
 IN_MEMORY = 2**24
-"""A larger object is made in a file, in bytes."""
+"""Bytes; a larger object is completed in a file."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
 
 
+class Sink(Protocol):
+    """A stream that takes bytes and cannot seek."""
+
+    def write(self, data: "ReadableBuffer", /) -> int: ...
+
+
 def persistently(write: Callable[[], None]) -> None:
-    """Do it again after a hiccup of the storage.
+    """Write, and try again if the storage fails for a moment.
 
     Raises:
-        StorageFailed: it was no hiccup.
+        StorageFailed: every attempt failed.
     """
     for pause in PAUSES:
         time.sleep(pause)
@@ -51,12 +60,12 @@ def persistently(write: Callable[[], None]) -> None:
 
 
 class Folder:
-    """A folder by absolute path or URI (`s3://bucket/prefix?...`). It need not exist yet; writing makes it.
+    """A folder by absolute path or URI (`s3://bucket/prefix?...`). It need not exist yet; writing creates it.
 
-    A URI has its characters percent-encoded, a path has them as they are; `file://` becomes a path.
+    Special characters are percent-encoded in a URI and stand as they are in a path; `file://` becomes a path.
 
     Raises:
-        InputError: there is no storage of that kind or name.
+        InputError: there is no such storage.
     """
 
     def __init__(self, uri: str | Path):
@@ -114,13 +123,13 @@ class Folder:
         return self.read_bytes(name).decode()
 
     @contextlib.contextmanager
-    def writing(self, name: str, durable: bool = True) -> Iterator[BinaryIO]:
-        """A stream to write a file through; it is there once all of it is, and an exception leaves what was.
+    def writing(self, name: str, durable: bool = True) -> Iterator[IO[bytes]]:
+        """A stream to a file, which appears when all of it is written; after an exception the old one remains.
 
         Without `durable` it does not wait for the disk: if the power fails, the file may be gone or empty.
         """
         if not self.is_local:
-            # Arrow publishes what was written to a stream when it is closed or forgotten; it has no way to give up.
+            # Arrow publishes what was written to a stream when it is closed or collected; it cannot be aborted.
             with tempfile.SpooledTemporaryFile(IN_MEMORY) as made:
                 yield made
                 self._send(name, made)
@@ -141,7 +150,7 @@ class Folder:
             _sync(target.parent)
 
     def _send(self, name: str, made: tempfile.SpooledTemporaryFile) -> None:
-        """Write an object in a single call, which nothing can end in its midst but an error of its own."""
+        """Write an object in a single call, which only an error of its own can interrupt."""
         size = made.seek(0, os.SEEK_END)
         made.seek(0)
         content = mmap.mmap(made.fileno(), size, access=mmap.ACCESS_READ) if size > IN_MEMORY else made.read()
@@ -158,17 +167,17 @@ class Folder:
         self.write_bytes(name, text.encode())
 
     def require(self, name: str) -> None:
-        """Refuse to go on writing into a folder that does not hold a file any more which it did.
+        """Refuse to go on writing into a folder that no longer holds a file it held.
 
         Raises:
-            StorageFailed: it was removed, or its disk is away; writing would make another one in its place.
+            StorageFailed: it was removed, or its disk is gone; writing would create another in its place.
         """
         with reported(str(self)):
             if not self.exists(name):
                 raise StorageFailed(f"{self} is gone, or the disk it was on: bring it back")
 
     def commit(self, name: str, files: Mapping[str, bytes | memoryview]) -> None:
-        """Write a sub-folder of files as one: it is seen whole, with its marker, or does not count.
+        """Write a set of files as a sub-folder, which counts only when it is whole, with its marker.
 
         Raises:
             StorageFailed: nothing has changed then.
@@ -187,7 +196,7 @@ class Folder:
         temporary, older = (target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
 
         @contextlib.contextmanager
-        def synced(file: str) -> Iterator[BinaryIO]:
+        def synced(file: str) -> Iterator[IO[bytes]]:
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / file, "wb") as stream:
                 yield stream
@@ -253,19 +262,19 @@ class Folder:
         except FileNotFoundError as error:
             raise Damaged(f"{name} is damaged ({file}: missing)") from error
         except OSError as error:
-            # A disk that has lost a block has lost the file; a network or a right comes back.
+            # A disk that has lost a block has lost the file; a network or a permission comes back.
             if self.is_local and not isinstance(error, PermissionError):
                 raise Damaged(f"{name} is damaged ({file}: {_reason(error)})") from error
             raise StorageFailed(f"Cannot read {self}/{name}/{file}: {_reason(error)}; put that right") from error
 
     def revoke(self, name: str) -> None:
-        """Take the marker away: the sub-folder does not count any more. Raises StorageFailed."""
+        """Remove the marker, so that the sub-folder no longer counts. Raises StorageFailed."""
         with reported(f"{self}/{name}"):
             if self.committed(name):
                 self.fs.delete_file(self.at(f"{name}/{MARKER}"))
 
     def delete(self, name: str) -> None:
-        """Remove a sub-folder; the marker goes first, so that a torn removal is not taken for a whole set.
+        """Remove a sub-folder; the marker goes first, so that an interrupted removal does not pass for a whole set.
 
         Raises:
             StorageFailed: it cannot be removed.
@@ -276,15 +285,15 @@ class Folder:
 
 
 class _Counted(io.RawIOBase):
-    """A stream that knows size and digest of what went through it."""
+    """A stream that counts and digests what goes through it."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Sink):
         self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
 
     def writable(self) -> bool:
         return True
 
-    def write(self, data) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         self._stream.write(data)
         self._digest.update(data)
         size = memoryview(data).nbytes
@@ -297,7 +306,7 @@ class _Counted(io.RawIOBase):
 
 
 def _write_set(
-    files: Mapping[str, bytes | memoryview], opened: Callable[[str], contextlib.AbstractContextManager]
+    files: Mapping[str, bytes | memoryview], opened: Callable[[str], contextlib.AbstractContextManager[Sink]]
 ) -> None:
     """Write the files and last their marker, each through the stream that `opened` gives for its name."""
     known = {}
@@ -312,7 +321,7 @@ def _write_set(
 
 @contextlib.contextmanager
 def reported(what: object, how: str = "write") -> Iterator[None]:
-    """What the system says when something cannot be written (or read), as a sentence that lacks only the way on.
+    """Turn the system's error when something cannot be written (or read) into a sentence that lacks only how to go on.
 
     Raises:
         StorageFailed: instead of an OSError.
@@ -320,15 +329,15 @@ def reported(what: object, how: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = REMEDIES.get(error.errno, "put that right")
+        remedy = REMEDIES.get(error.errno or 0, "put that right")
         raise StorageFailed(f"Cannot {how} {what}: {_reason(error)}; {remedy}") from error
 
 
 def _unusable(folder: Folder, error: Exception) -> str:
     reason = without_secrets(first_line(error))
     if "Cannot parse URI" in reason:
-        return f"{folder} is no URI: write what a URI cannot hold percent-encoded, a space as %20."
-    return f"Cannot open the storage {folder}: {reason.rstrip('.')}. Correct it, or see that it can be reached."
+        return f"{folder} is not a URI: percent-encode what a URI cannot hold, such as a space as %20."
+    return f"Cannot open the storage {folder}: {reason.rstrip('.')}. Correct it, or make sure that it can be reached."
 
 
 def _reason(error: OSError) -> str:
@@ -337,7 +346,7 @@ def _reason(error: OSError) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
+    """Make sure that a file or folder is on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""Words for the screen never end the work: stdout and stderr that take whatever they are given.
+"""Output for the screen never stops the work: stdout and stderr that take whatever they are given.
 
 A pipe whose reader left, a full disk under a log, a terminal that is gone, a stream that was closed, an encoding
-without the signs that we print: none of them says anything about the work.
+without the characters that we print: none of them is a reason to stop.
 """
 
 import codecs
@@ -10,8 +10,11 @@ import os
 import select
 import sys
 
-PLAIN = {"·": "-", "–": "-", "—": "-", "─": "-", "…": "...", "×": "x", "→": "->", "“": '"', "”": '"', "’": "'"}
-"""What is printed for a sign that the stream's encoding does not have; for others a question mark."""
+PLAIN = {
+    **{"·": "-", "–": "-", "—": "-", "─": "-", "−": "-", "…": "...", "×": "x", "→": "->"},
+    **{"“": '"', "”": '"', "’": "'", "\N{NO-BREAK SPACE}": " "},
+}
+"""What is printed for a character that the stream's encoding lacks; for others a question mark."""
 ERRORS = "unet.plain"
 """The name by which streams take `PLAIN`."""
 
@@ -35,16 +38,16 @@ class _Forgiving(io.FileIO):
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 codecs.register_error(ERRORS, _plain)
 
 
 def forgive() -> None:
-    """Make stdout and stderr of this process forgiving, and open what of the three standard streams was closed.
+    """Make stdout and stderr of this process forgiving, and open those of the standard streams that were closed.
 
-    Else what is opened next, such as a socket, would get its number, and with it what libraries write there.
+    Otherwise whatever is opened next, such as a socket, would get the number of one, and what libraries write to it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         stream = getattr(sys, name)
@@ -52,7 +55,7 @@ def forgive() -> None:
             _to_nowhere(number)
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
-        if mode == "w" and type(stream) is io.TextIOWrapper and stream.errors != ERRORS:  # not a capturing one's own
+        if mode == "w" and type(stream) is io.TextIOWrapper and stream.errors != ERRORS:  # not one that captures output
             setattr(sys, name, _forgiving(stream))
 
 

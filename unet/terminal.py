@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a table at the start, a live line, a line an epoch, a table at the end.
+"""What a person sees during a run: a table at the start, a live line, a line per epoch, a table at the end.
 
-Without a terminal the same as plain lines, no control codes.
+Without a terminal the same as plain lines, without control codes.
 """
 
 import time
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
-from unet.pages.figures import ABSENT, lowest
+from unet.pages.figures import lowest
+from unet.pages.numbers import duration, percent, score, speed
 from unet.progress import Live
 from unet.secrets import without_secrets
 
@@ -21,7 +22,7 @@ SHOWN = 5
 PLAIN_SECONDS = 20
 """How often the progress line is printed where it cannot be redrawn."""
 LINE_CLASSES = 4
-"""The IoU of more classes than these would not fit into a line."""
+"""With more classes than this, their IoU would not fit into a line."""
 
 
 class Display:
@@ -30,9 +31,9 @@ class Display:
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.redraws = self.console.is_interactive and self.console.file.isatty()
-        """Whether lines can be drawn anew: not on a dumb terminal, nor in a log that is to have colours."""
+        """Whether lines can be redrawn: not on a dumb terminal, nor in a log that is to have colours."""
         if not self.console.file.isatty():
-            self.console.width = 160  # tables in a log are not folded at a width nobody has
+            self.console.width = 160  # tables in a log need not fit a terminal
         self._live: LiveText | None = None
         self._printed = time.monotonic()
 
@@ -40,23 +41,23 @@ class Display:
         self.console.print(Text(without_secrets(text), style=style or ""))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and values, each on one unbroken line so that paths and commands can be copied."""
+        """Names and values, each on one unbroken line, so that paths and commands can be copied."""
         self.say(title, "bold")
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self.console.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", without_secrets(value)))
 
     def working(self, what: str, done: int, total: int) -> None:
-        """How far a long work is; `total` 0 where that is not known."""
+        """How far a long task is; `total` is 0 if that is not known."""
         self._progress(f"{what}  {done:,}/{total:,}" if total else what, last=done == total)
 
     def scoring(self, done: int, total: int, images_per_second: float | None) -> None:
-        speed = f" · {images_per_second:.1f} images/s" if images_per_second else ""
-        self._progress(f"scoring  {done:,}/{total:,} images{speed}", last=done == total)
+        pace = f" · {speed(images_per_second)}" if images_per_second else ""
+        self._progress(f"scoring  {done:,}/{total:,} images{pace}", last=done == total)
 
     def problems(self, manifest) -> None:
-        """What was left out of prepared data, mended, or looks wrong: a line a kind, with the first names."""
-        lists = ("left out", "left_out", "red"), ("mended", "repaired", None), ("looks wrong", "warnings", "yellow")
+        """What was left out of prepared data, repaired, or looks wrong: a line for each kind, with the first names."""
+        lists = ("left out", "left_out", "red"), ("repaired", "repaired", None), ("looks wrong", "warnings", "yellow")
         for title, found, style in lists:
             for kind, count in manifest.kinds(found).most_common():
                 of_kind = [row for row in getattr(manifest, found) if kind in (row.get("problem"), row.get("repair"))]
@@ -70,14 +71,14 @@ class Display:
         if live.phase != "test":
             parts.insert(0, f"epoch {live.epoch}/{epochs}")
         if live.images_per_second is not None:
-            parts.append(f"{live.images_per_second:.1f} images/s")
+            parts.append(speed(live.images_per_second))
         if live.loss is not None:
-            parts.append(f"loss {live.loss:.4f}")
+            parts.append(f"loss {score(live.loss)}")
         if live.seconds_per_step is not None and live.phase == "train":
             steps = live.steps - live.step + (epochs - live.epoch) * live.steps
             parts.append(f"{duration(steps * live.seconds_per_step)} left")
         if live.data_wait_fraction is not None:  # last: a narrow terminal cuts here
-            parts.append(f"data wait {live.data_wait_fraction:.0%}")
+            parts.append(f"data wait {percent(live.data_wait_fraction, 0)}")
         self._progress(" · ".join(parts))
 
     def waiting(self, text: str) -> None:
@@ -96,10 +97,10 @@ class Display:
     def epoch(self, record: dict, epochs: int, classes: Classes) -> None:
         parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
         for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
-            parts.append(f"{label} {_number(record.get(key))}")
-        parts += [f"{name} {_number(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
+            parts.append(f"{label} {score(record.get(key))}")
+        parts += [f"{name} {score(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
         if "images_per_second" in record:
-            parts.append(f"{record['images_per_second']:.1f} images/s")
+            parts.append(speed(record["images_per_second"]))
         best = record.get("best_epoch") == record["epoch"]
         self._printed = time.monotonic()
         self.say("  ".join(parts) + ("  *best" if best else ""), "bold" if best else None)
@@ -111,22 +112,12 @@ class Display:
 
 
 def names_in_line(classes: Classes) -> list[str]:
-    """The names of the classes whose IoU a line shows: all, or none where they are too many for it."""
+    """The names of the classes whose IoU a line shows: all, or none if there are too many for it."""
     return [c.name for c in classes] if len(classes) <= LINE_CLASSES else []
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def score_table(title: str, scores: Mapping) -> Table:
-    """Return a terminal table: IoU and Dice of each class and their means, the other scores in the caption.
+    """A terminal table: IoU and Dice of each class and their means, the other scores in the caption.
 
     `scores` holds `iou` and `dice` (class name to value), `mean_iou`, `mean_dice`, `accuracy`, `images` and maybe
     `loss`; a value that could not be measured is None.
@@ -134,17 +125,14 @@ def score_table(title: str, scores: Mapping) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    def four(value: float | None) -> str:
-        return ABSENT if value is None else f"{value:.4f}"
-
-    loss = f" · loss {four(scores['loss'])}" if "loss" in scores else ""
-    caption = f"accuracy {four(scores['accuracy'])}{loss}\n{scores['images']:,} images"
+    loss = f" · loss {score(scores['loss'])}" if "loss" in scores else ""
+    caption = f"accuracy {score(scores['accuracy'])}{loss}\n{scores['images']:,} images"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
+    if len(shown := lowest(scores["iou"])) < len(scores["iou"]):
+        caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
     table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", min_width=36)
-    for name in (shown := lowest(scores["iou"])):
-        table.add_row(name, four(scores["iou"][name]), four(scores["dice"][name]))
-    if len(shown) < len(scores["iou"]):
-        table.caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"
+    for name in shown:
+        table.add_row(name, score(scores["iou"][name]), score(scores["dice"][name]))
     table.add_section()
-    table.add_row("mean", four(scores["mean_iou"]), four(scores["mean_dice"]), style="bold")
+    table.add_row("mean", score(scores["mean_iou"]), score(scores["mean_dice"]), style="bold")
     return table

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def run(settings: PrepareSettings) -> int:
     from unet.cluster.session import ray_session
-    from unet.data.pieces import Recipe
-    from unet.data.prepare import cache_of, kept_folder, prepare
-    from unet.data.shards import MANIFEST, REPORT
+    from unet.data.manifest import MANIFEST, REPORT
+    from unet.data.preparing.pieces import Recipe
+    from unet.data.preparing.prepare import prepare
+    from unet.data.preparing.resolve import cache_of, kept_folder
     from unet.data.sources.find import check_source
     from unet.storage import Folder
     from unet.terminal import Display
@@ -59,7 +60,7 @@ def run(settings: PrepareSettings) -> int:
 
 
 def _verify(folder: str, display: "Display") -> int:
-    from unet.data.verify import verify
+    from unet.data.preparing.verify import verify
     from unet.storage import Folder
 
     try:

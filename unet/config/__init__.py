@@ -1,7 +1,8 @@
-"""The settings of every job, one class per part, one module per kind of job."""
+"""The settings of every job: a class for each part, a module for each kind of job."""
 
 from unet.config.common import StoreSettings
-from unet.config.data import SOURCES, DataSettings, PrepareSettings, Resize, is_source_name
+from unet.config.data import DataSettings, PrepareSettings
+from unet.config.fields import SOURCES, Resize, is_source_name
 from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings

@@ -1,90 +1,56 @@
 """What is read, and how it is prepared."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
-from unet.settings import SettingsGroup, absolute, parse_bytes
-
-SOURCES = ("synthetic", "oxford_iiit_pet")
-
-Resize = Literal["stretch", "letterbox"]
-
-
-def is_source_name(source: str) -> bool:
-    """Whether this names a source (such as synthetic:5000) and is no path."""
-    return source.partition(":")[0] in SOURCES
+from unet.config.fields import ByteSize, DataSource, FolderOrUri, ImageSize, LocalFolder, Resize
+from unet.settings import SettingsGroup
 
 
 class DataSettings(SettingsGroup):
-    """What is read."""
+    """The data that are read."""
 
-    data: str = "synthetic"
-    """A prepared folder, a folder with the official archives (packed or extracted), one with images/, masks/ and
-    dataset.yaml, `oxford_iiit_pet` (through TensorFlow Datasets), or `synthetic`: pets drawn by the program. What is
-    not prepared yet is prepared on first use and kept under the storage path."""
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
-    """Side of the network's square input, in pixels; a multiple of 2**depth."""
+    data: DataSource = "synthetic"
+    """A prepared folder, or a source that is prepared on first use and kept under the storage path: a folder with the
+    official archives (packed or extracted), a folder with images/, masks/ and dataset.yaml, oxford_iiit_pet (through
+    TensorFlow Datasets), or synthetic (pets drawn by the program)."""
+    image_size: ImageSize = 128
+    """Side of the network's square input in pixels; a multiple of 2**depth."""
     resize: Resize = "stretch"
-    """Stretch photos to the square, or letterbox: keep their shape and fill up with ignored pixels."""
+    """How photos become square: stretch distorts them, letterbox keeps their shape and pads with ignored pixels."""
     limit_train: Annotated[int | None, Field(ge=1)] = None
-    """Use only the first so many training samples of the canonical order."""
-    memory_budget: str | None = None
-    """Data up to this size (such as 8GB) are kept in memory, larger ones streamed. Default: a quarter of the
-    node's memory."""
-
-    @field_validator("data")
-    @classmethod
-    def _found_from_anywhere(cls, value):
-        # A run continues from other folders, and a submitted job's own folder is temporary.
-        is_path = "://" not in value and not is_source_name(value) and absolute(value).exists()
-        return str(absolute(value)) if is_path else value
-
-    @field_validator("memory_budget")
-    @classmethod
-    def _is_size(cls, value):
-        if value is not None:
-            parse_bytes(value)
-        return value
+    """Use only this many training samples, the first in canonical order. None: all."""
+    memory_budget: ByteSize | None = None
+    """Keep data up to this size (such as 8GB) in memory, and stream larger data. None: a quarter of the node's
+    memory."""
 
 
 class PreparePart(SettingsGroup):
     """What is prepared, and how."""
 
-    source: str = "synthetic"
+    source: DataSource = "synthetic"
     """A folder with the official archives (packed or extracted), a folder with images/, masks/ and dataset.yaml,
-    `oxford_iiit_pet` (through TensorFlow Datasets), `synthetic`, or `synthetic:N` for N drawn pets."""
-    source_dir: Path | None = None
-    """Where the two archives of `oxford_iiit_pet` lie already: nothing is downloaded then."""
-    output: str | None = None
-    """The folder to make; may be s3://… Default: where a training with this source looks for it."""
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
-    """Side of the square pictures, in pixels."""
+    oxford_iiit_pet (through TensorFlow Datasets), synthetic, or synthetic:N for N drawn pets."""
+    source_dir: LocalFolder | None = None
+    """Folder that already holds the two archives of oxford_iiit_pet; nothing is downloaded then."""
+    output: FolderOrUri | None = None
+    """Folder to write, local or s3://… None: where a training on this source looks for it."""
+    image_size: ImageSize = 128
+    """Side of the square pictures in pixels."""
     resize: Resize = "stretch"
-    """Stretch photos to the square, or letterbox: keep their shape and fill up with ignored pixels."""
+    """How photos become square: stretch distorts them, letterbox keeps their shape and pads with ignored pixels."""
     original_masks: bool = False
-    """Keep the masks at the photos' own size too."""
+    """Also keep the masks at the photos' original size."""
     shards: Annotated[int, Field(ge=1)] = 4
-    """Files of a split, at most."""
+    """Most files per split."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of trainval that becomes val, by hash of name."""
+    """Share of trainval that becomes val, chosen by a hash of the name."""
     strict: bool = False
-    """Refuse where a sample cannot be used, instead of leaving it out."""
-    verify: str | None = None
-    """Prepare nothing: read every byte of this prepared folder again and name what has changed."""
-
-    @field_validator("source", "output", "verify")
-    @classmethod
-    def _from_home(cls, value):
-        is_path = value is not None and "://" not in value and not is_source_name(value)
-        return str(absolute(value)) if is_path else value
-
-    @field_validator("source_dir")
-    @classmethod
-    def _dir_from_home(cls, value):
-        return value and absolute(value)
+    """Stop when a sample cannot be used, instead of leaving it out."""
+    verify: FolderOrUri | None = None
+    """Prepare nothing; read every byte of this prepared folder again and name what has changed."""
 
     @model_validator(mode="after")
     def _source_dir_fits(self):
@@ -94,7 +60,7 @@ class PreparePart(SettingsGroup):
 
 
 class PrepareSettings(SettingsGroup):
-    """Turn raw pets into shards."""
+    """Turn raw pictures into shards."""
 
     prepare: PreparePart = PreparePart()
     store: StoreSettings = Field(default_factory=StoreSettings)

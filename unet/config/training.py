@@ -1,12 +1,13 @@
-"""What a run is."""
+"""The settings of a training run."""
 
 import re
 from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unet.config.common import CommandSettings, RegisteredName, StoreSettings
+from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
+from unet.config.fields import RegisteredName
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings, describe
 from unet.recipe.optimizer import OptimizerSettings
@@ -14,26 +15,26 @@ from unet.recipe.recipe import Recipe, TrainingSettings
 from unet.settings import Device, SettingsGroup, parse_interval
 
 FENCING_TOKEN = ".fencing-token"
-"""What the workers under way may write into a run's folder by."""
+"""File with the token that lets the current group of workers write into a run's folder."""
 
 
 class ComputeSettings(SettingsGroup):
-    """What it runs on."""
+    """What the training runs on."""
 
     num_workers: int | str = 1
-    """Training processes; each takes an equal share of every batch. 1:4 is elastic: begin with what is free, give up
-    workers that are lost, take more when there is room."""
+    """Number of training processes; each takes an equal share of every batch. A range such as 1:4 is elastic: start
+    with what is free, go on without workers that are lost, add workers when there is room."""
     threads: Annotated[int | None, Field(ge=1)] = None
-    """TensorFlow threads a worker. Default: the cores it really has."""
+    """TensorFlow threads per worker. None: as many as it really has cores."""
     device: Device = "auto"
-    """auto: a GPU for each worker where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
-    GPU."""
+    """auto: a GPU for each worker if the cluster has enough, else CPUs. gpu: refuse to start without enough GPUs. cpu:
+    use no GPU."""
     deterministic: bool = False
-    """Let TensorFlow use only operations that repeat bit for bit: GPUs need it for that and are slower, CPUs do not."""
+    """Use only TensorFlow operations that repeat bit for bit. It slows GPUs down; CPUs repeat without it."""
     max_failures: Annotated[int, Field(ge=0)] = 5
-    """Start lost workers again at most so often in a row without a new checkpoint."""
+    """Restart lost workers at most this many times in a row without a new checkpoint."""
     step_timeout: str = "10m"
-    """Start the workers again when no step or batch of scoring has ended for so long; 10m is minutes."""
+    """Restart the workers when no training step and no scoring batch has ended for this long; 10m is ten minutes."""
 
     @field_validator("num_workers")
     @classmethod
@@ -41,14 +42,14 @@ class ComputeSettings(SettingsGroup):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise ValueError(f"--num-workers {value} is no number of workers: give 2, or 1:2 for one to two")
+            raise ValueError(f"--num-workers {value} is not a number of workers: write 2, or 1:2 for one to two")
         return int(value) if least == most else str(value)
 
     @field_validator("step_timeout")
     @classmethod
     def _is_minutes(cls, value):
         if parse_interval(value)[0] != "seconds":
-            raise ValueError(f"--step-timeout {value} is no time: 10m means ten minutes")
+            raise ValueError(f"--step-timeout {value} is not a duration: write 10m for ten minutes")
         return value
 
     @property
@@ -65,28 +66,29 @@ class ComputeSettings(SettingsGroup):
 
 
 class RunSettings(StoreSettings):
-    """Where it goes."""
+    """The run, and where its results go."""
 
     run_name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = None
-    """Default: the time. The same name with the same settings continues the run."""
+    """Name of the run; with the same settings, an existing name continues that run. None: the current time."""
     resume: str | None = None
-    """Continue this run, with the settings it was started with."""
+    """Continue this run with the settings it was started with."""
     sync: str | None = None
-    """Train nothing: send what MLflow lacks of this run, which has ended."""
+    """Train nothing; send MLflow what it lacks of this run, which has ended."""
     checkpoint_every: str | None = "10m"
-    """Save inside an epoch too: 200 is steps, 10m minutes, None never. Each epoch's end is saved in any case."""
+    """Also save within an epoch: 200 means every 200 steps, 10m every ten minutes, None never. The end of each epoch is
+    always saved."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """How many of the best checkpoints stay; the last one always does."""
+    """How many of the best checkpoints to keep; the latest is always kept."""
     experiment: str = "unet-pets"
-    """MLflow experiment."""
-    register: RegisteredName = None
-    """Register the model in MLflow under this name; it becomes the champion if it is better on val."""
+    """Name of the MLflow experiment."""
+    register: RegisteredName | None = None
+    """Register the model in MLflow under this name; it becomes the champion if it scores better on val."""
 
     @field_validator("run_name")
     @classmethod
     def _is_free(cls, value):
         if value in ("data", "mlartifacts", "mlflow.db"):
-            raise ValueError(f"--run-name {value} is a name that the storage path keeps for itself")
+            raise ValueError(f"--run-name {value} is a name that the storage path needs itself: choose another")
         return value
 
     @field_validator("checkpoint_every")
@@ -105,7 +107,9 @@ class RunSettings(StoreSettings):
     @model_validator(mode="after")
     def _remote_needs_server(self):
         if "://" in self.storage_path and not self.tracking_uri:
-            raise ValueError("--storage-path in an object store needs --tracking-uri: sqlite cannot live there")
+            raise ValueError(
+                "--storage-path in an object store needs --tracking-uri: the default, SQLite, needs a local disk"
+            )
         return self
 
 
@@ -127,7 +131,7 @@ class TrainSettings(SettingsGroup):
         compute, shards, batch = self.compute, self.training.grad_shards, self.training.batch_size
         if compute.most_workers > batch:
             raise ValueError(
-                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some would have no sample"
+                f"--num-workers {compute.num_workers} is more than --batch-size {batch}: some workers would be idle"
             )
         ends = (compute.least_workers, compute.most_workers)
         if shards > 1 and (any(shards % workers for workers in ends) or batch % shards):
@@ -149,7 +153,7 @@ class TrainSettings(SettingsGroup):
 
     @property
     def worker_counts(self) -> list[int]:
-        """How many workers there may be, in growing order: with micro-shards only numbers that divide them."""
+        """The allowed numbers of workers, in growing order: with gradient shards only those that divide them."""
         shards = self.training.grad_shards
         allowed = range(self.compute.least_workers, self.compute.most_workers + 1)
         return [workers for workers in allowed if shards == 1 or shards % workers == 0]
@@ -163,7 +167,7 @@ MAY_CHANGE = frozenset(
         *("register", "config", "debug"),
     )
 )
-"""Settings that may change when a run continues (its data are compared by their digest)."""
+"""Settings that may change when a run continues; its data are compared by their digest."""
 
 
 def check_image_size(image_size: int, model: ModelSettings) -> None:
@@ -176,4 +180,6 @@ def check_image_size(image_size: int, model: ModelSettings) -> None:
     if image_size % multiple:
         below = image_size // multiple * multiple
         fits = " and ".join(str(s) for s in (below, below + multiple) if s)
-        raise ValueError(f"--image-size {image_size} is not a multiple of {multiple} (2**depth): nearest are {fits}")
+        raise ValueError(
+            f"--image-size {image_size} is not a multiple of {multiple} (2**depth): the nearest are {fits}"
+        )

@@ -1,39 +1,35 @@
-"""What a sweep is: a training's settings and the search over some of them."""
+"""The settings of a sweep: those of a training, and the search over some of them."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from unet.config.fields import SearchSpace
 from unet.config.training import MAY_CHANGE, TrainSettings
 from unet.recipe.recipe import PARTS
-from unet.settings import SettingsGroup, absolute
+from unet.settings import SettingsGroup
 
 
 class SweepSettings(SettingsGroup):
     """The search."""
 
-    space: str = "default"
-    """A space of tune_spaces/ by name, or a YAML file."""
+    space: SearchSpace = "default"
+    """Name of a search space in tune_spaces/, or a YAML file."""
     num_samples: Annotated[int | None, Field(ge=1)] = None
-    """How many trials. Default: 10; with --minutes as many as fit; with --search grid all combinations."""
+    """Number of trials. None: 10; with --minutes, as many as fit; with --search grid, every combination."""
     minutes: Annotated[float | None, Field(gt=0)] = None
-    """Stop so long after the first trial of this start began; trials under way keep their scores so far."""
+    """Stop this many minutes after the first trial of this start began; running trials keep their scores so far."""
     search: Literal["random", "grid", "tpe"] = "random"
-    """Draw at random, try every combination, or learn from the scores so far (Optuna's TPE)."""
+    """random draws settings at random; grid tries every combination; tpe learns from the scores so far (Optuna)."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """Stop bad trials early (asha), let bad ones take over the weights and nearby settings of good ones (pbt), or
-    train each to its end."""
+    """asha stops weak trials early; pbt lets weak trials take over the weights of strong ones, with nearby settings;
+    none trains every trial to its end."""
     grace_epochs: Annotated[int, Field(ge=1)] = 1
-    """asha stops no trial before; pbt compares the trials every so many epochs."""
+    """Epochs before asha may stop a trial; with pbt, epochs between two comparisons of the trials."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
-    """asha lets the best 1/F go on at the epochs GRACE, GRACE*F, GRACE*F*F, …"""
+    """asha lets the best 1/F of the trials go on at epochs GRACE, GRACE*F, GRACE*F*F, …"""
     extend: Annotated[int | None, Field(ge=1)] = None
-    """Add so many trials to a sweep that is finished."""
-
-    @field_validator("space")
-    @classmethod
-    def _found_from_anywhere(cls, value):
-        return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
+    """Add this many trials to a finished sweep."""
 
 
 class TuneSettings(TrainSettings):
@@ -45,26 +41,26 @@ class TuneSettings(TrainSettings):
     def _search_fits(self):
         sweep = self.sweep
         if self.run.sync:
-            raise ValueError("--sync is for `jobs/train.py`; --resume sends what MLflow lacks of a sweep")
+            raise ValueError("--sync is for `jobs/train.py`: of a sweep, --resume sends what MLflow lacks")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
         if self.compute.is_elastic:
-            raise ValueError(f"--num-workers {self.compute.num_workers}: the trials of a sweep need one number")
+            raise ValueError(f"--num-workers {self.compute.num_workers}: the trials of a sweep need a fixed number")
         if sweep.scheduler == "pbt" and self.compute.most_workers > 1:
             raise ValueError(
-                "--scheduler pbt hands weights from trial to trial, which works for trials of one worker only: give "
+                "--scheduler pbt hands weights from trial to trial, which works only if each has one worker: give "
                 "--num-workers 1, or --scheduler asha"
             )
         if sweep.scheduler == "pbt" and sweep.search != "random":
             raise ValueError(
-                f"--scheduler pbt changes settings in flight, so --search {sweep.search} could not learn from or "
-                "cover them: leave out --search"
+                f"--scheduler pbt changes settings during a trial, so --search {sweep.search} could neither learn from "
+                "them nor cover them: leave out --search"
             )
         return self
 
 
 SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan", "precision"} | {"minutes", "extend"}
-"""The same of a sweep, whose trials must stay comparable."""
+"""Settings that may change when a sweep continues, whose trials must stay comparable."""
 
 SEARCHABLE = frozenset(name for part in PARTS.values() for name in part.model_fields) - {
     *("epochs", "patience", "on_nan"),

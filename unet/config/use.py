@@ -1,49 +1,44 @@
-"""What is done with a trained model."""
+"""The settings of jobs that use a trained model."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from unet.config.common import CommandSettings, RegisteredName, StoreSettings
-from unet.settings import Device, SettingsGroup, absolute
+from unet.config.common import CommandSettings, StoreSettings
+from unet.config.fields import DataSource, ExistingFolder, FolderOrUri, PathOrUri, RegisteredName
+from unet.settings import Device, SettingsGroup
 
 
 class EvaluatePart(SettingsGroup):
     """What is scored on what."""
 
     model: str = ""
-    """A run's name (its best checkpoint), a checkpoint's folder, or an MLflow URI; several, separated by commas, are
+    """Name of a run (its best checkpoint), folder of a checkpoint, or MLflow URI; several, separated by commas, are
     compared in pairs."""
-    data: str | None = None
-    """As for training. Default: what the model was trained on."""
+    data: DataSource | None = None
+    """Data to score on, as for training. None: what the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
-    """Which samples."""
-    output: str | None = None
-    """Folder of metrics.json, per_image.parquet and report.html. Default: evaluations/ in the run's folder."""
+    """Part of the data to score on."""
+    output: FolderOrUri | None = None
+    """Folder for metrics.json, per_image.parquet and report.html. None: evaluations/ in the run's folder."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
-    """Processes that score, of one thread each. Default: as many as the cluster has GPUs, or CPUs where it has none."""
+    """Number of scoring processes, of one thread each. None: one per GPU of the cluster, or per CPU if it has none."""
     device: Device = "auto"
-    """auto: a GPU for each process where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
-    GPU."""
+    """auto: a GPU for each process if the cluster has enough, else CPUs. gpu: refuse to start without enough GPUs. cpu:
+    use no GPU."""
     band: Annotated[int, Field(ge=1, le=64)] = 3
-    """Width in pixels, at the network's size and to either side, of the band around borders that is scored apart."""
+    """Width of the band along borders that is scored separately: pixels to either side, at the network's size."""
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
-    """Resamples of the images for the 95 % intervals, 1000 or more; 0: no intervals."""
+    """Resamples of the images for the 95 % intervals: 1000 or more, or 0 for no intervals."""
     track: bool = True
-    """Log scores and report to the model's MLflow run."""
+    """Log the scores and the report to the model's MLflow run."""
 
     @field_validator("bootstrap")
     @classmethod
     def _enough(cls, value):
         if 0 < value < 1000:
-            raise ValueError("so few resamples do not tell where an interval ends; give 1000 or more, or 0 for none")
+            raise ValueError("too few resamples to place an interval's ends: give 1000 or more, or 0 for no intervals")
         return value
-
-    @field_validator("output")
-    @classmethod
-    def _absolute(cls, value):
-        return str(absolute(value)) if value and "://" not in value else value
 
 
 class EvaluateSettings(SettingsGroup):
@@ -58,33 +53,27 @@ class PredictPart(SettingsGroup):
     """What is segmented by what."""
 
     model: str = ""
-    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
-    input: str = ""
+    """Name or folder of a run (its best checkpoint), folder of a checkpoint, or MLflow URI."""
+    input: PathOrUri = ""
     """A photo, a folder, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
-    output: str = ""
-    """Folder of masks/, overlays/ and predictions.csv; may be s3://… The same command goes on where it was."""
+    output: PathOrUri = ""
+    """Folder for masks/, overlays/ and predictions.csv, local or s3://… The same command continues where it stopped."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
-    """Processes that predict. Default: one for two CPUs, or for each GPU."""
+    """Number of predicting processes. None: one per two CPUs, or one per GPU."""
     device: Device = "auto"
-    """auto: a GPU for each process where the cluster has so many, else CPUs; gpu refuses where it has not; cpu takes no
-    GPU."""
+    """auto: a GPU for each process if the cluster has enough, else CPUs. gpu: refuse to start without enough GPUs. cpu:
+    use no GPU."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Photos that the network takes at a time."""
+    """Photos in a batch of the network."""
     tile: bool = False
-    """Also look at overlapping tiles, at twice the scale: for scenes of small objects, half a photo long or less. Takes
-    ten times as long; photos smaller than twice the network are not cut."""
+    """Also predict on overlapping tiles at twice the scale: for scenes whose objects are at most half as long as the
+    photo. Takes ten times as long; photos smaller than twice the network's input are not tiled."""
     tta: bool = False
-    """Average the prediction with that of the mirrored photo."""
+    """Average the predictions for the photo and its mirror image."""
     probabilities: bool = False
     """Also write probabilities/<stem>.npz: float16 (height, width, classes)."""
     overlays: bool = True
     """Also write overlays/<stem>.jpg."""
-
-    @field_validator("input", "output")
-    @classmethod
-    def _absolute(cls, value):
-        value = value.removeprefix("file://")
-        return str(absolute(value)) if value and "://" not in value else value
 
 
 class PredictSettings(SettingsGroup):
@@ -99,23 +88,19 @@ class ExportPart(SettingsGroup):
     """What is handed on, and in which form."""
 
     model: str = ""
-    """A run's name or folder (its best checkpoint), a checkpoint's folder, or an MLflow URI."""
-    output: str | None = None
-    """Folder for the exported files; may be s3://… Default: export/ in the run's folder; with --register none."""
+    """Name or folder of a run (its best checkpoint), folder of a checkpoint, or MLflow URI."""
+    output: FolderOrUri | None = None
+    """Folder for the exported files, local or s3://… None: export/ in the run's folder, or no files with --register."""
     formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
-    """Which: float32 (N, S, S, 3) in [0, 1] in, probabilities (N, S, S, C) out; resizing is the caller's."""
-    images: Path | None = None
-    """Folder of photos to compare the formats on. Default: drawn pets."""
+    """Formats to write. Each takes float32 (N, S, S, 3) in [0, 1] and gives probabilities (N, S, S, C); the caller
+    resizes photos."""
+    images: ExistingFolder | None = None
+    """Folder of photos to compare the formats on. None: drawn pets."""
     threads: Annotated[int | None, Field(ge=1)] = None
-    """Of each format as it is timed. Default: one for each CPU."""
-    register: RegisteredName = None
-    """Make the run's packaged model a version of this registered model; it becomes the champion if it is better on
+    """Threads of each format while it is timed. None: one per CPU."""
+    register: RegisteredName | None = None
+    """Make the run's packaged model a version of this registered model; it becomes the champion if it scores better on
     val."""
-
-    @field_validator("output")
-    @classmethod
-    def _absolute(cls, value):
-        return str(absolute(value)) if value and "://" not in value else value
 
     @field_validator("formats")
     @classmethod
@@ -123,13 +108,6 @@ class ExportPart(SettingsGroup):
         if not value:
             raise ValueError("name at least one of saved_model, tflite, onnx")
         return tuple(dict.fromkeys(value))
-
-    @field_validator("images")
-    @classmethod
-    def _is_a_folder(cls, value):
-        if value is not None and not value.is_dir():
-            raise ValueError("there is no such folder")
-        return value
 
 
 class ExportSettings(SettingsGroup):

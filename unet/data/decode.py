@@ -1,4 +1,4 @@
-"""A sample's files as pixels at the network's size, mended where that is safe, refused where it is not.
+"""A sample's files as pixels at the network's size, repaired where that is safe, refused where it is not.
 
 Decoding is here and nowhere else, so that every source gives the same pixels for the same bytes.
 """
@@ -23,7 +23,7 @@ from unet.errors import first_line
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 ASKED = ("ambiguous_mask", "ambiguous_orientation")
-"""The problems that a line in `dataset.yaml` settles for all samples."""
+"""The problems that a line in `dataset.yaml` solves for all samples."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Decoded:
         height, width: of the photo, in pixels.
         present: the ids of the classes in the mask at the photo's own size.
         reading: how the mask was read, where another way would have given other values.
-        repairs: what was mended.
+        repairs: what was repaired.
         original_mask: PNG of the class ids at the photo's own size, if asked for.
     """
 
@@ -96,9 +96,9 @@ def _read(read: Callable, path: str, *arguments):
     except (Unusable, MemoryError):
         raise
     except PermissionError as error:
-        raise Unusable("no_permission", f"{name} may not be read: {error.strerror}") from error
-    except UnidentifiedImageError as error:  # its own words are of a buffer in memory
-        raise Unusable("damaged", f"{name} cannot be decoded: it is no picture of a known kind") from error
+        raise Unusable("no_permission", f"{name} cannot be read: {error.strerror}") from error
+    except UnidentifiedImageError as error:  # its own message names a buffer in memory
+        raise Unusable("damaged", f"{name} cannot be decoded: it is not a picture of a known format") from error
     except Image.DecompressionBombError as error:
         raise Unusable("too_large", f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their damaged input leads them to
@@ -107,7 +107,7 @@ def _read(read: Callable, path: str, *arguments):
 
 
 def _aligned(photo: Picture, mask: Picture, labels: Labels) -> tuple[Image.Image, Image.Image, list[str]]:
-    """Photo and mask turned so that they lie over each other, as far as that can be told, and what was done.
+    """Photo and mask turned so that they lie over each other, as far as that can be known, and what was done.
 
     Masks are drawn over the photo as it is displayed or, by programs that know no EXIF, as it is stored.
     """
@@ -129,8 +129,8 @@ def _aligned(photo: Picture, mask: Picture, labels: Labels) -> tuple[Image.Image
 def _orientation_asked(photo: Picture, mask: Picture, labels: Labels) -> Unusable:
     turned = photo if photo.orientation > 1 else mask
     words = (
-        f"{turned.name} is to be turned as its EXIF says (orientation {turned.orientation}), and sizes do not tell "
-        "whether the mask lies over the photo as displayed or as stored"
+        f"{turned.name} has to be turned, as its EXIF says (orientation {turned.orientation}), and the sizes do not "
+        "show whether the mask lies over the photo as displayed or as stored"
     )
     if labels.described_in:
         words += f": write `exif_orientation: applied` (displayed) or `ignored` (stored) in {labels.described_in}"

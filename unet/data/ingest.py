@@ -2,26 +2,27 @@
 
 Data that fit the memory budget are read once into the object store, where the workers of a node share them. Data
 that do not fit are streamed by one execution of Ray Data for the whole run, training and validation in turn. Both
-ways give the same samples in the same order; a streamed block says where it belongs and the worker checks it.
+ways give the same samples in the same order; a streamed block says where it belongs, and the worker checks it.
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.classes import IGNORE
-from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
-from unet.data.shards import Prepared, opened, pixels
+from unet.data.chunks import Chunks, LazyChunks, arrays, gather
+from unet.data.order import CHUNK, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
+from unet.data.shards import opened
 from unet.data.streaming import DATA_CPUS, STREAM_TASKS
 from unet.recipe.augment import flips, mirror
 
 KEEP_BYTES = 2**26
-"""What a task reads at least of data that are kept: the start of one takes longer than reading a small chunk."""
+"""What a task reads at least of data that are kept: starting one takes longer than reading a small chunk."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Batch:
     Attributes:
         epoch: from 1.
         step: in the epoch, from 0.
-        indices: int64 (rows,) canonical indices; `PADDING` where a row only fills up.
+        indices: int64 (rows,) canonical indices; `PADDING` for a row that only fills the batch.
         images: uint8 (rows, S, S, 3).
-        masks: uint8 (rows, S, S) class ids; `IGNORE` all over in a padding row.
+        masks: uint8 (rows, S, S) class ids; `IGNORE` throughout in a padding row.
     """
 
     epoch: int
@@ -54,10 +55,10 @@ class Ingest:
         batch_size: the global batch.
         seed: of order and flips.
         epochs: the last epoch.
-        kept: by split, references to the chunks held in the object store; None when streaming.
+        kept: by split, references to the chunks in the object store; None when streaming.
         start: (epoch, step in the epoch) to start at.
         memory: bytes of object store that streaming may use.
-        window: chunks of a window of the order; None: as `unet.data.order` has it for the image size.
+        window: chunks of a window of the order; None: what `unet.data.order` takes for the image size.
         tasks: streaming tasks at a time.
     """
 
@@ -108,7 +109,7 @@ class WorkerShard:
 
     def reader(self) -> "Reader":
         """Open it in the worker."""
-        return _Kept(self) if self.stream is None else _Streamed(self)
+        return _Kept(self) if self.stream is None else _Streamed(self, self.stream)
 
 
 class Reader:
@@ -134,15 +135,15 @@ class Reader:
     def direct(self, split: str) -> Iterator[Batch]:
         """This worker's part of a split straight from its shards: for one pass, an execution would cost more to start.
 
-        The parts are stretches of the canonical order, of equal length but for one sample, so nobody reads all chunks,
-        and a worker may have a batch less than another.
+        The parts are stretches of the canonical order, of equal length but for one sample, so no worker reads all
+        chunks, and one may have a batch fewer than another.
         """
         samples, size = self.ingest.samples[split], self.ingest.image_size
         part = np.arange(self.rank * samples // self.world_size, (self.rank + 1) * samples // self.world_size)
         plan = BatchPlan(len(part), self.ingest.plan(split, self.world_size).share, 1)
-        chunks = _LazyChunks(opened(self.ingest.folder), split, part)
+        chunks = LazyChunks(opened(self.ingest.folder), split, part)
         return self._one_ahead(
-            Batch(1, step, indices, *_gather(indices, chunks, size)) for step, (indices,) in plan.shares(part)
+            Batch(1, step, indices, *gather(indices, chunks, size)) for step, (indices,) in plan.shares(part)
         )
 
     def _one_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -156,31 +157,33 @@ class Reader:
     def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def _gathered(self, split, epoch, first_step, chunks) -> Iterator[Batch]:
+    def _gathered(self, split: str, epoch: int, first_step: int, chunks: Chunks) -> Iterator[Batch]:
         plan = self.ingest.plan(split, self.world_size)
         for step, shares in plan.shares(self.ingest.order(split, epoch), first_step):
             indices = shares[self.rank]
-            yield Batch(epoch, step, indices, *_gather(indices, chunks, self.ingest.image_size))
+            yield Batch(epoch, step, indices, *gather(indices, chunks, self.ingest.image_size))
 
 
 class _Kept(Reader):
     def __init__(self, shard: WorkerShard):
         super().__init__(shard)
         self._chunks = {
-            split: [_arrays(table, self.ingest.image_size) for table in ray.get(refs)]
+            split: [arrays(table, self.ingest.image_size) for table in ray.get(refs)]
             for split, refs in (self.ingest.kept or {}).items()
         }
 
-    def _batches(self, split, epoch, first_step):
+    def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         return self._gathered(split, epoch, first_step, self._chunks[split])
 
 
 class _Streamed(Reader):
-    def __init__(self, shard: WorkerShard):
+    def __init__(self, shard: WorkerShard, stream: ray.data.DataIterator):
         super().__init__(shard)
-        self._blocks = iter(shard.stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        whole_blocks: Any = None  # Ray takes it, and leaves it out of its types
+        blocks = stream.iter_batches(batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=2)
+        self._blocks: Iterator[pa.Table] = iter(blocks)
 
-    def _batches(self, split, epoch, first_step):
+    def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         size = self.ingest.image_size
         for step in range(first_step, self.ingest.plan(split, self.world_size).steps):
             block = next(self._blocks)
@@ -211,7 +214,7 @@ def keep(ingest: Ingest) -> Ingest:
     chunk_bytes = CHUNK * sample_bytes(ingest.image_size)
     together = max(1, KEEP_BYTES // chunk_bytes)
     chunks = {split: -(-ingest.samples[split] // CHUNK) for split in ("train", "val")}
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"split": split, "first": first, "last": min(count, first + together)}
         for split, count in chunks.items()
         for first in range(0, count, together)
@@ -228,10 +231,11 @@ def keep(ingest: Ingest) -> Ingest:
     blocks = dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS).materialize().to_arrow_refs()
     numbers = [task["last"] - task["first"] for task in tasks]
     if len(blocks) != sum(numbers):
-        raise RuntimeError(f"Ray Data gave {len(blocks)} blocks for {sum(numbers)} chunks.")
-    kept, blocks = {"train": [], "val": []}, iter(blocks)
+        raise RuntimeError(f"Ray Data returned {len(blocks)} blocks for {sum(numbers)} chunks.")
+    kept: dict[str, list[ray.ObjectRef]] = {"train": [], "val": []}
+    left = iter(blocks)
     for task, number in zip(tasks, numbers, strict=True):
-        kept[task["split"]] += islice(blocks, number)
+        kept[task["split"]] += islice(left, number)
     return replace(ingest, kept=kept)
 
 
@@ -250,12 +254,12 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
         plan, order = ingest.plan(split, world_size), ingest.order(split, epoch)
         wanted = order[first * plan.batch_size : last * plan.batch_size]
         # Once a run the pixels are compared with their digests; after that the pages' checksums must do.
-        chunks = _LazyChunks(opened(ingest.folder), split, wanted, check=epoch == first_epoch)
+        chunks = LazyChunks(opened(ingest.folder), split, wanted, check=epoch == first_epoch)
         for step, shares in plan.shares(order, first):
             if step == last:
                 return
             for rank, indices in enumerate(shares):
-                images, masks = _gather(indices, chunks, ingest.image_size)
+                images, masks = gather(indices, chunks, ingest.image_size)
                 row = {"split": split, "epoch": epoch, "step": step, "rank": rank}
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
@@ -280,41 +284,3 @@ def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
 def _in_order(dataset: ray.data.Dataset) -> None:
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-
-
-class _LazyChunks:
-    """Chunks read when a row is first asked for, and let go of when all the rows of them that are wanted were.
-
-    `wanted` are canonical indices, each to be asked for once. With `check`, the chunks' pixels are compared with the
-    digests of when they were prepared.
-    """
-
-    def __init__(self, prepared: Prepared, split: str, wanted: np.ndarray, check: bool = True):
-        self._split, self._size, self._read = split, prepared.manifest.image_size, {}
-        self._load = prepared.read_checked if check else prepared.read_chunk
-        self._left = dict(
-            zip(*(found.tolist() for found in np.unique(wanted // CHUNK, return_counts=True)), strict=True)
-        )
-
-    def __getitem__(self, chunk: int):
-        if chunk not in self._read:
-            self._read[chunk] = _arrays(self._load(self._split, chunk), self._size)
-        self._left[chunk] -= 1
-        return self._read[chunk] if self._left[chunk] else self._read.pop(chunk)
-
-
-def _arrays(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:
-    return pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
-
-
-def _gather(indices: np.ndarray, chunks, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of canonical indices, copied out of their chunks; padding rows are black and ignored."""
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    masks = np.empty((len(indices), size, size), np.uint8)
-    for row, index in enumerate(indices.tolist()):
-        if index == PADDING:
-            images[row], masks[row] = 0, IGNORE
-        else:
-            chunk_images, chunk_masks = chunks[index // CHUNK]
-            images[row], masks[row] = chunk_images[index % CHUNK], chunk_masks[index % CHUNK]
-    return images, masks

@@ -1,8 +1,8 @@
 """What a mask's file says: the class of each pixel, by the one reading of its numbers that fits the classes.
 
-The same ids can be stored as grey values, as places in a palette of any order, as colours or in one channel, and
-the form does not tell which was meant. So every reading is compared with the values of the classes, and where two
-would give different classes nobody guesses.
+The same ids can be stored as grey values, as indices of a palette of any order, as colours or in one channel, and
+the format does not say which was meant. So every reading is compared with the values of the classes, and if two
+would give different classes, nothing is guessed.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from unet.classes import COLOUR, IGNORE, UNKNOWN, Labels, Reading
 from unet.data.pictures import Picture, Unusable
 from unet.data.sources.description import spelled
 
-CHANNELS = ("red", "green", "blue")
-"""Readings that are taken where `dataset.yaml` names them only: a colour's channels fit too easily."""
+CHANNELS: tuple[Reading, ...] = ("red", "green", "blue")
+"""Readings that are used only if `dataset.yaml` names them: a colour's channels fit too easily."""
 WORDS = {
     **{"index": "palette indices or stored numbers", "grey": "grey values", "colour": "colours"},
     **{"alpha": "alpha channel", "red": "red channel", "green": "green channel", "blue": "blue channel"},
 }
 SHOWN = 5
 PHOTO = 4096
-"""A mask of more colours than these is none."""
+"""A file with more colours than this is not a mask."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def check_storage(mask: Picture) -> None:
         Unusable: with the reason.
     """
     if mask.lossy:
-        raise Unusable("lossy_mask", f"{mask.name} is {mask.lossy}: its values may be changed, so save masks as PNG")
+        raise Unusable("lossy_mask", f"{mask.name} is {mask.lossy}: its values may have changed, so save masks as PNG")
     if mask.frames > 1:
-        raise Unusable("several_frames", f"{mask.name} holds {mask.frames} pictures: save each mask as one")
+        raise Unusable("several_frames", f"{mask.name} holds {mask.frames} pictures: save each mask as a single one")
     if mask.white_is_zero:
         raise Unusable(
             "inverted_mask", f"{mask.name} stores 0 for white, which programs read as 0 or as 1: save masks as PNG"
         )
     if len(mask.image.getbands()) > 1 and mask.white != 255:
-        raise Unusable("colour_mask", f"{mask.name} has several channels of other than 8 bits: save masks as grey PNG")
+        raise Unusable("colour_mask", f"{mask.name} has several channels, not of 8 bits: save masks as grey PNG")
 
 
 def understand(mask: Picture, image: Image.Image, labels: Labels) -> Mask:
@@ -94,11 +94,11 @@ def understand(mask: Picture, image: Image.Image, labels: Labels) -> Mask:
         raise Unusable("nothing_labelled", "every pixel of the mask is ignored")
     table = np.full(codes.used.max() + 1, IGNORE, np.uint8)
     table[codes.used] = ids
-    # Nobody takes numbers for colours, or colours for numbers.
+    # Nobody mistakes numbers for colours, or colours for numbers.
     kinds = [(name, other) for name, other in _others(codes, reading) if "colour" not in (name, reading)]
     others = [name for name, other in kinds if (other != values).any()]
     if others:
-        repairs.append(f"mask: {WORDS[reading]} read, not {' or '.join(WORDS[name] for name in others)}")
+        repairs.append(f"mask: read by its {WORDS[reading]}, not by its {' or '.join(WORDS[name] for name in others)}")
     present = tuple(sorted(set(ids) - {IGNORE}))
     return Mask(codes.pixels, table, present, reading if others else "", tuple(repairs))
 
@@ -114,16 +114,16 @@ def _choose(codes: Codes, labels: Labels) -> Reading:
         differs = other in fitting and _ids(values, labels) != _ids(codes.readings[chosen], labels)
         if differs or _varies_beside(values, codes.readings[chosen]):
             shown = " and the ".join(f"{WORDS[name]} ({_some(codes.readings[name])})" for name in (chosen, other))
-            settled = f": write `masks: {chosen}` or `masks: {other}` in {labels.described_in}, whichever is meant"
+            settled = f": write `masks: {chosen}` or `masks: {other}` in {labels.described_in}, whichever is right"
             raise Unusable(
                 "ambiguous_mask",
-                f"the {shown} of its mask can both be meant" + (settled if labels.described_in else ""),
+                f"both the {shown} of its mask may be meant" + (settled if labels.described_in else ""),
             )
     return chosen
 
 
 def _others(codes: Codes, chosen: Reading) -> list[tuple[Reading, np.ndarray]]:
-    """The other readings that could carry something: one number everywhere says nothing beside numbers that vary."""
+    """The other readings that could matter: a number that is the same everywhere does not, beside numbers that vary."""
     varies = _distinct_count(codes.readings[chosen]) > 1
     return [
         (name, values)
@@ -143,7 +143,7 @@ def _distinct_count(values: np.ndarray) -> int:
 
 def _read_by(codes: Codes, reading: Reading) -> np.ndarray:
     if reading not in codes.readings:
-        raise Unusable("colour_mask", f"its mask has no {WORDS[reading]}: it is {codes.pixels.mode}")
+        raise Unusable("colour_mask", f"its mask has no {WORDS[reading]}: its mode is {codes.pixels.mode}")
     return codes.readings[reading]
 
 
@@ -156,18 +156,18 @@ def _unknown(codes: Codes, values: np.ndarray, ids: list[int], labels: Labels) -
     known = ", ".join(f"{spelled(value)} ({names[i]})" for value, i in list(labels.values.items())[:12])
     unknown = np.array(ids) == UNKNOWN
     pixels = int(np.isin(np.asarray(codes.pixels), codes.used[unknown]).sum())
-    words = f"the mask holds label {_some(values[unknown])} in {pixels:,} pixels; known are {known}"
+    words = f"the mask holds label {_some(values[unknown])} in {pixels:,} pixels; the known labels are {known}"
     return Unusable("unknown_label", words)
 
 
 def _unfitting(codes: Codes, labels: Labels) -> Reading:
-    """The reading whose unknown values are to be named, where none fits."""
+    """The reading whose unknown values are to be named, since none fits."""
     if "colour" in codes.readings and min(labels.values) >= COLOUR:
         return "colour"
     if "index" in codes.readings or "grey" in codes.readings:
         return next(iter(codes.readings))
     colours = _some(codes.readings["colour"])
-    words = f"the mask is painted in colours ({colours}), and the values of the classes are numbers"
+    words = f"the mask is painted in colours ({colours}), but the values of the classes are numbers"
     if labels.described_in:
         words += f": give each class its colour in {labels.described_in}, such as `road: '#804080'`"
         varying = [name for name in CHANNELS if _distinct_count(codes.readings[name]) > 1]
@@ -185,12 +185,12 @@ def _codes(mask: Picture, image: Image.Image) -> tuple[Codes, list[str]]:
     """A mask's codes and their readings, and what was done to get them."""
     if image.mode == "P":
         used = np.flatnonzero(image.histogram())
-        return Codes(image, used, {"index": used} | _readings(_palette(image, used))), []
+        return Codes(image, used, {"index": used, **_readings(_palette(image, used))}), []
     if image.mode in ("1", "L"):
         image = image.convert("L") if image.mode == "1" else image
         used = np.flatnonzero(image.histogram())
         stored = np.rint(used * (min(mask.white, 255) / 255)).astype(np.int64)
-        return Codes(image, used, {"index": stored} | _readings(_grey(used))), []
+        return Codes(image, used, {"index": stored, **_readings(_grey(used))}), []
     if image.mode.startswith("I"):
         used = np.unique(np.asarray(image)).astype(np.int64)
         stored = np.rint(used * (mask.white / 65535)).astype(np.int64) if mask.format == "PPM" else used
@@ -199,7 +199,7 @@ def _codes(mask: Picture, image: Image.Image) -> tuple[Codes, list[str]]:
         return _of_floats(image)
     if image.mode in ("LA", "RGB", "RGBA"):
         return _of_channels(image)
-    raise Unusable("colour_mask", f"the mask holds {image.mode} pixels; it must hold one value a pixel")
+    raise Unusable("colour_mask", f"the mask holds {image.mode} pixels; it must hold one value per pixel")
 
 
 def _of_floats(image: Image.Image) -> tuple[Codes, list[str]]:
@@ -207,14 +207,14 @@ def _of_floats(image: Image.Image) -> tuple[Codes, list[str]]:
     if not (
         np.isfinite(values).all() and (values == np.rint(values)).all() and 0 <= values.min() <= values.max() < 65536
     ):
-        raise Unusable("colour_mask", "the mask holds floating-point numbers that are no whole ones from 0 to 65535")
+        raise Unusable("colour_mask", "the mask holds numbers that are not whole numbers from 0 to 65535")
     values = values.astype(np.uint16)
     used = np.unique(values).astype(np.int64)
     return Codes(Image.fromarray(values), used, {"grey": used}), ["mask: floating-point to whole numbers"]
 
 
 def _of_channels(image: Image.Image) -> tuple[Codes, list[str]]:
-    """Of two to four channels of 8 bits: a code is the place of its colour among those that occur."""
+    """Of two to four channels of 8 bits: a code is the index of its colour among those that occur."""
     packed = np.asarray(image.convert("RGBA")).view(">u4")[..., 0].astype(np.uint32)
     colours, places = _distinct(packed)
     if len(colours) > PHOTO:
@@ -241,10 +241,10 @@ def _grey(values: np.ndarray) -> np.ndarray:
 
 
 def _palette(image: Image.Image, used: np.ndarray) -> np.ndarray:
-    """The colours of some of a palette's places, int64 (K, 4), as Pillow shows them."""
+    """The colours of some of a palette's indices, int64 (K, 4), as Pillow shows them."""
     row = Image.new("P", (len(used), 1))
     row.putdata(used.tolist())
-    row.putpalette(image.getpalette("RGBA"), "RGBA")
+    row.putpalette(image.getpalette("RGBA") or [], "RGBA")
     row.info = image.info  # which may hold what of it is transparent
     return np.asarray(row.convert("RGBA"))[0].astype(np.int64)
 
@@ -253,7 +253,7 @@ def _readings(colours: np.ndarray) -> dict[Reading, np.ndarray]:
     """What colours, int64 (K, 4) of red, green, blue and alpha, can say."""
     red, green, blue, alpha = colours.T
     is_grey = (red == green).all() and (green == blue).all()
-    found = {"grey": red} if is_grey else {"red": red, "green": green, "blue": blue}
+    found: dict[Reading, np.ndarray] = {"grey": red} if is_grey else {"red": red, "green": green, "blue": blue}
     found["colour"] = COLOUR + red * 2**16 + green * 2**8 + blue
     if (alpha != 255).any():
         found["alpha"] = alpha

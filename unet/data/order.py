@@ -1,7 +1,7 @@
 """The order of training: which sample stands where in an epoch, a pure function of (seed, epoch).
 
 The canonical order of a split is by the hash of the sample's name; a chunk is 256 samples of it, one Parquet row
-group. An epoch shuffles the chunks, then the samples inside windows of so many chunks as `WINDOW_BYTES` hold, so the
+group. An epoch shuffles the chunks, then the samples inside windows of as many chunks as `WINDOW_BYTES` hold, so the
 same order can be held in memory or streamed from disk with one window in hand. A global batch is a slice of the order;
 worker r takes its consecutive share of it. Nothing here knows of files, Ray or TensorFlow.
 """
@@ -13,13 +13,13 @@ import numpy as np
 
 CHUNK = 256
 WINDOW_BYTES = 2**28
-"""What a window of pixels may take in memory."""
+"""Memory that the pixels of a window may take."""
 PADDING = -1
-"""The index that fills up a short last batch; its pixels count nowhere."""
+"""The index that fills a short last batch; its pixels count nowhere."""
 
 
 def sample_bytes(image_size: int) -> int:
-    """What the pixels of a sample take in memory: a photo of three bands and a mask, uint8."""
+    """Memory that the pixels of a sample take: a photo of three bands and a mask, uint8."""
     return image_size**2 * 4
 
 
@@ -43,7 +43,7 @@ def epoch_order(samples: int, seed: int, epoch: int, window: int) -> np.ndarray:
 
 
 def window_ends(samples: int, seed: int, epoch: int, window: int) -> list[int]:
-    """Where the windows of that order end in it, in samples; the last at `samples`."""
+    """Where the windows of that order end, in samples; the last at `samples`."""
     chunks = _generator(seed, epoch).permutation(_chunks(samples))
     # The split's last chunk may be short, and stands anywhere.
     ends = np.cumsum(np.minimum(CHUNK, samples - chunks * CHUNK))

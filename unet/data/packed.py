@@ -1,6 +1,6 @@
 """A table as one row of another: a unit of work that Ray Data neither cuts nor joins.
 
-Its processes on GPUs must be given a batch of so many rows; with units as rows that is one, on CPUs as well.
+Its processes on GPUs must be given a number of rows as a batch; with units as rows that is one, on CPUs as well.
 """
 
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""A picture's file: opened safely, and what its container says of its pixels, which they alone do not tell."""
+"""A picture's file: opened safely, and what its container says about its pixels that they alone do not show."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from unet.data.sources import SUFFIXES
 
@@ -31,7 +33,7 @@ LOSSLESS_TIFF = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
 
 
 class Unusable(Exception):
-    """A sample that cannot be used: `problem` is a short name, `detail` says it in words."""
+    """A sample that cannot be used: `problem` is a short name, `detail` a description."""
 
     def __init__(self, problem: str, detail: str):
         super().__init__(detail)
@@ -48,9 +50,9 @@ class Picture:
         format: Pillow's name of it.
         frames: how many it holds; `image` is the first.
         orientation: what the EXIF says, 1 (upright) to 8.
-        white: the number that is stored for white; of a decoder that scales, `image` has 255 or 65535 in its place.
+        white: the number that is stored for white; if the decoder scales, `image` has 255 or 65535 instead.
         white_is_zero: 0 is stored for white.
-        lossy: why its values may be others than those that were saved; empty where they cannot.
+        lossy: why its values may differ from those that were saved; empty if they cannot.
     """
 
     image: Image.Image
@@ -88,15 +90,13 @@ def open_picture(path: str, read: Callable[[str], bytes] = file_content) -> Pict
     image.load()
     stored = image.transpose(UPRIGHT[OPPOSITE.get(turned, turned)]) if turned > 1 else image
     orientation = turned if image.format == "TIFF" else _orientation(image)
-    frames = getattr(image, "n_frames", 1)
-    return Picture(
-        stored, Path(path).name, image.format, frames, orientation, white, white_is_zero, _lossy(image, content)
-    )
+    kind, frames = image.format or "", getattr(image, "n_frames", 1)
+    return Picture(stored, Path(path).name, kind, frames, orientation, white, white_is_zero, _lossy(image, content))
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's names of the kinds that samples may be of: others start programs, as EPS does Ghostscript."""
+    """Pillow's names of the formats that samples may have: others start programs, as EPS does Ghostscript."""
     known = Image.registered_extensions()
     return tuple(sorted({known[suffix] for suffix in SUFFIXES if suffix in known}))
 
@@ -113,11 +113,11 @@ def _orientation(picture: Image.Image) -> int:
     return found if found in UPRIGHT else 1
 
 
-def _white(image: Image.Image, content: bytes) -> tuple[int, bool]:
+def _white(image: ImageFile, content: bytes) -> tuple[int, bool]:
     """The number that is stored for white, and whether 0 is, before the pixels are loaded."""
     if image.format == "PNG":
         return 2 ** content[24] - 1, False
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         bits, white_is_zero = image.tag_v2.get(258, (1,)), image.tag_v2.get(262) == 0
         return 2 ** max(bits) - 1, white_is_zero
     if image.format == "PPM" and image.mode != "F":
@@ -127,17 +127,17 @@ def _white(image: Image.Image, content: bytes) -> tuple[int, bool]:
     return (1 if image.mode == "1" else 255), False
 
 
-def _lossy(image: Image.Image, content: bytes) -> str:
+def _lossy(image: ImageFile, content: bytes) -> str:
     if image.format in LOSSLESS or (image.format == "WEBP" and b"VP8 " not in set(_chunks(content, 12))):
         return ""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         compression = image.tag_v2.get(259, 1)
         return "" if compression in LOSSLESS_TIFF else f"a TIFF with lossy compression ({compression})"
     return {
         "JPEG": "a JPEG",
         "MPO": "a JPEG",
         "WEBP": "a lossy WebP",
-    }.get(image.format, f"{image.format}, which does not tell whether it was saved lossily")
+    }.get(image.format or "", f"{image.format}, which does not say whether it was saved lossily")
 
 
 def _chunks(content: bytes, start: int) -> Iterator[bytes]:
@@ -145,5 +145,5 @@ def _chunks(content: bytes, start: int) -> Iterator[bytes]:
     while start + 8 <= len(content):
         name, size = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8], "little")
         yield name
-        # What a frame holds begins after sixteen bytes of its place and duration; chunks have even lengths.
+        # A frame's content begins after sixteen bytes with its position and duration; chunks have even lengths.
         start += 8 + (16 if name == b"ANMF" else size + size % 2)

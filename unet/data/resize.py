@@ -1,6 +1,6 @@
-"""How a photo of any size becomes the network's square, and how what the network says becomes the photo's size again.
+"""How a photo of any size becomes the network's square, and how the network's output gets the photo's size again.
 
-`stretch` changes the shape as the reference does. `letterbox` keeps it and fills up with black, ignored pixels.
+`stretch` changes the shape as the reference does. `letterbox` keeps it and pads with black, ignored pixels.
 """
 
 import numpy as np

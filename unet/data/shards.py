@@ -1,53 +1,27 @@
-"""Prepared data: Parquet files of plain Arrow types with a manifest beside them.
+"""Prepared data as they are read: Parquet files of plain Arrow types with a manifest beside them.
 
 One row group is a chunk of 256 samples of the split's canonical order (by hash of name), whatever the number of
 files, so the order of training does not depend on how the data were sharded.
 """
 
 import contextlib
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet.classes import Classes, ClassInfo
+from unet.data.manifest import MANIFEST, SAMPLES, SPLITS, Manifest, files_of_chunks, sample_digest
 from unet.data.order import CHUNK, sample_bytes
 from unet.data.plain import open_parquet
 from unet.errors import InputError, first_line
 from unet.storage import Folder
 
-SCHEMA_VERSION = 2
 REPREPARE = "remove {} and prepare the data again (`jobs/prepare.py --verify` shows all that is damaged)."
-MANIFEST, SAMPLES, REPORT = "manifest.json", "samples.parquet", "data_report.html"
-SPLITS = ("train", "val", "test")
-
-
-def name_hash(name: str) -> bytes:
-    """What the canonical order sorts by and what decides about the split."""
-    return hashlib.sha256(name.encode()).digest()
-
-
-def sample_digest(name: str, split: str, image: np.ndarray, mask: np.ndarray) -> bytes:
-    """sha256 of a sample's name, split, shape and pixels; image uint8 (S, S, 3), mask uint8 (S, S)."""
-    header = f"{name}\0{split}\0{'x'.join(map(str, image.shape))}\0"
-    found = hashlib.sha256(header.encode())
-    found.update(np.ascontiguousarray(image))
-    found.update(np.ascontiguousarray(mask))
-    return found.digest()
-
-
-def data_digest(digests: dict[str, bytes]) -> str:
-    """The passport of a data set: sha256 over the samples' digests sorted by name, independent of sharding."""
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def shard_schema(image_size: int, original_masks: bool = False) -> pa.Schema:
@@ -69,117 +43,24 @@ def shard_schema(image_size: int, original_masks: bool = False) -> pa.Schema:
     )
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What stands in `manifest.json`.
-
-    Attributes:
-        image_size: side of the square pictures, in pixels.
-        resize: how photos became square: `stretch` or `letterbox`.
-        classes: names, in the order of the ids.
-        colours: of the classes, RGB 0-255.
-        counts: samples by split.
-        files: the shards by split, in canonical order.
-        sha256: of every file beside the manifest.
-        data_digest: of names, splits and pixels, independent of sharding.
-        source, source_version: what it was made from.
-        val_fraction: share of trainval that became val.
-        shards: files of a split, at most.
-        original_masks: whether the shards hold `mask_original`.
-        left_out: samples that could not be used: {name, split, problem, detail}.
-        repaired: samples that were mended: {name, repair}.
-        warnings: what looks wrong but was kept: {name, problem, detail}; an empty name concerns the whole set.
-        totals: of these three, how many there are of each problem or repair. The lists hold the first of each
-            (`unet.data.findings`); empty where older preparations listed all.
-    """
-
-    image_size: int
-    resize: str
-    classes: list[str]
-    colours: list[list[int]]
-    counts: dict[str, int]
-    files: dict[str, list[str]]
-    sha256: dict[str, str]
-    data_digest: str
-    source: str
-    source_version: str
-    val_fraction: float
-    shards: int = 4
-    original_masks: bool = False
-    left_out: list[dict] = field(default_factory=list)
-    repaired: list[dict] = field(default_factory=list)
-    warnings: list[dict] = field(default_factory=list)
-    totals: dict[str, dict[str, int]] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
-
-    def kinds(self, found: str) -> Counter[str]:
-        """How many samples of `left_out`, `repaired` or `warnings` there are of each problem or repair."""
-        key = "repair" if found == "repaired" else "problem"
-        return Counter(self.totals[found] if found in self.totals else (row[key] for row in getattr(self, found)))
-
-    @property
-    def class_infos(self) -> Classes:
-        """The classes with their colours."""
-        pairs = zip(self.classes, self.colours, strict=True)
-        return tuple(ClassInfo(name, tuple(colour)) for name, colour in pairs)
-
-    def to_json(self) -> str:
-        """With `manifest_digest`, the sha256 of all the rest, so that no edit goes unseen."""
-        content = asdict(self)
-        return json.dumps(content | {"manifest_digest": _digest_of(content)}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """The manifest of a file's content.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not what `to_json` wrote.
-        """
-        content = json.loads(text)
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise InputError(
-                f"the data were prepared with schema version {content['schema_version']}, this program reads "
-                f"{SCHEMA_VERSION}: prepare them again"
-            )
-        if content.pop("manifest_digest") != _digest_of(content):
-            raise ValueError("its content was changed")
-        manifest = cls(**content)
-        for file in (*manifest.sha256, *(file for files in manifest.files.values() for file in files)):
-            if not file or file == ".." or Path(file).name != file:
-                raise ValueError(f"it names {file!r}, which is not a file beside it")
-        if empty := next((s for s in SPLITS if manifest.counts[s] and not manifest.files[s]), None):
-            raise ValueError(f"it names no shard of {empty}")
-        return manifest
-
-
-def _digest_of(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def files_of_chunks(samples: int, shards: int) -> list[int]:
-    """Of each chunk of a split, in which of its at most so many files it stands."""
-    chunks = -(-samples // CHUNK)
-    return [chunk * min(shards, chunks) // chunks for chunk in range(chunks)]
-
-
 @lru_cache(maxsize=4)
 def _opened(uri: str, written: tuple[int, int]) -> "Prepared":
     return Prepared(Folder(uri))
 
 
 def opened(uri: str) -> "Prepared":
-    """A prepared folder that this process reads again and again: its manifest and footers are read once.
+    """A prepared folder that this process reads repeatedly: its manifest and footers are read once.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a prepared folder.
     """
     folder = Folder(uri)
     info = folder.fs.get_file_info(folder.at(MANIFEST))
-    return _opened(uri, (info.size or 0, info.mtime_ns or 0))  # others may have prepared it anew
+    return _opened(uri, (info.size or 0, info.mtime_ns or 0))  # another process may have prepared it again
 
 
 class Prepared:
-    """A prepared folder opened for reading; `manifest` where it is not written yet."""
+    """A prepared folder opened for reading; `manifest` if it is not written yet."""
 
     def __init__(self, folder: Folder, manifest: Manifest | None = None):
         self.folder = folder
@@ -210,7 +91,8 @@ class Prepared:
         return {split: self._chunks_of(split) for split in SPLITS}
 
     def _chunks_of(self, split: str) -> list[tuple[str, int]]:
-        files, groups, found = self.manifest.files[split], Counter(), []
+        files, found = self.manifest.files[split], []
+        groups: Counter[int] = Counter()
         for number in files_of_chunks(self.count(split), len(files)):
             found.append((files[number], groups[number]))
             groups[number] += 1
@@ -218,7 +100,7 @@ class Prepared:
 
     @contextlib.contextmanager
     def _parquet(self, file: str) -> Iterator[pq.ParquetFile]:
-        """A file, whose footer is read the first time only. It stays not open: it may lie on a disk that is to go.
+        """A file, whose footer is read only once. The file is not kept open: its disk may have to be unmounted.
 
         Raises:
             OSError, ArrowInvalid: it cannot be read.
@@ -292,7 +174,7 @@ class Prepared:
         """What is known of each sample: a row a sample, by split (train, val, test), then in canonical order.
 
         Columns: `name, split, breed, original_height, original_width, pixels` (of each class, at the network's size),
-        `ignored` (pixels), `repairs`, `mask_fit` (see `unet.data.checks`), `digest`. A row group is a chunk.
+        `ignored` (pixels), `repairs`, `mask_fit` (see `unet.data.preparing.checks`), `digest`. A row group is a chunk.
         """
         with self._samples() as parquet:
             return parquet.read(columns=columns and list(columns))

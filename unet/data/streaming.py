@@ -1,9 +1,10 @@
-"""What streaming takes of a node: how many tasks read ahead, and the memory of each."""
+"""What streaming needs of a node: how many tasks read ahead, and the memory of each."""
 
 import math
 
 from unet.data.order import CHUNK, sample_bytes, window_of
 from unet.errors import InputError
+from unet.pages.numbers import gigabytes
 
 DATA_CPUS = 0.2
 """What a reading task asks of Ray: reading hardly computes, and the workers need the cores."""
@@ -26,13 +27,13 @@ def tasks_beside(workers: float, memory: float, each: float) -> int:
     """How many streaming tasks of `each` bytes at a time a node has memory for, beside what its workers need.
 
     Raises:
-        InputError: for none.
+        InputError: there is not enough for one.
     """
     fit = STREAM_TASKS if math.isinf(memory) else min(STREAM_TASKS, int((memory - workers) // each))
     if fit < 1:
         raise InputError(
-            f"The workers of a node need about {workers / 1e9:.1f} GB and the task that streams the data to them "
-            f"{each / 1e9:.1f} GB, the node has {memory / 1e9:.1f} GB: give a smaller --batch-size or --image-size, "
+            f"The workers of a node need about {gigabytes(workers)} and the task that streams the data to them "
+            f"{gigabytes(each)}, but the node has {gigabytes(memory)}: give a smaller --batch-size or --image-size, "
             "fewer --num-workers, or nodes with more memory."
         )
     return fit

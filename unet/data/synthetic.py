@@ -278,7 +278,7 @@ def _strands(rng, size) -> np.ndarray:
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) * [[along], [across]]
     affine = np.column_stack([turn / size, 64 - turn.sum(axis=1) / 2]).ravel()  # picture centre to grid centre
     grid = Image.fromarray(rng.random((128, 128), np.float32))
-    return np.asarray(grid.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
+    return np.asarray(grid.transform((size, size), Image.Transform.AFFINE, affine.tolist(), Image.Resampling.BILINEAR))
 
 
 def _coat(rng, size, first, second) -> np.ndarray:
@@ -317,8 +317,10 @@ def _background(rng, size, colours, light) -> np.ndarray:
         floor = np.array([[-1, level - slope], [2, level + slope], [2, 3], [-1, 3]])
         image = _paint(rng, image, [BodyPart("floor", floor)], colours[1:4], light)
     for index in range(rng.integers(4)):
-        x, y, lean, fall = *rng.uniform(0, 1, 2), *rng.normal(0, (0.3, 0.8))
-        cushion = _oval(x, y, *rng.uniform(0.06, 0.3, 2), corner=rng.choice((1.0, 0.5, 0.15)))
+        x, y = rng.uniform(0, 1, 2)
+        lean, fall = rng.normal(0, (0.3, 0.8))
+        wide, high = rng.uniform(0.06, 0.3, 2)
+        cushion = _oval(x, y, wide, high, corner=rng.choice((1.0, 0.5, 0.15)))
         post = _limb(x, y, 0.06, x + lean, y + fall, 0.04)
         thing = post if rng.random() < 0.25 else cushion
         image = _paint(rng, image, [BodyPart("thing", thing)], colours[3 + index :][:3], light)
@@ -333,8 +335,8 @@ def _photograph(rng, image) -> np.ndarray:
     across, down = (rng.uniform(-0.4, 0.4) * axis - bowl for _ in range(2))
     gain = rng.uniform(0.75, 1.25) * rng.normal(1, 0.05, (3, 1, 1)).astype(np.float32)
     image = image * ((1 + across + down[:, None]) * gain)
-    sharp = Image.fromarray(np.uint8(np.clip(image, 0, 1) * 255).transpose(1, 2, 0).copy())
+    sharp = Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy())
     soft = sharp.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.001, 0.005)))
     # Sensor noise lives in pixels, so it comes last: every draw before it is the same at every size.
     noise = rng.standard_normal((size, size, 3), np.float32) * rng.uniform(1, 7)
-    return np.uint8(np.clip(np.asarray(soft) + noise, 0, 255))
+    return np.clip(np.asarray(soft) + noise, 0, 255).astype(np.uint8)

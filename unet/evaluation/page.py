@@ -18,9 +18,9 @@ from unet.evaluation.counts import Counts
 from unet.evaluation.intervals import intervals, named, score_vector
 from unet.evaluation.records import counts_of
 from unet.pages.charts import Axis, training_charts
-from unet.pages.figures import ABSENT, cell_text
+from unet.pages.numbers import ABSENT, cell_text, percent
 from unet.pages.pictures import contour, data_uri, regions, relative
-from unet.pages.render import percent, render
+from unet.pages.render import render
 
 GALLERY = 8
 """Pictures each of the best, the median and the worst."""

@@ -23,7 +23,7 @@ def record_schema() -> pa.Schema:
     height, width: of the photo before it was resized, in pixels.
     confusion: the counts at the network's size, as `unet.evaluation.counts.CELLS`; in `per_image.parquet` as int64 C*C,
         row-major, row = truth, column = predicted (`written`).
-    confusion_band: the same within a few pixels of the border between two classes of the truth (`near_border`).
+    confusion_band: the same near the border between two classes of the truth (`unet.borders.near_border`).
     confusion_own: the same at the photo's own size; null where the masks of that size were not kept.
     loss_sums: the sums of the terms of the model's loss over the image (`unet.recipe.loss`); of cross-entropy its total
         over the valid pixels, and their number.
@@ -56,32 +56,6 @@ def count(truth: np.ndarray, predicted: np.ndarray, counted: np.ndarray, classes
     """
     counted = counted & (truth != IGNORE)
     return np.bincount(truth[counted].astype(np.int64) * classes + predicted[counted], minlength=classes**2)
-
-
-def near_border(masks: np.ndarray, width: int) -> np.ndarray:
-    """bool (N, H, W): which pixels of uint8 (N, H, W) class ids lie in the band around the borders between classes.
-
-    A pixel is in the band if the square of 2 * width + 1 pixels around it holds a pixel of another class. So the band
-    reaches `width` pixels to either side of a border. Ignored pixels are in no band and make no border: neither a
-    letterbox' padding nor the picture's edge is one. The square is that of Boundary IoU (Cheng et al., CVPR 2021), the
-    band that of the trimap plots of Kohli, Ladický and Torr (IJCV 2009).
-    """
-    ignored = masks == IGNORE
-    # The largest and the smallest id in the square differ where it holds two classes.
-    largest = _largest(np.where(ignored, 0, masks + np.uint8(1)), width)  # 0 loses against every class
-    smallest = IGNORE - _largest(IGNORE - masks, width)
-    return ~ignored & (largest - 1 != smallest)
-
-
-def _largest(values: np.ndarray, width: int) -> np.ndarray:
-    """The largest value in the square around each, uint8 (N, H, W); one axis after the other."""
-    for axis in (1, 2):
-        lines, found = values.swapaxes(1, axis), values.copy().swapaxes(1, axis)
-        for shift in range(1, min(width, lines.shape[1] - 1) + 1):
-            np.maximum(found[:, shift:], lines[:, :-shift], out=found[:, shift:])
-            np.maximum(found[:, :-shift], lines[:, shift:], out=found[:, :-shift])
-        values = found.swapaxes(1, axis)
-    return values
 
 
 def counts_of(records: pa.Table, view: str, classes: int) -> Counts | None:

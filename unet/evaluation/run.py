@@ -8,7 +8,7 @@ import pyarrow as pa
 from unet.cluster.placement import in_words
 from unet.cluster.session import silenced
 from unet.config import EvaluateSettings
-from unet.data.prepare import resolve
+from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.evaluation.output import asked, check_place, data_of, labels_of, part_of, place_of

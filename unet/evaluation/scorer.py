@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
+from unet.borders import near_border
 from unet.classes import IGNORE
 from unet.cluster.devices import start_tensorflow
 from unet.cluster.planner import WORKER_BYTES
@@ -30,7 +31,7 @@ from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.counts import cells_of
 from unet.evaluation.pool import Pool
-from unet.evaluation.records import count, near_border, record_schema
+from unet.evaluation.records import count, record_schema
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
 from unet.recipe.loss import Loss, LossSettings, Pixels

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from unet.classes import MANY
 from unet.evaluation.intervals import LEAST_IMAGES
-from unet.pages.figures import ABSENT, lowest
+from unet.pages.figures import lowest
+from unet.pages.numbers import ABSENT, score
 
 WORST = 8
 """Breeds that are shown: those with the lowest mean IoU."""
@@ -42,7 +43,7 @@ def show_comparison(console: Console, comparison: Mapping) -> None:
             if part == "network_size":
                 rows += [(name, found, "") for name, found in _most_different(pair[part]["iou"])]
             for name, found, style in rows:
-                table.add_row(Text(name), _number(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
+                table.add_row(Text(name), score(found["value"], sign="+"), _span(found["interval"], "+"), style=style)
         console.print(table)
         console.print(Text(pair["verdict"], style="bold"))
 
@@ -58,17 +59,17 @@ def _by_class(title: str, metrics: Mapping) -> Table:
     spans = metrics["intervals"]
     table = _table(title, "class", "IoU", "95 %", "Dice", "95 %")
     table.caption = (
-        f"accuracy {_number(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {_number(metrics['loss'])}\n"
+        f"accuracy {score(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {score(metrics['loss'])}\n"
         f"{metrics['images']:,} images" + ("; 95 % intervals over images" if spans["accuracy"] else "")
     )
     for name in (shown := lowest(metrics["iou"])):
         iou, dice, span = metrics["iou"][name], metrics["dice"][name], spans["dice"][name]
-        table.add_row(Text(name), _number(iou), _span(spans["iou"][name]), _number(dice), _span(span))
+        table.add_row(Text(name), score(iou), _span(spans["iou"][name]), score(dice), _span(span))
     if len(shown) < len(metrics["iou"]):
         table.caption += f"\nlowest {len(shown)} of {len(metrics['iou'])} classes; all: metrics.json"
     table.add_section()
     means = ((metrics[key], spans[key]) for key in ("mean_iou", "mean_dice"))
-    table.add_row("mean", *(text for value, span in means for text in (_number(value), _span(span))), style="bold")
+    table.add_row("mean", *(text for value, span in means for text in (score(value), _span(span))), style="bold")
     return table
 
 
@@ -81,7 +82,7 @@ def _otherwise(metrics: Mapping) -> Table:
     rows += [("at the photos' own size", own)] if own else []
     for name, scores in rows:
         span = scores.get("intervals", {}).get("mean_iou")
-        numbers = (_number(scores[key]) for key in ("mean_iou", "mean_dice", "accuracy"))
+        numbers = (score(scores[key]) for key in ("mean_iou", "mean_dice", "accuracy"))
         iou, *others = numbers
         table.add_row(name, iou, _span(span), *others)
     return table
@@ -94,8 +95,8 @@ def _binary(metrics: Mapping) -> Table:
     rows = [(WAYS[way], scores) for way, scores in metrics["binary"].items()]
     rows += [(f"{WAYS[way]}, own size", scores) for way, scores in own.items()]
     for name, scores in rows:
-        iou, span = _number(scores["iou"]["pet"]), _span(scores["intervals"]["iou"]["pet"])
-        table.add_row(name, iou, span, _number(scores["dice"]["pet"]), _number(scores["mean_iou"]))
+        iou, span = score(scores["iou"]["pet"]), _span(scores["intervals"]["iou"]["pet"])
+        table.add_row(name, iou, span, score(scores["dice"]["pet"]), score(scores["mean_iou"]))
     return table
 
 
@@ -107,7 +108,7 @@ def _groups(group: str, found: Mapping) -> Table:
     title += f" with {LEAST_IMAGES} images or more" if len(large) < len(found) else ""
     table = _table(title, group, "images", "mean IoU", "95 %", "accuracy", width=WIDE)
     for name, scores in ranked[:WORST]:
-        numbers = _number(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), _number(scores["accuracy"])
+        numbers = score(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), score(scores["accuracy"])
         table.add_row(Text(name), f"{scores['images']:,}", *numbers)
     return table
 
@@ -119,9 +120,5 @@ def _table(title: str, first: str, *columns: str, width: int = NAME_WIDTH) -> Ta
     return Table(head, *right, title=Text(title, style="bold"), box=SIMPLE_HEAD, title_justify="left", min_width=36)
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return ABSENT if value is None else f"{value:{sign}.4f}"
-
-
 def _span(span: list | None, sign: str = "") -> str:
-    return ABSENT if span is None else f"{span[0]:{sign}.4f} to {span[1]:{sign}.4f}"
+    return ABSENT if span is None else f"{score(span[0], sign)} to {score(span[1], sign)}"

@@ -20,10 +20,11 @@ class Axis(NamedTuple):
 
     @classmethod
     def over(cls, values: Iterable[float | None], steps: int = 5, least: float = 0.0) -> "Axis":
-        """An axis over values, of which None counts for nothing, in about so many steps of at least `least`."""
+        """An axis over values, without those that are None, in about `steps` steps of at least `least`."""
         found = [value for value in values if value is not None] or [0.0, 1.0]
         span = max(max(found) - min(found), 1e-3)
-        step = max(float(STEPS[min(np.searchsorted(STEPS, span / steps), len(STEPS) - 1)]), least)
+        place = min(int(np.searchsorted(STEPS, span / steps)), len(STEPS) - 1)
+        step = max(float(STEPS[place]), least)
         low, high = (
             float(edge(value / step)) * step for edge, value in ((np.floor, min(found)), (np.ceil, max(found)))
         )
@@ -31,7 +32,7 @@ class Axis(NamedTuple):
 
     @property
     def ticks(self) -> list[tuple[str, float]]:
-        """The words and the place, 0..1, of each tick."""
+        """The text and the position, 0..1, of each tick."""
         count = round((self.high - self.low) / self.step)
         decimals = max(0, -int(np.floor(np.log10(self.step))))
         words = [f"{self.low + index * self.step:.{decimals}f}" for index in range(count + 1)]
@@ -52,7 +53,7 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over epochs; `best` is the place of the best epoch's point and its words, if there is one."""
+    """Lines over epochs; `best` is the position of the best epoch's point and its text, if there is one."""
 
     title: str
     across: Axis
@@ -62,7 +63,7 @@ class Chart(NamedTuple):
 
 
 def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart]:
-    """The loss, and the IoU on the validation split, of records an epoch (see `unet.pages.figures.training_curves`).
+    """The loss, and the IoU on the validation split, of a record per epoch (see `unet.pages.figures.training_curves`).
 
     Of more classes than `MANY` the mean IoU only.
     """

@@ -10,36 +10,39 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from unet.classes import IGNORE, MANY, ClassInfo
+from unet.pages.numbers import cell_text, score
+from unet.pages.pictures import STRIPES, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ABSENT, DPI = "–", 130
+DPI = 130
 INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
-LEGEND = {"frameon": False, "fontsize": 10, "labelcolor": INK}
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 
 
 def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], path: str | Path) -> Path:
     """Draw loss, IoU and Dice over the epochs, with the best epoch by mean IoU marked.
 
-    `history` holds a record an epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
+    `history` holds a record for each epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
     `val_dice_<class>`. A value that is missing, None or not finite is left out of its line. More classes than `MANY`
     are thin lines without names.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     if not history:
         raise ValueError("There are no epochs to draw: the history is empty. Train for at least one epoch.")
     many = len(classes) > MANY
     rows = 1 if many else math.ceil((len(classes) + 1) / 8)
-    figure = Figure(figsize=(13, 4.1 + 0.24 * rows), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
+    figure = Figure(figsize=(13, 4.1 + 0.24 * rows), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1))
     loss, iou, dice = panels = figure.subplots(1, 3)
     # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
     style = {"linewidth": 1.8} | ({"marker": "o", "markersize": 3.5} if len(history) <= 25 else {})
@@ -93,7 +96,7 @@ def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
 def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:
     """Draw `confusion`, int64 (C, C), row = truth, column = predicted: each cell's share of its row and its pixels.
 
-    Of more classes than `MANY` it shows the shares' colours only, in a picture of one size.
+    With more classes than `MANY` it shows only the colours of the shares, in a picture of one size.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -120,32 +123,16 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path:
     for (row, column), share in np.ndenumerate(shares):
         # White and ink read equally well on the blue of 0.6; shares that round to nothing step back.
         colour = "white" if share > 0.6 else INK if share >= 0.005 else QUIET
-        upper, lower = cell_text(confusion[row, column], totals[row])
+        upper, lower = cell_text(int(confusion[row, column]), int(totals[row]))
         axes.text(column, row, upper, ha="center", va="bottom" if lower else "center", color=colour, size=share_size)
         axes.text(column, row + 0.1, lower, ha="center", va="top", color=colour, size=pixel_size)
-    tilt = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    tilt: dict[str, Any] = {} if few else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(count), names, fontsize=name_size, color=INK, **tilt)
     axes.set_yticks(range(count), names, fontsize=name_size, color=INK)
     for draw in (axes.hlines, axes.vlines):
         draw(np.arange(1, count) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
     figure.savefig(path, format="png")
     return Path(path)
-
-
-def cell_text(pixels: int, row_total: int) -> tuple[str, str]:
-    """Return a cell's share of its row and its pixels, such as ("91.2 %", "1.2 M"); a row without pixels is "–"."""
-    if row_total == 0:
-        return ABSENT, ""
-    share = f"{100 * pixels / row_total:.1f} %"
-    # Rounding must not turn a few pixels into none, nor nearly all into all.
-    if 0 < pixels < row_total:
-        share = {"0.0 %": "<0.1 %", "100.0 %": ">99.9 %"}.get(share, share)
-    number, units = float(pixels), ["", " k", " M", " G"]
-    # 999.5 would print as 1000, so it already belongs to the next unit.
-    while number >= 999.5 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return share, f"{number:.{1 if units[0] and number < 9.95 else 0}f}{units[0]}"
 
 
 def gallery(
@@ -172,7 +159,8 @@ def gallery(
     named = classes if len(classes) <= MANY else _most_frequent(classes, truth, predicted)
     legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
     if (truth == IGNORE).any():
-        legend.append(Patch(facecolor="#8d8d8d", edgecolor="#c9c9c9", hatch="/////", linewidth=0, label="ignored"))
+        dark, light = map(unit, STRIPES)
+        legend.append(Patch(facecolor=dark, edgecolor=light, hatch="/////", linewidth=0, label="ignored"))
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
     abreast = 2 if count > 4 else 1
     side, gap, gutter, margin = 2.5, 0.07, 0.35, 0.2
@@ -192,11 +180,9 @@ def gallery(
         handleheight=1.1,
         **LEGEND,
     )
-    stretch = {"extent": (0, width, height, 0), "interpolation": "lanczos"}
+    extent = (0, width, height, 0)
     for sample, (photo, name, caption) in enumerate(zip(images, names, captions, strict=True)):
         row, place = divmod(sample, abreast)
-        # Under the masks the photo is grey and pale: a ginger cat must not pass for the colour of its class.
-        pale = 60 + 0.75 * photo @ (0.299, 0.587, 0.114)
         panels = ("photo", None, name), ("truth", truth[sample], ""), ("prediction", predicted[sample], caption)
         for column, (title, mask, note) in enumerate(panels):
             corner = (margin + place * block + column * (side + gap), page[1] - head - row * row_height - tall)
@@ -214,16 +200,18 @@ def gallery(
                 color=INK,
                 linespacing=1.35,
             )
-            axes.imshow(photo if mask is None else pale, cmap="gray", vmin=0, vmax=255, **stretch)
-            if mask is not None:
-                axes.imshow(_tint(mask, classes), extent=stretch["extent"])
+            if mask is None:
+                axes.imshow(photo, extent=extent, interpolation="lanczos")
+            else:
+                axes.imshow(_panel(photo, mask, classes), extent=extent)
     figure.savefig(path, format="png")
     return Path(path)
 
 
 def _most_frequent(classes: Sequence[ClassInfo], truth: np.ndarray, predicted: np.ndarray) -> list[ClassInfo]:
     """The classes with most pixels in the masks, at most `MANY`, in the order of their ids."""
-    pixels = sum(np.bincount(masks.reshape(-1), minlength=IGNORE + 1) for masks in (truth, predicted))[: len(classes)]
+    every = np.concatenate([truth, predicted], axis=None)
+    pixels = np.bincount(every, minlength=IGNORE + 1)[: len(classes)]
     return [classes[i] for i in sorted(np.argsort(-pixels, kind="stable")[:MANY]) if pixels[i]]
 
 
@@ -231,11 +219,12 @@ def lowest(scores: Mapping[str, float | None]) -> list[str]:
     """The names of the classes that a table shows: all, or of more than `MANY` the lowest `MANY`, the lowest first."""
     if len(scores) <= MANY:
         return list(scores)
-    return sorted((name for name, score in scores.items() if score is not None), key=scores.get)[:MANY]
+    measured = {name: value for name, value in scores.items() if value is not None}
+    return sorted(measured, key=measured.__getitem__)[:MANY]
 
 
 def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
-    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 counts for nothing."""
+    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 is left out."""
     truth, predicted = truth[truth != IGNORE], predicted[truth != IGNORE]
     found = [(truth == index, predicted == index) for index in range(class_count)]
     return [float(np.sum(a & b) / np.sum(a | b)) if np.any(a | b) else None for a, b in found]
@@ -245,9 +234,7 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
     """Return "pet 0.91 · background 0.96 · outline –"; with more than four classes, absent ones are left out."""
     scores = zip(classes, image_iou(truth, predicted, len(classes)), strict=True)
     parts = [
-        f"{item.name} {ABSENT if score is None else f'{score:.2f}'}"
-        for item, score in scores
-        if score is not None or len(classes) <= 4
+        f"{item.name} {score(value, digits=2)}" for item, value in scores if value is not None or len(classes) <= 4
     ]
     parts = [*parts[:MANY], f"and {len(parts) - MANY} more"] if len(parts) > MANY else parts
     # Only the spaces between classes may break: a name and its value stay on one line.
@@ -260,21 +247,12 @@ def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]
     return [record["epoch"] for record in records], [record[key] for record in records]
 
 
-def _tint(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
-    """Return uint8 RGBA of `mask`, uint8 (H, W), enlarged so that borders and stripes are finer than its pixels."""
+def _panel(photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
+    """A mask over its photo, uint8 RGB, enlarged so that borders and stripes are finer than the mask's pixels."""
     scale = max(1, round(640 / max(mask.shape)))
     mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    palette = np.full((256, 4), 141, np.uint8)
-    palette[: len(classes), :3] = [item.colour for item in classes]
-    palette[IGNORE, 3] = 225
-    tint = palette[mask]
-    tint[(mask == IGNORE) & (np.add.outer(*map(np.arange, mask.shape)) // 8 % 2 == 0), :3] = 201
-    # A solid border keeps a region sharp where its translucent colour would melt into the photo.
-    for axis in (0, 1):
-        lines, borders = mask.swapaxes(0, axis), tint.swapaxes(0, axis)
-        changes = lines[1:] != lines[:-1]
-        borders[1:][changes, 3] = borders[:-1][changes, 3] = 255
-    return tint
+    grey = Image.fromarray(photo).convert("L").resize(mask.shape[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(overlay(np.asarray(grey), mask, classes, edged=True))
 
 
 def calm(axes: Axes, title: str) -> None:
@@ -283,7 +261,9 @@ def calm(axes: Axes, title: str) -> None:
     axes.tick_params(length=0, labelsize=10, labelcolor=QUIET, pad=6)
 
 
-def unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, ...]:
+def unit(colour: tuple[int, int, int], on_white: bool = False) -> tuple[float, float, float]:
     """Return `colour` in 0..1; `on_white` darkens a light one just enough for a thin line on paper."""
     bright = np.dot(colour, (0.2126, 0.7152, 0.0722)) / 255
-    return tuple(channel / 255 * (min(1, 0.68 / max(bright, 0.01)) if on_white else 1) for channel in colour)
+    darker = min(1.0, 0.68 / max(bright, 0.01)) if on_white else 1.0
+    red, green, blue = (channel / 255 * darker for channel in colour)
+    return red, green, blue

@@ -1,16 +1,74 @@
-"""Pictures inside a page: photos, what is drawn over them, and the heights of bars."""
+"""Masks in the colours of their classes, over photos and on their own, and pictures inside a page."""
 
 import base64
 import io
-from functools import reduce
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
-from unet.classes import IGNORE, Classes
+from unet.borders import near_change
+from unet.classes import IGNORE, Classes, ClassInfo
 
-STRIPES = (141, 141, 141), (201, 201, 201)
+Colour = tuple[int, int, int]
+
+STRIPES: tuple[Colour, Colour] = (141, 141, 141), (201, 201, 201)
 """What ignored pixels are drawn with."""
+OPACITY, IGNORED_OPACITY = 141 / 255, 225 / 255
+"""Of the colours of classes and of the stripes, over a photo."""
+PALE, CONTRAST = 60, 0.75
+"""Brightness and contrast of a photo under colours: a ginger cat must not pass for the colour of its class."""
+
+
+def overlay(grey: np.ndarray, ids: np.ndarray, classes: Sequence[ClassInfo], edged: bool = False) -> Image.Image:
+    """The colours of the classes over a pale grey photo, in RGB; `grey` and `ids` are uint8 (H, W).
+
+    `edged` gives each region an edge of its full colour, which keeps it sharp where its translucent colour would melt
+    into the photo. Ignored pixels are striped.
+    """
+    table, light, full = _blended(tuple(info.colour for info in classes))
+    height, width = ids.shape
+    edges = near_change(ids, 1) if edged else None
+    picture, rows = Image.new("RGB", (width, height)), max(1, 2**20 // width)
+    for first in range(0, height, rows):
+        part = slice(first, first + rows)
+        keys = ids[part].astype(np.uint16)
+        keys <<= 8
+        keys |= grey[part]
+        pixels = table.take(keys)
+        if (ignored := ids[part] == IGNORE).any():
+            ignored &= _stripes(ignored.shape, first) == 1
+            pixels[ignored] = light[grey[part][ignored]]
+        if edges is not None:
+            pixels[edges[part]] = full[ids[part][edges[part]]]
+        picture.paste(Image.frombuffer("RGB", pixels.shape[::-1], pixels, "raw", "RGBX", 0, 1), (0, first))
+    return picture
+
+
+@lru_cache(maxsize=4)
+def _blended(colours: tuple[Colour, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RGBX pixels as uint32: by id * 256 + grey value (65536,), light stripes by grey value, full colours by id."""
+    pale = PALE + CONTRAST * np.arange(256)[:, None]
+
+    def over(colour: np.ndarray, opacity: float) -> np.ndarray:
+        blended = np.zeros((*np.broadcast_shapes(colour.shape[:-1], (256,)), 4), np.uint8)
+        blended[..., :3] = np.round((1 - opacity) * pale + opacity * colour)
+        return blended.view(np.uint32).reshape(-1)
+
+    tones = np.zeros((256, 1, 3))
+    tones[: len(colours), 0] = colours
+    table = over(tones, OPACITY)
+    dark, light = (over(np.array(stripe), IGNORED_OPACITY) for stripe in STRIPES)
+    table[IGNORE * 256 :] = dark
+    full = np.zeros((256, 4), np.uint8)
+    full[:, :3], full[IGNORE, :3] = tones[:, 0], STRIPES[0]
+    return table, light, full.view(np.uint32).reshape(-1)
+
+
+def _stripes(shape: tuple[int, ...], first: int = 0) -> np.ndarray:
+    """Diagonal stripes, 0 and 1 in turn, int64 (H, W), of rows that begin at `first`."""
+    return np.add.outer(np.arange(first, first + shape[0]), np.arange(shape[1])) // 8 % 2
 
 
 def data_uri(picture: Image.Image, kind: str, **options) -> str:
@@ -27,12 +85,12 @@ def outlines(mask: np.ndarray, classes: Classes, shape: tuple[int, int]) -> Imag
     """
     ids, places = _enlarged(mask, shape)
     clear, striped = len(ids), len(ids) + 1
-    drawn = np.where(_near_border(places, 7), places, clear)
+    drawn = np.where(near_change(places, 3), places, clear)
     drawn = _with_stripes(drawn, places, ids, striped)
     return _palette(drawn, [*_tones(ids, classes), (0, 0, 0), *STRIPES], [255] * len(ids) + [0, 150, 150])
 
 
-def contour(mask: np.ndarray, colour: tuple[int, int, int], width: int, shape: tuple[int, int]) -> Image.Image:
+def contour(mask: np.ndarray, colour: Colour, width: int, shape: tuple[int, int]) -> Image.Image:
     """Draw the borders in a mask, uint8 (H, W), in one colour with a dark seam, as a palette picture of `shape`.
 
     `width` is the line's, odd, in pixels. Several such lines tell masks apart where `outlines` tells classes apart.
@@ -40,8 +98,8 @@ def contour(mask: np.ndarray, colour: tuple[int, int, int], width: int, shape: t
     """
     ids, places = _enlarged(mask, shape)
     clear, seam, line, striped = range(4)
-    drawn = np.where(_near_border(places, width + 2), seam, clear)
-    drawn[_near_border(places, width)] = line
+    drawn = np.where(near_change(places, width // 2 + 1), seam, clear)
+    drawn[near_change(places, width // 2)] = line
     drawn = _with_stripes(drawn, places, ids, striped)
     return _palette(drawn, [(0, 0, 0), (0, 0, 0), colour, *STRIPES], [0, 170, 255, 150, 150])
 
@@ -56,7 +114,7 @@ def regions(mask: np.ndarray, classes: Classes, shape: tuple[int, int]) -> Image
     return _palette(drawn, [*_tones(ids, classes), *STRIPES], [])
 
 
-def _tones(ids: list[int], classes: Classes) -> list[tuple[int, int, int]]:
+def _tones(ids: list[int], classes: Classes) -> list[Colour]:
     return [(0, 0, 0) if index == IGNORE else classes[index].colour for index in ids]
 
 
@@ -64,30 +122,16 @@ def _with_stripes(drawn: np.ndarray, places: np.ndarray, ids: list[int], first: 
     """Entries of a palette, where pixels are ignored replaced by `first` and the one after it in turn."""
     if IGNORE not in ids:
         return drawn
-    stripes = np.add.outer(*map(np.arange, places.shape)) // 8 % 2
-    return np.where(places == ids.index(IGNORE), first + stripes, drawn)
+    return np.where(places == ids.index(IGNORE), first + _stripes(places.shape), drawn)
 
 
-def _palette(drawn: np.ndarray, tones: list[tuple[int, int, int]], opacities: list[int]) -> Image.Image:
+def _palette(drawn: np.ndarray, tones: list[Colour], opacities: list[int]) -> Image.Image:
     """A picture of palette entries; those without an opacity (0-255) are opaque."""
     picture = Image.fromarray(drawn.astype(np.uint8))
     picture.putpalette(np.array(tones, np.uint8).tobytes())
     if opacities:
         picture.info["transparency"] = bytes(opacities)
     return picture
-
-
-def _near_border(places: np.ndarray, width: int) -> np.ndarray:
-    """Whether a border between two regions lies within the odd `width` around each pixel, bool (H, W)."""
-    return _of_square(np.maximum, places, width) != _of_square(np.minimum, places, width)
-
-
-def _of_square(extreme: np.ufunc, places: np.ndarray, width: int) -> np.ndarray:
-    """The extreme of the square of that width around each pixel (Pillow's filters take sixty times as long)."""
-    for _ in range(2):  # one axis after the other
-        padded = np.pad(places, ((width // 2, width // 2), (0, 0)), "edge")
-        places = reduce(extreme, (padded[first : first + len(places)] for first in range(width))).T
-    return places
 
 
 def _enlarged(mask: np.ndarray, shape: tuple[int, int]) -> tuple[list[int], np.ndarray]:

@@ -3,6 +3,8 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from unet.pages.numbers import percent, signed
+
 
 def render(template: str, **content) -> str:
     """The page of a template under `unet/`, as text that encodes to UTF-8; values in it are escaped."""
@@ -16,22 +18,8 @@ def render(template: str, **content) -> str:
     environment.filters |= {"percent": percent, "signed": signed, "rgb": _rgb, "breakable": _breakable}
     environment.filters["thousands"] = "{:,}".format
     page = environment.get_template(template).render(content)
-    # A file name that is no UTF-8 reaches Python as lone surrogates, which no file can be written with.
+    # A file name that is not UTF-8 reaches Python as lone surrogates, which cannot be written to a file.
     return page.encode(errors="backslashreplace").decode()
-
-
-def percent(share: float) -> str:
-    """Return a share such as 0.123 as "12.3 %"; rounding never makes some into none or nearly all into all."""
-    if share in (0, 1):
-        number = f"{100 * share:.0f}"
-    else:
-        number = f"{100 * share:.1f}"
-        number = {"0.0": "<0.1", "100.0": ">99.9"}.get(number, number)
-    return f"{number}\N{NO-BREAK SPACE}%"
-
-
-def signed(number: float) -> str:
-    return f"{number:.2f}".replace("-", "−")
 
 
 def _rgb(colour: tuple[int, int, int]) -> str:

@@ -16,13 +16,14 @@ from unet.data.sources import printable
 from unet.disk import check_writable
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.models.trained import TrainedModel
+from unet.pages.numbers import duration
 from unet.prediction.photos import Photos, find_photos, output_names
 from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
 from unet.prediction.stream import check_room, plan, predicted
 from unet.secrets import without_secrets
 from unet.storage import Folder
-from unet.terminal import Display, duration
+from unet.terminal import Display
 
 SHOWN_PROBLEMS = 20
 """More lines about bad photos would push everything else off the screen; `predictions.csv` has them all."""

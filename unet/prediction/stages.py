@@ -21,6 +21,7 @@ from unet.data.pictures import Unusable
 from unet.data.resize import box_of, to_square
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
+from unet.pages.pictures import overlay
 from unet.prediction import tiles
 from unet.prediction.enlarge import bands, likeliest
 from unet.prediction.results import KINDS, MASKS, OVERLAYS, PROBABILITIES, row_schema, write_part
@@ -29,9 +30,8 @@ from unet.storage import Folder
 GREY_BYTES, GREY_GROUP_BYTES = 2**22, 2**26
 """Up to this size a photo's grey copy goes along, and up to that of a group's."""
 TILE_SCALE = 2
-OPACITY, PALE, CONTRAST = 141 / 255, 60, 0.75
-"""Of an overlay's colours, and of the grey photo under them: as in a run's gallery."""
 LARGEST_JPEG = 65_500
+"""Pixels of the longest side of one."""
 DURABLE = False
 """A kill leaves no torn file either way; after a failure of the power, sizes tell what has to be done again."""
 
@@ -172,7 +172,10 @@ def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder,
             tones = np.frombuffer(grey, np.uint8).reshape(height, width)
         else:
             tones = np.asarray(decode.photo(row["file"], photos.read_bytes).convert("L"))
-        pictures[OVERLAYS] = overlay(tones, ids, work.classes), "JPEG", {"quality": 88}
+        drawn = overlay(tones, ids, work.classes)
+        if max(drawn.size) > LARGEST_JPEG:
+            drawn.thumbnail((LARGEST_JPEG, LARGEST_JPEG))
+        pictures[OVERLAYS] = drawn, "JPEG", {"quality": 88}
     for kind, (picture, form, options) in pictures.items():
         content = io.BytesIO()
         picture.save(content, form, **options)
@@ -182,26 +185,6 @@ def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder,
         sizes[PROBABILITIES] = _write_probabilities(output, PROBABILITIES.format(row["name"]), planes, height, width)
     pixels = mask.histogram()[: len(work.classes)]
     return {"confidence": sure / ids.size, "pixels": pixels, "written": list(sizes.values())}
-
-
-def overlay(grey: np.ndarray, ids: np.ndarray, classes: Classes) -> Image.Image:
-    """The classes' colours over a pale grey photo; both uint8 (height, width). Reduced if no JPEG can be as long."""
-    pale = PALE + CONTRAST * np.arange(256)[:, None]
-    colours = np.array([info.colour for info in classes])[:, None]
-    table = np.zeros((len(classes), 256, 4), np.uint8)
-    table[..., :3] = np.round((1 - OPACITY) * pale + OPACITY * colours)
-    table = table.view(np.uint32).reshape(-1)
-    height, width = ids.shape
-    picture, rows = Image.new("RGB", (width, height)), max(1, 2**20 // width)
-    for first in range(0, height, rows):
-        keys = ids[first : first + rows].astype(np.uint16)
-        keys <<= 8
-        keys |= grey[first : first + rows]
-        pixels = table.take(keys)
-        picture.paste(Image.frombuffer("RGB", pixels.shape[::-1], pixels, "raw", "RGBX", 0, 1), (0, first))
-    if max(picture.size) > LARGEST_JPEG:
-        picture.thumbnail((LARGEST_JPEG, LARGEST_JPEG))
-    return picture
 
 
 def _write_probabilities(output: Folder, name: str, planes: np.ndarray, height: int, width: int) -> int:

@@ -30,9 +30,9 @@ class ModelSettings(SettingsGroup):
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
     """Filters of the first block; each level below doubles them."""
     depth: Annotated[int, Field(ge=1, le=7)] = 4
-    """Number of poolings."""
+    """Number of pooling steps, each of which halves the picture's sides."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of activations dropped after each pooling and concatenation."""
+    """Share of activations dropped after each pooling and each concatenation."""
 
 
 @dataclass(frozen=True)

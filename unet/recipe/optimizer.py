@@ -19,9 +19,9 @@ class OptimizerSettings(SettingsGroup):
     """How the weights follow the gradient."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate of Adam."""
+    """Learning rate of the Adam optimizer."""
     clip_norm: Annotated[float | None, Field(gt=0)] = None
-    """Clip the global gradient to this norm."""
+    """Clip the gradient of the global batch to this norm. None: no clipping."""
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

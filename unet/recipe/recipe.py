@@ -20,24 +20,24 @@ WEIGHTS = "weights/"
 
 
 class TrainingSettings(SettingsGroup):
-    """How it learns."""
+    """How the network learns."""
 
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the training samples."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """The global batch, divided among the workers."""
+    """Samples in a global batch, which is divided among the workers."""
     precision: Precision = "auto"
-    """Precision of the training steps. auto: bfloat16 where every worker's processor or GPU computes it fast, float16
-    where every GPU computes that, else float32. Scores are always computed in float32."""
+    """Precision of the training step. auto: bfloat16 if every worker's processor or GPU computes it fast, float16 if
+    every GPU computes that, else float32. Scores are always computed in float32."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is not finite: stop the run, or skip the step."""
+    """What to do when a loss or gradient is not finite: stop the run, or skip the step."""
     patience: Annotated[int | None, Field(ge=1)] = None
-    """Stop after this many epochs without a better val mean IoU. Default: never."""
+    """Stop after this many epochs without a better val mean IoU. None: never."""
     grad_shards: Annotated[int, Field(ge=1)] = 1
-    """Add up the gradients of this many equal parts of the batch in a fixed order. With 2, and one thread a worker,
-    one worker and two give the same numbers."""
+    """Split each batch into this many equal parts and sum their gradients in a fixed order. With 2 parts and one
+    thread per worker, one worker and two give the same numbers."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initial weights, order, flips and dropout."""
+    """Seed of initial weights, sample order, flips and dropout."""
 
 
 PARTS: dict[str, type[SettingsGroup]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from unet.config import CONFIG, FENCING_TOKEN, RunSettings, TrainSettings, flat, moved_with, read_config
-from unet.data.shards import MANIFEST
+from unet.data.manifest import MANIFEST
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
 from unet.runs.checkpoint import Checkpoints

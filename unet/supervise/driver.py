@@ -7,8 +7,8 @@ from unet.cluster import planner, precision
 from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import in_words
 from unet.cluster.room import take_room
-from unet.data.findings import checks_row
-from unet.data.prepare import resolve
+from unet.data.preparing.findings import checks_row
+from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed

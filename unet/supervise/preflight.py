@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 from unet.config import CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
-from unet.data.shards import MANIFEST, Prepared
+from unet.data.manifest import MANIFEST
+from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
 from unet.disk import _existing, check_writable
 from unet.errors import InputError

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from unet.data.shards import MANIFEST, REPORT, Prepared
+from unet.data.manifest import MANIFEST, REPORT
+from unet.data.shards import Prepared
 from unet.errors import InputError, first_line
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
+from unet.pages.numbers import duration, percent, score
 from unet.progress import Live
-from unet.terminal import PLAIN_SECONDS, Display, duration, names_in_line
+from unet.terminal import PLAIN_SECONDS, Display, names_in_line
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.search import BEST
 from unet.tuning.trial_recorder import name
@@ -74,7 +75,7 @@ class Board(tune.Callback):
     def _ended(self, trial: str) -> None:
         row = self._ledger[trial]
         reason = f": {row['reason']}" if row["reason"] else ""
-        text = f"{trial} {row['end']} after epoch {row['epochs']}, best mean IoU {number(row[BEST])}{reason}"
+        text = f"{trial} {row['end']} after epoch {row['epochs']}, best mean IoU {score(row[BEST])}{reason}"
         if row["end"] == "failed":
             self._display.say(text, "red")
         else:
@@ -117,7 +118,7 @@ class Board(tune.Callback):
         live = self._lives.get(row["trial"])
         if row["end"] != "running" or live is None:
             return f"{row['epochs']}/{self._epochs}"
-        return f"{live.phase} {live.step / live.steps:.0%}  {live.epoch}/{self._epochs}"
+        return f"{live.phase} {percent(live.step / live.steps, 0)}  {live.epoch}/{self._epochs}"
 
     def _status(self) -> str:
         rows = self._ledger.rows
@@ -125,8 +126,8 @@ class Board(tune.Callback):
         parts = [f"{len(ended)} trials ended, {len(rows) - len(ended)} running"]
         best = next(iter(ranked(rows)), None)
         if best and best[BEST] is not None:
-            by_class = ", ".join(f"{c} {number(best.get(f'val_iou_{c}'))}" for c in names_in_line(self._classes))
-            parts.append(f"best {best['trial']} {number(best[BEST])}" + (f" ({by_class})" if by_class else ""))
+            by_class = ", ".join(f"{c} {score(best.get(f'val_iou_{c}'))}" for c in names_in_line(self._classes))
+            parts.append(f"best {best['trial']} {score(best[BEST])}" + (f" ({by_class})" if by_class else ""))
         parts.append(f"{epochs_saved(rows, self._epochs)} trial-epochs saved by pruning")
         if (left := self._left()) is not None:
             parts.append(f"{duration(left)} left")
@@ -146,19 +147,15 @@ def trial_table(
         table.add_column(heading, justify="right", no_wrap=heading == "epoch")
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row["settings"].values()]
-        iou = [number(row.get(f"val_iou_{c}")) for c in by_class]
+        iou = [score(row.get(f"val_iou_{c}")) for c in by_class]
         state = Text(row["end"], style=STYLES[row["end"]])
-        table.add_row(row["trial"], *values, state, progress(row), number(row[BEST]), *iou)
+        table.add_row(row["trial"], *values, state, progress(row), score(row[BEST]), *iou)
     return table
 
 
 def epochs_saved(rows: list[dict], epochs: int) -> int:
     """Trial-epochs that pruned trials did not train."""
     return sum(epochs - row["epochs"] for row in rows if row["end"] == "pruned")
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def drawn(settings: dict) -> str:

@@ -1,9 +1,9 @@
 """A sweep from its opened folder to its end: everything that can be refused, then its trials."""
 
-import unet.data.prepare as preparing
 from unet.cluster import planner, precision
 from unet.cluster.nodes import cluster_nodes
 from unet.cluster.room import take_places
+from unet.data.preparing.resolve import resolve
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, check_samples
@@ -38,9 +38,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     nodes, storage, largest = cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
     planner.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
     try:
-        prepared = preparing.resolve(
-            settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working
-        )
+        prepared = resolve(settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working)
     finally:
         display.close()
     digest = prepared.manifest.data_digest

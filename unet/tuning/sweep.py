@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-import unet.data.prepare as preparing
 from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
+from unet.data.sources.find import check_source
 from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
@@ -99,7 +99,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
     if settings.sweep.search == "grid":
         space.grid()
     check_schedule(settings, space)
-    preparing.check_source(settings.data.data)
+    check_source(settings.data.data)
     check_database(settings.run.tracking_uri or default_uri(storage))
     check_server(settings.run.tracking_uri)
     return Sweep(name, settings, folder, space, summary)

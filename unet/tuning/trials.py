@@ -12,7 +12,7 @@ from unet.cluster import planner
 from unet.cluster.placement import in_words
 from unet.config import SweepSettings
 from unet.data import ingest
-from unet.data.findings import checks_row
+from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import RunFailed
 from unet.runs.run import where

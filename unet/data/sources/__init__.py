@@ -1,4 +1,4 @@
-"""Where samples come from. A source lists its samples, what their masks mean, and what it could not take."""
+"""Where samples come from. A source lists its samples, what their masks mean, and what it could not use."""
 
 import hashlib
 import os
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unet.classes import PETS, Labels
-from unet.data.shards import name_hash
+from unet.data.manifest import name_hash
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff"),
     *(".webp", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 }
-"""What the names of pictures that can be read end with."""
+"""The suffixes of pictures that can be read."""
 Progress = Callable[[str, int, int], None]
-"""Called with (what is done, how far, out of how much; 0 where that is not known)."""
+"""Called with (what is being done, how far it is, out of how much; 0 if that is not known)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a sample (`name` empty: with the whole set), by a short name and in words."""
+    """Something wrong with a sample (`name` empty: with the whole set): a short name and a description."""
 
     name: str
     problem: str
@@ -46,12 +46,12 @@ class Source:
     """What a source offers.
 
     Attributes:
-        kind: as it stands in the manifest.
+        kind: its name in the manifest.
         samples: in canonical order.
         labels: what the masks mean.
         left_out: what is listed but cannot be a sample.
         warnings: what looks wrong.
-        repairs: by name, what the source itself has mended.
+        repairs: by name, what the source itself has repaired.
     """
 
     kind: str
@@ -96,14 +96,14 @@ def printable(name: str) -> str:
 def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
     """The files below a folder that are not hidden, through links too, in the order of their paths.
 
-    `onerror` is told of a folder that cannot be read, which is left out.
+    `onerror` receives the error of a folder that cannot be read, which is left out.
     """
     seen = set()
-    for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = os.path.realpath(place)
+    for path, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        real = os.path.realpath(path)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if real not in seen else []
         if real not in seen:
-            yield from (Path(place) / file for file in sorted(files) if not file.startswith("."))
+            yield from (Path(path) / file for file in sorted(files) if not file.startswith("."))
         seen.add(real)
 
 

@@ -41,7 +41,7 @@ def extract(folder: Path, target: Path, progress: Progress) -> Path:
 
 def _unpack(archive: Path, name: str, target: Path, progress: Progress) -> None:
     """The archive's folder `name` below `target`: whole, or not there."""
-    unfinished, size, told = target / f"{name}.unpacking", archive.stat().st_size >> 20, 0
+    unfinished, size, shown = target / f"{name}.unpacking", archive.stat().st_size >> 20, 0
     try:
         with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
             for entry in tar:
@@ -49,9 +49,9 @@ def _unpack(archive: Path, name: str, target: Path, progress: Progress) -> None:
                 if entry.name.startswith("/") or not (entry.isreg() or entry.isdir()):
                     raise ValueError(f"{entry.name} is not a file or folder below it")
                 tar.extract(entry, unfinished, filter="data")
-                if file.tell() >> 20 > told:
-                    told = file.tell() >> 20
-                    progress(f"unpacking {archive.name}, MB", told, size)
+                if file.tell() >> 20 > shown:
+                    shown = file.tell() >> 20
+                    progress(f"unpacking {archive.name}, MB", shown, size)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise InputError(f"Cannot unpack {archive}: {error}. Fetch the archive again.") from error
     if not (unfinished / name).is_dir():
@@ -70,7 +70,7 @@ def archives(folder: Path, val_fraction: float) -> Source:
     for official in ("trainval", "test"):
         listing = folder / "annotations" / f"{official}.txt"
         if not listing.is_file():
-            raise InputError(f"{listing} is missing: the folder is not in the layout of the official archives.")
+            raise InputError(f"{listing} is missing: the folder does not have the layout of the official archives.")
         lines, before = listed(listing), len(seen)
         for _, line in lines:
             name = line.split()[0]
@@ -79,15 +79,16 @@ def archives(folder: Path, val_fraction: float) -> Source:
                 source.left_out.append(Problem(printable(name), *problem, split=split))
                 continue
             seen[name] = official
-            source.samples.append(Sample(name, split, name.rpartition("_")[0], *map(str, _paths(folder, name))))
+            image, mask = _paths(folder, name)
+            source.samples.append(Sample(name, split, name.rpartition("_")[0], str(image), str(mask)))
         if lines and len(seen) == before:
             refuse_unmatched(listing, lines, [path.stem for path in (folder / "images").glob("*.jpg")], "images/")
     if not seen:
-        raise InputError(f"The lists in {folder / 'annotations'} name no sample.")
+        raise InputError(f"The lists in {folder / 'annotations'} name no samples.")
     source.samples = canonical(source.samples)
     known = seen.keys() | {problem.name for problem in source.left_out}
     source.warnings += [
-        Problem(printable(path.stem), "in_no_split", f"{printable(path.name)} is in no list")
+        Problem(printable(path.stem), "in_no_split", f"{printable(path.name)} is not in any list")
         for path in sorted((folder / "images").glob("*.jpg"))
         if path.stem not in known
     ]
@@ -104,11 +105,11 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def _problem(folder: Path, name: str, seen: dict[str, str]) -> tuple[str, str] | None:
-    """Why a listed name cannot be a sample: a short name and words."""
+    """Why a listed name cannot be a sample: a short name and a description."""
     if not is_plain(name) or "/" in name:
         return "unsafe_name", f"the list names {printable(name)}, which is not a plain file name"
     if name in seen:
-        return "listed_twice", f"listed again, having been listed in {seen[name]} already"
+        return "listed_twice", f"listed twice, first in {seen[name]}"
     image, mask = _paths(folder, name)
     if not image.exists():
         return "missing_image", f"images/{image.name} is missing"

@@ -1,4 +1,4 @@
-"""`dataset.yaml`: what the masks of own photos mean.
+"""`dataset.yaml`: what the masks of your own photos mean.
 
 classes:            # name: its value in the masks, or several; ids follow this order
   road: 1           # or a colour, such as '#804080', where masks are painted
@@ -6,9 +6,9 @@ classes:            # name: its value in the masks, or several; ids follow this 
 ignore: 255         # value or values that belong to no class
 colours:            # optional, RGB, for pictures
   road: [128, 64, 128]
-test_fraction: 0.1  # share that becomes test, by hash of name, where no lists say it
-masks: grey         # only where the program asks: what of a mask's pixel is its value
-exif_orientation: applied  # only where it asks: masks lie over photos as displayed, or (ignored) as stored
+test_fraction: 0.1  # share that becomes test, by hash of name, if no lists say which
+masks: grey         # only if the program asks: what of a mask's pixel is its value
+exif_orientation: applied  # only if it asks: masks lie over photos as displayed, or (ignored) as stored
 mask_suffix: _mask  # what the names of masks have more than those of photos
 """
 
@@ -32,7 +32,7 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class Description(BaseModel):
-    """What stands in `dataset.yaml`; mask values as lists of numbers, colours packed as in `unet.classes`."""
+    """The content of `dataset.yaml`; mask values as lists of numbers, colours packed as in `unet.classes`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,13 +53,11 @@ class Description(BaseModel):
         for name in classes:
             if not NAME.fullmatch(name):
                 raise ValueError(
-                    f"a class cannot be called {name!r}: names become those of metrics, so they hold A-Z, a-z, 0-9, "
-                    "spaces, _ . and -, begin with a letter or digit, end without a space, and have 60 at most"
+                    f"a class cannot be called {name!r}: names become parts of metric names, so they hold at most 60 "
+                    "of A-Z, a-z, 0-9, spaces, _ . and -, begin with a letter or digit and do not end with a space"
                 )
             if other := known.get(name.casefold()):
-                raise ValueError(
-                    f"{other} and {name} differ in case only, which not every store of metrics keeps apart"
-                )
+                raise ValueError(f"{other} and {name} differ only in case, which some metric stores ignore: rename one")
             known[name.casefold()] = name
         return {name: _values(name, given) for name, given in classes.items()}
 
@@ -73,7 +71,7 @@ class Description(BaseModel):
     def _of_classes(cls, colours, info):
         unknown = sorted(colours.keys() - info.data.get("classes", colours).keys())
         if unknown:
-            raise ValueError(f"{unknown[0]} is not among the classes")
+            raise ValueError(f"`colours:` names {unknown[0]}, which is not among the classes")
         return colours
 
     @model_validator(mode="after")
@@ -93,7 +91,7 @@ class Description(BaseModel):
         return Labels(tuple(infos), values, self.masks, self.exif_orientation, described_in)
 
     def _colour(self, index: int, name: str) -> tuple[int, int, int]:
-        """As given, else as in the masks, else one that stands apart: hues in turn, at two brightnesses."""
+        """As given, else as in the masks, else a distinct one: hues in turn, at two brightnesses."""
         value = self.classes[name][0]
         if name in self.colours or value >= COLOUR:
             return self.colours.get(name) or (value >> 16 & 255, value >> 8 & 255, value & 255)
@@ -110,7 +108,7 @@ def describe(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise InputError(
-            f"{path} is missing: say there what the masks' values mean, such as "
+            f"{path} is missing: write in it what the values in the masks mean, such as "
             "`classes: {road: 1, other: 2}` and `ignore: 255`."
         )
     content = parse_yaml(path.read_bytes(), str(path))
@@ -134,21 +132,22 @@ def _sentence(error: ValidationError) -> str:
 
 
 def spelled(value: int) -> str:
-    """A mask value as it stands in `dataset.yaml`."""
+    """A mask value as it is written in `dataset.yaml`."""
     return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
 def _values(name: str, given: Any) -> list[int]:
     """The mask values of a class: numbers, or colours as `unet.classes` packs them."""
     several = given if isinstance(given, list) else [given]
-    found = [_value(value) for value in several]
-    if not found or None in found:
+    known = [_value(value) for value in several]
+    found = [value for value in known if value is not None]
+    if not known or len(found) < len(known):
         turned = (
             f"; write the name first, as in `{given}: {name}`" if isinstance(given, str) and name.isdecimal() else ""
         )
         raise ValueError(
-            f"{name}: {given!r} is no mask value, which is a whole number from 0 to 65535, a colour such as "
-            f"'#804080', or a list of them{turned}"
+            f"{name}: {given!r} is not a mask value: give a whole number from 0 to 65535, a colour such as '#804080', "
+            f"or a list of them{turned}"
         )
     return found
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from unet.config import SOURCES
-from unet.data.shards import MANIFEST
+from unet.data.manifest import MANIFEST
 from unet.data.sources import Progress, Source, fingerprint, tfds
 from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_archive_folder
 from unet.data.sources.description import DESCRIPTION, describe
@@ -16,7 +16,7 @@ from unet.storage import Folder
 
 TFDS = "oxford_iiit_pet"
 RULES = "r2"
-"""How own masks and lists are read; what was prepared by other rules is prepared again."""
+"""How your own masks and lists are read; what was prepared by other rules is prepared again."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -38,7 +38,7 @@ def check_source(source: str, prepared_too: bool = True) -> None:
         return
     is_prepared = "://" in source or (folder / MANIFEST).is_file()
     if "://" in source:
-        Folder(source)  # refuses what is no storage
+        Folder(source)  # refuses what is not a storage
     if source == TFDS or (is_prepared and prepared_too):
         return
     known = (
@@ -47,20 +47,20 @@ def check_source(source: str, prepared_too: bool = True) -> None:
     )
     known = f"Give a prepared folder, {known}" if prepared_too else f"Give {known}"
     if is_prepared:
-        raise InputError(f"{source} is no source of raw pictures. {known}")
+        raise InputError(f"{source} is not a source of raw pictures. {known}")
     if not folder.exists():
         raise InputError(f"There is no data at {source}. {known}")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"{source} is not a folder with data in it. {known}")
     kind = kind_of(folder)
     if kind is None:
-        raise InputError(f"{source} holds neither shards nor pictures that are known. {known}")
+        raise InputError(f"{source} holds neither prepared data nor pictures in a known layout. {known}")
     if kind == "folder":
         describe(folder)
 
 
 def version_of(source: str) -> str:
-    """What tells this source's content from another's, cheaply: of files, their names, sizes and times."""
+    """What identifies a source's content, cheaply: of files, their names, sizes and times."""
     if is_drawn(source):
         return f"{count_of(source)}-drawn-v1"
     if source == TFDS:
@@ -74,7 +74,7 @@ def version_of(source: str) -> str:
 def open_source(
     source: str, val_fraction: float, raw: Path, source_dir: Path | None, cache: Path | None, progress: Progress
 ) -> Source:
-    """The samples of a source; what has to be unpacked or downloaded for it comes to lie under `raw`."""
+    """The samples of a source; what has to be unpacked or downloaded for it is put under `raw`."""
     if is_drawn(source):
         return drawn(source, val_fraction)
     if source == TFDS:
@@ -89,7 +89,7 @@ def _through_tfds(val_fraction: float, raw: Path, source_dir: Path | None, cache
     what = "reads the archives" if source_dir else "builds the data set (once: downloads 800 MB)"
     progress(f"TensorFlow Datasets {what}", 0, 0)
     pets = raw / "pets"
-    shutil.rmtree(pets, ignore_errors=True)  # of a killed start; what was re-encoded is known from a new one
+    shutil.rmtree(pets, ignore_errors=True)  # of a killed start; only a new export says what was re-encoded
     exported = tfds.export_in_task(pets, cache, source_dir, lambda done, total: progress("exporting", done, total))
     source = archives(pets, val_fraction)
     source.kind = TFDS

@@ -22,14 +22,14 @@ MARKS = {
     **{codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
     **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
 }
-"""What a text may begin with; the mark of UTF-32 begins with that of UTF-16, so it comes first."""
+"""The byte order marks of a text; that of UTF-32 begins with that of UTF-16, so it comes first."""
 
 
 def listed(listing: Path) -> list[tuple[int, str]]:
     """The lines of a split's list that name a sample, with their numbers.
 
     Raises:
-        InputError: it is no text that is known.
+        InputError: it is not text in a known encoding.
     """
     content = listing.read_bytes()
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
@@ -37,9 +37,9 @@ def listed(listing: Path) -> list[tuple[int, str]]:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{listing} is no {encoding} text (line {line}): save it as UTF-8.") from error
+        raise InputError(f"{listing} is not {encoding} text (line {line}): save it as UTF-8.") from error
     if text.count("\0") * 4 > len(text):
-        raise InputError(f"{listing} looks like UTF-16 without the mark at its beginning: save it as UTF-8.")
+        raise InputError(f"{listing} looks like UTF-16 without a byte order mark: save it as UTF-8.")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     named = ((number, unicodedata.normalize("NFC", line.strip())) for number, line in enumerate(lines, 1))
     return [(number, line) for number, line in named if line and not line.startswith("#")]
@@ -52,20 +52,20 @@ def refuse_unmatched(listing: Path, lines: list[tuple[int, str]], names: Collect
         InputError: with its first line, and what was expected.
     """
     number, line = lines[0]
-    expected = f"a name in {where}, such as `{min(names)}`" if names else f"a name in {where}, which holds none"
+    expected = f", such as `{min(names)}`" if names else ", which holds none"
     raise InputError(
-        f"No line of {listing} names a photo that is there: line {number} is `{printable(line)}`, and {expected}, was "
-        "expected."
+        f"No line of {listing} names a photo that exists: line {number} is `{printable(line)}`. Write names in "
+        f"{where}{expected}."
     )
 
 
 def splits_by_lists(
     folder: Path, names: Collection[str], folders: tuple[str, ...], val_fraction: float
 ) -> tuple[dict[str, str], list[Problem]] | None:
-    """The split of each listed name, and the lines that name none; None where there are no lists.
+    """The split of each listed name, and the lines that name no photo; None if there are no lists.
 
     Args:
-        names: of the photos and masks that there are.
+        names: of all photos and masks.
         folders: those that a listed path may begin with, or lead through.
 
     Raises:
@@ -74,7 +74,7 @@ def splits_by_lists(
     texts = {path.stem: path.name for path in sorted(folder.glob("*.txt"))}
     for stem, file in texts.items():
         if stem not in LISTS and stem.lower() in MEANT:
-            raise InputError(f"{folder / file} is not read: call it {MEANT[stem.lower()]}.txt, or remove it.")
+            raise InputError(f"{folder / file} would not be read: call it {MEANT[stem.lower()]}.txt, or remove it.")
     given = [name for name in LISTS if name in texts]
     if not given:
         return None
@@ -92,14 +92,14 @@ def splits_by_lists(
                 kind = "missing_image" if is_plain(name) else "unsafe_name"
                 problems.append(Problem(printable(name), kind, f"{where} names no photo in {folders[0]}/", split))
             elif name in found:
-                problems.append(Problem(name, "listed_twice", f"{where}: listed in {found[name]} already", split))
+                problems.append(Problem(name, "listed_twice", f"{where}: already listed in {found[name]}", split))
             else:
                 found[name] = split
     return found, problems
 
 
 def splits_by_folders(names: Collection[str], val_fraction: float) -> dict[str, str] | None:
-    """The split of each name by its first folder; None where those are not called after splits.
+    """The split of each name by its first folder; None if the folders are not named after splits.
 
     Raises:
         InputError: one of the folders is missing.

@@ -1,7 +1,7 @@
-"""Own photos and masks: `images/` and `masks/`, matched by name, and a `dataset.yaml` that says what masks mean.
+"""Your own photos and masks: `images/` and `masks/`, matched by name, and a `dataset.yaml` that says what masks mean.
 
-Splits may be given by lists beside it, a photo a line: `trainval.txt` and `test.txt`, `train.txt` and `test.txt` (val
-comes out of the first by hash of name), or `train.txt`, `val.txt` and `test.txt`; or by folders of these names.
+Splits may be given by lists beside it, one photo per line: `trainval.txt` and `test.txt`, `train.txt` and `test.txt`
+(val comes out of the first by hash of name), or `train.txt`, `val.txt` and `test.txt`; or by folders with these names.
 """
 
 import unicodedata
@@ -33,8 +33,8 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def own(folder: Path, val_fraction: float) -> Source:
-    """The samples of an own folder. A name is the photo's path below `images/` without its suffix, its folder
-    stands as breed.
+    """The samples of such a folder. A name is the photo's path below `images/` without its suffix; its folder is taken
+    for its breed.
 
     Raises:
         InputError: `dataset.yaml` does not fit, or no photo has a mask.
@@ -49,13 +49,13 @@ def own(folder: Path, val_fraction: float) -> Source:
     for name, split in splits.items():
         if missing := [part for part, found in zip(FOLDERS, (photos, masks), strict=True) if name not in found]:
             kind = "missing_image" if missing[0] == "images" else "missing_mask"
-            source.left_out.append(Problem(name, kind, f"{missing[0]}/ holds no picture of this name", split))
+            source.left_out.append(Problem(name, kind, f"{missing[0]}/ holds no picture with this name", split))
         elif len(photos[name]) == len(masks[name]) == 1:  # else it was left out as ambiguous
             paths = str(photos[name][0]), str(masks[name][0])
             source.samples.append(Sample(name, split, "/".join(name.split("/")[depth:-1]), *paths))
-    source.warnings += [Problem(n, "in_no_split", "in no list") for n in sorted(photos.keys() - splits.keys())]
+    source.warnings += [Problem(n, "in_no_split", "not in any list") for n in sorted(photos.keys() - splits.keys())]
     source.left_out += [
-        Problem(name, "missing_image", "masks/ holds a picture of this name, images/ does not")
+        Problem(name, "missing_image", "masks/ holds a picture with this name, images/ does not")
         for name in sorted(masks.keys() - photos.keys() - splits.keys())
     ]
     if not source.samples:
@@ -66,7 +66,7 @@ def own(folder: Path, val_fraction: float) -> Source:
 
 
 def _no_pair(folder: Path, photos: dict[str, list[Path]], masks: dict[str, list[Path]]) -> str:
-    words = f"No photo in {folder / 'images'} has a mask of its name in {folder / 'masks'}"
+    words = f"No photo in {folder / 'images'} has a mask of the same name in {folder / 'masks'}"
     if not photos or not masks:
         return f"{words}: {'images' if not photos else 'masks'}/ holds no picture that can be read."
     photo, mask = min(photos), min(masks)
@@ -74,16 +74,16 @@ def _no_pair(folder: Path, photos: dict[str, list[Path]], masks: dict[str, list[
     for ending in sorted(ending for ending in endings if any(f"{name}{ending}" in masks for name in photos)):
         remedy = f"write `mask_suffix: {ending}` in {folder / DESCRIPTION}"
         return f"{words}, but `{photo}{ending}` is there: {remedy}."
-    return f"{words}: the first photo is `{photo}`, the first mask `{mask}`; call them alike."
+    return f"{words}: the first photo is `{photo}`, the first mask `{mask}`; give them the same names."
 
 
 def _by_name(folder: Path, source: Source, ending: str = "") -> dict[str, list[Path]]:
-    """The pictures below a folder by name, less what names may end with; what cannot be one is left out."""
+    """The pictures below a folder by name, without the given ending; what cannot be one is left out."""
     found = defaultdict(list)
     for path in files_below(folder):
         name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if path.suffix.lower() not in SUFFIXES:
-            words = f"{folder.name}/ holds {printable(path.name)}, which is no picture that can be read"
+            words = f"{folder.name}/ holds {printable(path.name)}, which is not a picture that can be read"
             source.left_out.append(Problem(printable(name), "unknown_format", words))
         elif not is_plain(name):
             source.left_out.append(Problem(printable(name), "unsafe_name", f"a name in {folder.name}/ cannot be shown"))
@@ -99,7 +99,7 @@ def _by_name(folder: Path, source: Source, ending: str = "") -> dict[str, list[P
 def _splits(
     folder: Path, source: Source, photos, masks, test_fraction: float, val_fraction: float
 ) -> tuple[dict[str, str], int]:
-    """The split of each name, as lists or folders say, else by hash of the name; how many folders of it say so."""
+    """The split of each name, by lists or folders, else by hash of the name; how many of its folders name the split."""
     if by_lists := splits_by_lists(folder, photos.keys() | masks.keys(), FOLDERS, val_fraction):
         source.left_out += by_lists[1]
         return by_lists[0], 0

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,7 +58,7 @@ def export(
         progress: called while samples are written.
 
     Raises:
-        InputError: the archives cannot be had, are not the official ones, or the disk is full.
+        InputError: the archives cannot be downloaded, are not the official ones, or the disk is full.
     """
     return _follow(_export(target, cache, source_dir, builder_class), progress)
 
@@ -72,8 +72,8 @@ def export_in_task(
         InputError: as `export`.
     """
     network = {name: value for name, value in os.environ.items() if name.upper() in NETWORK}
-    task = ray.remote(
-        num_cpus=0,  # never waits for CPUs of the one node where the paths surely mean the same
+    task = ray.remote(  # type: ignore[call-overload]  # its types know no strategy that names a node
+        num_cpus=0,  # never waits for CPUs of the one node on which the paths surely mean the same
         max_calls=1,
         max_retries=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
@@ -83,7 +83,8 @@ def export_in_task(
     try:
         return _follow(map(ray.get, steps), progress)
     except InputError as error:
-        raise InputError(str(error.cause)) from None  # without the traceback of the task
+        # Ray's own subclass, whose text is the traceback of the task.
+        raise InputError(str(getattr(error, "cause", error))) from None
 
 
 def _follow(steps: Iterable, progress: Progress) -> Exported:
@@ -100,7 +101,7 @@ def _export(target: Path, cache: Path, source_dir: Path | None, builder_class) -
     from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as official
 
     if target.exists():
-        raise InputError(f"{target} is there already: give another folder, or remove it.")
+        raise InputError(f"{target} already exists: give another folder, or remove it.")
     builder_class = builder_class or official.Builder
     try:
         builder = _build(builder_class, cache, source_dir)
@@ -142,12 +143,13 @@ def _build(builder_class, cache: Path, source_dir: Path | None):
     return builder
 
 
-def _write(builder, target: Path) -> Iterator[tuple[int, int]]:
+def _write(builder, target: Path) -> Generator[tuple[int, int], None, set[str]]:
     """Write all records; the progress is yielded, the names are returned."""
     import tensorflow_datasets
 
     skip = tensorflow_datasets.decode.SkipDecoding()
-    total, names = sum(builder.info.splits[split].num_examples for split in LISTS), set()
+    names: set[str] = set()
+    total = sum(builder.info.splits[split].num_examples for split in LISTS)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=target.parent) as scratch:
         folder = Path(scratch) / "pets"
@@ -196,13 +198,13 @@ def _quiet():
 
 
 def _sentence(error: Exception, url_infos, cache: Path, source_dir: Path | None) -> str | None:
-    """What happened and what to do, if it is for the user to remedy."""
+    """What happened and what to do, if the user can remedy it."""
     import requests
     from tensorflow_datasets import download
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
     from tensorflow_datasets.core.download.extractor import ExtractError
 
-    text, place = " ".join(str(error).split()), source_dir or cache / "downloads"
+    text, origin = " ".join(str(error).split()), source_dir or cache / "downloads"
     names = " and ".join(info.filename for info in url_infos.values())
     by_hand = f"put {names} into a folder and give --source-dir FOLDER, or use --source synthetic"
     if "No space left" in text or "Not enough disk space" in text:  # of several types, partly RuntimeError
@@ -210,7 +212,7 @@ def _sentence(error: Exception, url_infos, cache: Path, source_dir: Path | None)
     if isinstance(error, NonMatchingChecksumError):
         wrong = next(info.filename for url, info in url_infos.items() if url in text)
         remedy = f"fetch {wrong} again" if source_dir else f"start again, or {by_hand}"
-        return f"{wrong} of {place} is truncated or not the official archive (its SHA-256 differs): {remedy}."
+        return f"{wrong} of {origin} is truncated or not the official archive (its SHA-256 differs): {remedy}."
     if isinstance(error, requests.RequestException | download.DownloadError):
         found = re.search(
             r"\[Errno -?\d+\] [^\"')]+|Tunnel connection failed: [^\"')]+|HTTP code: \d+|^\d{3} [^:]+", text
@@ -219,5 +221,5 @@ def _sentence(error: Exception, url_infos, cache: Path, source_dir: Path | None)
         host = urlsplit(next(iter(url_infos))).hostname
         return f"Cannot download from {host} ({reason}): set HTTPS_PROXY if there is a proxy, or {by_hand}."
     if isinstance(error, ExtractError | OSError) or type(error).__module__.startswith("tensorflow."):
-        return f"TensorFlow Datasets cannot build from {place}: {text}"
+        return f"TensorFlow Datasets cannot build from {origin}: {text}"
     return None

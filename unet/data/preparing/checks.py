@@ -1,4 +1,4 @@
-"""What is wrong with a data set, as far as its decoded samples and their names tell.
+"""What is wrong with a data set, as far as its decoded samples and their names show.
 
 A problem that would make scores untrue (the same photo on both sides of a split) leaves a sample out; what only
 looks wrong is a warning, and the sample stays.
@@ -34,7 +34,7 @@ def mask_fit(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
         masks: uint8 (N, S, S) class ids.
 
     Returns:
-        float64 (N,), NaN where a mask has no border, or the pictures are too small to tell.
+        float64 (N,), NaN if a mask has no border, or the pictures are too small to judge.
     """
     if images.shape[1] < FIT_SIZE:
         return np.full(len(images), np.nan)
@@ -100,8 +100,9 @@ _VARIANTS = _variants()
 
 
 def duplicates(samples: pa.Table) -> tuple[list[Problem], list[Problem]]:
-    """Photos that stand under two names: (those to leave out, since they are in two splits; warnings)."""
-    left_out, warnings = [], []
+    """Photos under two names: (those to leave out, since they are in two splits; warnings)."""
+    left_out: list[Problem] = []
+    warnings: list[Problem] = []
     for same in _groups(samples, "photo"):
         same = sorted(same, key=lambda row: (KEPT_FIRST[row["split"]], row["name"]))
         first = same[0]
@@ -115,7 +116,7 @@ def duplicates(samples: pa.Table) -> tuple[list[Problem], list[Problem]]:
         same = [row for row in same if row["name"] not in gone]
         if same and max(same[0]["pixels"]) < sum(same[0]["pixels"]):  # else it is warned about as one class only
             warnings += [
-                Problem(row["name"], "same_mask", f"pixel for pixel the mask of {same[0]['name']}", row["split"])
+                Problem(row["name"], "same_mask", f"the same mask as {same[0]['name']}, pixel for pixel", row["split"])
                 for row in same[1:]
                 if row["photo"] != same[0]["photo"]
             ]
@@ -132,7 +133,7 @@ def _groups(samples: pa.Table, key: str) -> list[list[dict]]:
 
 
 def suspects(samples: pa.Table, classes: list[str], image_size: int) -> list[Problem]:
-    """Masks of one class or, at the network's size, of none, or that do not fit their photo, and what splits lack."""
+    """Masks of one class or, at the network's size, of none, masks that do not fit their photo; what splits lack."""
     found = []
     columns = [samples[c].to_pylist() for c in ("name", "split", "pixels", "mask_fit")]
     for name, split, pixels, fit in zip(*columns, strict=True):
@@ -153,7 +154,7 @@ def suspects(samples: pa.Table, classes: list[str], image_size: int) -> list[Pro
 
 def _empty_splits(samples: pa.Table) -> list[Problem]:
     empty = sorted(KEPT_FIRST.keys() - set(samples["split"].to_pylist()))
-    return [Problem("", "empty_split", f"{split} has no sample", split) for split in empty]
+    return [Problem("", "empty_split", f"{split} has no samples", split) for split in empty]
 
 
 def _missing_classes(samples: pa.Table, classes: list[str], image_size: int) -> list[Problem]:
@@ -166,7 +167,7 @@ def _missing_classes(samples: pa.Table, classes: list[str], image_size: int) -> 
         gone = [name for i, name in enumerate(classes) if not pixels[i] and i in held]
         absent = [name for i, name in enumerate(classes) if not pixels[i] and i not in held]
         if gone:
-            words = f"{split} has no pixel left at {image_size} px of what its masks hold: {_listed(gone)}"
+            words = f"at {image_size} px, {split} has no pixel left of classes in its masks: {_listed(gone)}"
             found.append(Problem("", "class_vanishes", words, split))
         if absent:
             words = f"{split} lacks {len(absent)} of {len(classes)} classes: {_listed(absent)}"

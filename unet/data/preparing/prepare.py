@@ -3,25 +3,25 @@
 What a killed preparation has done is kept beside the output, and the same command goes on from there.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from unet.config import Resize, is_source_name
-from unet.data import checks
-from unet.data.findings import FINDINGS, Findings
-from unet.data.look import data_report
+from unet.data.manifest import MANIFEST, REPORT, SAMPLES, SCHEMA_VERSION, SPLITS, Manifest, data_digest, files_of_chunks
 from unet.data.masks import WORDS
 from unet.data.order import CHUNK
-from unet.data.output import OutputFolder
-from unet.data.pieces import (
+from unet.data.preparing import checks
+from unet.data.preparing.findings import FINDINGS, Findings
+from unet.data.preparing.look import data_report
+from unet.data.preparing.output import OutputFolder
+from unet.data.preparing.pieces import (
     Piece,
     Recipe,
     ShardFile,
@@ -33,19 +33,9 @@ from unet.data.pieces import (
     sha256_of,
     write_shard,
 )
-from unet.data.shards import (
-    MANIFEST,
-    REPORT,
-    SAMPLES,
-    SCHEMA_VERSION,
-    SPLITS,
-    Manifest,
-    Prepared,
-    data_digest,
-    files_of_chunks,
-)
+from unet.data.shards import Prepared
 from unet.data.sources import Problem, Progress, Source
-from unet.data.sources.find import TFDS, check_source, open_source, version_of
+from unet.data.sources.find import check_source, open_source, version_of
 from unet.errors import InputError, RunFailed, first_line
 from unet.storage import Folder
 
@@ -53,49 +43,6 @@ SAMPLE_COLUMNS = (
     *("name", "split", "breed", "original_height", "original_width"),
     *("pixels", "ignored", "repairs", "mask_fit", "digest"),
 )
-
-
-def resolve(data: str, image_size: int, resize: Resize, storage: Folder, progress: Progress) -> Prepared:
-    """The prepared folder that `--data` means; any other source is prepared on first use and kept.
-
-    Raises:
-        InputError: there is nothing at that place, or what is there cannot be used.
-    """
-    if "://" in data or (Path(data) / MANIFEST).is_file():
-        prepared = Prepared(Folder(data if "://" in data else Path(data).resolve()))
-        manifest = prepared.manifest
-        for flag, wanted, found in (
-            ("image-size", image_size, manifest.image_size),
-            ("resize", resize, manifest.resize),
-        ):
-            if wanted != found:
-                at = f"{found} px" if flag == "image-size" else f"--resize {found}"
-                raise InputError(
-                    f"{data} was prepared at {at}: give --{flag} {found}, or prepare it again with --{flag} {wanted}."
-                )
-        return prepared
-    recipe = Recipe(image_size, resize)
-    target = kept_folder(data, recipe, storage)
-    if not target.exists(MANIFEST):
-        prepare(data, target, recipe, cache=cache_of(storage), progress=progress)
-    return Prepared(target)
-
-
-def kept_folder(source: str, recipe: Recipe, storage: Folder) -> Folder:
-    """Where the storage path keeps what is prepared of a source."""
-    name = f"{source.replace(':', '-')}-{recipe.image_size}px"
-    if not is_source_name(source):
-        folder = Path(source).resolve()
-        key = hashlib.sha256(f"{folder}|{version_of(source)}".encode()).hexdigest()[:8]
-        name = f"{folder.name}-{recipe.image_size}px-{key}"
-    letterbox = "-letterbox" if recipe.resize == "letterbox" else ""
-    val = f"-val{recipe.val_fraction:g}" if recipe.val_fraction != Recipe.val_fraction else ""
-    return storage / "data" / f"{name}{letterbox}{val}-v{SCHEMA_VERSION}"
-
-
-def cache_of(storage: Folder) -> Path | None:
-    """Where downloads are kept; None where the storage is no local disk."""
-    return Path(storage.path) / "data" / TFDS if storage.is_local else None
 
 
 def prepare(
@@ -118,35 +65,35 @@ def prepare(
         InputError: the source cannot be read, nothing in it can be used, or the target holds something else.
     """
     check_source(source, prepared_too=False)
-    place = OutputFolder.of(target)
+    output = OutputFolder.of(target)
     version = version_of(source)
     wanted = asdict(recipe) | {"source": source, "source_version": version, "schema_version": SCHEMA_VERSION}
     wanted |= {"samples_of_a_piece": samples_of_a_piece(recipe.image_size), "facts": facts_schema(1).names}
-    if place.target.exists(MANIFEST):
-        return _existing(place, recipe, version, strict)
-    with place.locked(progress):
-        if place.target.exists(MANIFEST):  # by now: another job was quicker
-            return _existing(place, recipe, version, strict)
-        with place.unfinished(wanted):
+    if output.target.exists(MANIFEST):
+        return _existing(output, recipe, version, strict)
+    with output.locked(progress):
+        if output.target.exists(MANIFEST):  # another job was quicker
+            return _existing(output, recipe, version, strict)
+        with output.unfinished(wanted):
             try:
-                preparation = _Preparation(source, place, recipe, version, progress)
+                preparation = _Preparation(source, output, recipe, version, progress)
                 return preparation.run(strict, source_dir, cache)
             except ray.exceptions.RayError as error:
                 cause = first_line(getattr(error, "cause", None) or error)
                 raise RunFailed(f"Preparing the data failed: {cause}. The same command goes on from here.") from error
 
 
-def _existing(place: OutputFolder, recipe: Recipe, version: str, strict: bool) -> Manifest:
+def _existing(output: OutputFolder, recipe: Recipe, version: str, strict: bool) -> Manifest:
     """The manifest of a target that holds just what is wanted."""
-    manifest = Prepared(place.target).manifest
+    manifest = Prepared(output.target).manifest
     found = asdict(manifest)
     wanted = asdict(recipe) | {"source_version": version}
     if differing := [key for key in wanted if wanted[key] != found[key]]:
         words = ", ".join(f"{key} {found[key]} there, {wanted[key]} here" for key in differing)
-        raise InputError(f"{place.target} holds other data ({words}): give another --output, or remove it.")
+        raise InputError(f"{output.target} holds other data ({words}): give another --output, or remove it.")
     if strict and manifest.left_out:
         raise _refused(Problem(**manifest.left_out[0]), manifest.kinds("left_out").total())
-    place.clear()  # a kill may have come between the last step and this one
+    output.clear()  # a kill may have come between the last step and this one
     return manifest
 
 
@@ -157,16 +104,16 @@ def _refused(first: Problem, count: int) -> InputError:
 
 @dataclass
 class _Preparation:
-    """One source on its way into one place."""
+    """One source on its way into one output folder."""
 
     source: str
-    place: OutputFolder
+    output: OutputFolder
     recipe: Recipe
     version: str
     progress: Progress
 
     def run(self, strict: bool, source_dir: Path | None, cache: Path | None) -> Manifest:
-        source = open_source(self.source, self.recipe.val_fraction, self.place.raw, source_dir, cache, self.progress)
+        source = open_source(self.source, self.recipe.val_fraction, self.output.raw, source_dir, cache, self.progress)
         facts = self._decode(source)
         if version_of(self.source) != self.version:
             raise InputError(f"{self.source} was changed while it was read: prepare it again.")
@@ -181,12 +128,12 @@ class _Preparation:
             size = self.recipe.image_size
             raise InputError(f"No pixel of the train split has a label at {size} px: give a larger --image-size.")
         manifest = self._manifest(source, kept, left_out, warnings, self._write(kept))
-        self.place.publish()
+        self.output.publish()
         return manifest
 
     def _decode(self, source: Source) -> pa.Table:
-        """What is known of every sample, with `piece` and `row`: where its pixels are. What is decoded is not again."""
-        work = self.place.work
+        """What is known of every sample, with `piece` and `row`: where its pixels are. Nothing is decoded twice."""
+        work = self.output.work
         pieces = cut(source.samples, self.recipe.image_size)
         task, labels, recipe = ray.remote(num_cpus=1)(decode_piece), ray.put(source.labels), ray.put(self.recipe)
         missing = [piece for piece in pieces if not work.exists(piece.facts)]
@@ -199,10 +146,10 @@ class _Preparation:
 
     def _write(self, kept: pa.Table) -> dict[str, str]:
         """The sha256 of each shard and of `samples.parquet`, once they are written."""
-        work, target = self.place.work, self.place.shards
+        work, target = self.output.work, self.output.shards
         shards = [shard for split in SPLITS for shard in _cut_files(kept, split, self.recipe.shards)]
         task, recipe = ray.remote(num_cpus=1)(write_shard), ray.put(self.recipe)
-        digests = {}
+        digests: dict[str, str] = {}
         for index, digest in _each((task, shard, recipe, work.uri, target.uri) for shard in shards):
             digests[shards[index].file] = digest
             self.progress("writing shards", len(digests), len(shards))
@@ -212,7 +159,7 @@ class _Preparation:
             pq.ParquetWriter(stream, samples.schema, write_page_checksum=True) as writer,
         ):
             for split in SPLITS:
-                if len(rows := _of_split(samples, split)):  # no rows would make a row group all the same
+                if len(rows := _of_split(samples, split)):  # even no rows would make a row group
                     writer.write_table(rows, row_group_size=CHUNK)
         return dict(sorted((digests | {SAMPLES: sha256_of(target, SAMPLES)}).items()))
 
@@ -220,7 +167,7 @@ class _Preparation:
         self, source: Source, kept: pa.Table, left_out: list[Problem], warnings: list[Problem], sha256: dict[str, str]
     ) -> Manifest:
         """Write the manifest, last of all, and before it the page that shows the data."""
-        shards, findings = self.place.shards, Findings.of(kept, source, left_out, warnings)
+        shards, findings = self.output.shards, Findings.of(kept, source, left_out, warnings)
         if findings.write(shards):
             sha256 |= {FINDINGS: sha256_of(shards, FINDINGS)}
         counts = Counter(kept["split"].to_pylist())
@@ -245,7 +192,7 @@ class _Preparation:
 
 
 def _refuse_mixed(facts: pa.Table, source: Source) -> None:
-    """Refuse masks that were read in different ways, each in the only one that fits it: then one of them is chance."""
+    """Refuse masks that were read in different ways, each in the only one that fits it: one of them fits by chance."""
     rows = zip(facts["name"].to_pylist(), facts["reading"].to_pylist(), strict=True)
     found = {reading: name for name, reading in rows if reading}
     if len(found) > 1:
@@ -253,8 +200,8 @@ def _refuse_mixed(facts: pa.Table, source: Source) -> None:
         where = source.labels.described_in
         remedy = f"write `masks: {first}` or `masks: {second}` in {where}" if where else "save all masks alike"
         raise InputError(
-            f"Only the {WORDS[first]} of the mask of {name} fit the classes, and only the {WORDS[second]} of that of "
-            f"{other}: {remedy}."
+            f"Of the mask of {name} only the {WORDS[first]} fit the classes, of the mask of {other} only the "
+            f"{WORDS[second]}: {remedy}."
         )
 
 
@@ -270,7 +217,7 @@ def _check(facts: pa.Table, source: Source, image_size: int) -> tuple[pa.Table, 
     gone = pa.array([problem.name for problem in across], pa.string())
     kept = good.filter(pa.compute.invert(pa.compute.is_in(good["name"], gone)))
     order = {split: place for place, split in enumerate(SPLITS)}
-    # The samples came by split and hash; what is left to do is the splits' own order.
+    # The samples came by split and hash; what remains is the order of the splits.
     places = np.array([order[split] for split in kept["split"].to_pylist()])
     kept = kept.take(pa.array(np.argsort(places, kind="stable")))
     suspects = checks.suspects(kept, [c.name for c in source.labels.classes], image_size)
@@ -283,7 +230,7 @@ def _placed(facts: pa.Table, piece: Piece) -> pa.Table:
 
 
 def _cut_files(kept: pa.Table, split: str, shards: int) -> list[ShardFile]:
-    """The split's samples in at most so many files of whole chunks."""
+    """The split's samples in at most `shards` files of whole chunks."""
     rows = _of_split(kept, split)
     chunks = Counter(files_of_chunks(len(rows), shards))
     found, first = [], 0
@@ -298,10 +245,10 @@ def _of_split(samples: pa.Table, split: str) -> pa.Table:
     return samples.filter(pa.compute.equal(samples["split"], split))
 
 
-def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
-    """(number of the call, its result) as the tasks end, with a few more begun than there are CPUs."""
+def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, Any]]:
+    """(number of the call, its result) as the tasks end; a few more are started than there are CPUs."""
     ahead = int(2 * ray.cluster_resources().get("CPU", 1)) + 1
-    running = {}
+    running: dict[ray.ObjectRef, int] = {}
     for number, (task, *arguments) in enumerate(calls):
         running[task.remote(*arguments)] = number
         if len(running) >= ahead:
@@ -310,7 +257,7 @@ def _each(calls: Iterator[tuple]) -> Iterator[tuple[int, object]]:
         yield _next(running)
 
 
-def _next(running: dict) -> tuple[int, object]:
+def _next(running: dict[ray.ObjectRef, int]) -> tuple[int, Any]:
     (done,), _ = ray.wait(list(running))
     try:
         return running.pop(done), ray.get(done)

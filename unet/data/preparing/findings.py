@@ -1,4 +1,4 @@
-"""What a preparation left out, mended or warns of: the first of each kind in the manifest, all of it beside it.
+"""What a preparation left out, repaired or warns of: the first of each kind in the manifest, all of it beside it.
 
 A manifest is read by every process that reads the data, so it holds no list that grows with them.
 """
@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet.data.shards import REPORT, Prepared
+from unet.data.manifest import REPORT
+from unet.data.shards import Prepared
 from unet.data.sources import Problem, Source
 from unet.storage import Folder
 
@@ -29,7 +30,7 @@ class Findings(NamedTuple):
 
     @classmethod
     def of(cls, kept: pa.Table, source: Source, left_out: list[Problem], warnings: list[Problem]) -> "Findings":
-        """Of the samples that stay (`unet.data.pieces.facts_schema`), and the problems."""
+        """Of the samples that stay (`unet.data.preparing.pieces.facts_schema`), and the problems."""
         return cls(_problems(left_out), _repairs(kept, source), _problems(warnings))
 
     def entries(self) -> dict:
@@ -70,9 +71,9 @@ def _repairs(kept: pa.Table, source: Source) -> pa.Table:
     repairs, names = kept["repairs"].combine_chunks(), kept["name"]
     own = pc.list_parent_indices(repairs)
     of_source = [i for i, name in enumerate(names.to_pylist()) if name in source.repairs] if source.repairs else []
-    mended = kept.select(["name", "split"]).take(pa.concat_arrays([own, pa.array(of_source, own.type)]))
+    repaired = kept.select(["name", "split"]).take(pa.concat_arrays([own, pa.array(of_source, own.type)]))
     kinds = [*pc.list_flatten(repairs).to_pylist(), *(source.repairs[names[i].as_py()] for i in of_source)]
-    columns = [*mended.columns, pa.array(kinds, pa.string()), pa.array([""] * len(kinds), pa.string())]
+    columns = [*repaired.columns, pa.array(kinds, pa.string()), pa.array([""] * len(kinds), pa.string())]
     return pa.table(columns, schema=_SCHEMA)
 
 
@@ -84,9 +85,9 @@ def _first(table: pa.Table) -> pa.Table:
 
 
 def checks_row(prepared: Prepared) -> list[tuple[str, str]]:
-    """The row of an overview that says how much the checks of the data found; none where they found nothing."""
+    """The row of an overview with the numbers of what the checks of the data found; none if they found nothing."""
     manifest = prepared.manifest
-    lists = ("left out", "left_out"), ("mended", "repaired"), ("look wrong", "warnings")
+    lists = ("left out", "left_out"), ("repaired", "repaired"), ("look wrong", "warnings")
     counts = [(what, manifest.kinds(found).total()) for what, found in lists]
     found = ", ".join(f"{count:,} {what}" for what, count in counts if count)
     return [("checks", f"{found}: {prepared.folder}/{REPORT}")] if found else []

@@ -1,4 +1,4 @@
-"""Where shards come to lie: whole or not at all, one preparation at a time, and what a killed one has done is kept."""
+"""The output of a preparation: whole or not at all, one at a time; what a killed preparation has done is kept."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet.data.shards import MANIFEST
+from unet.data.manifest import MANIFEST
 from unet.data.sources import Progress
 from unet.errors import InputError
 from unet.locks import waited_for
@@ -21,7 +21,7 @@ RECIPE, WORK = "recipe.json", ".preparing"
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where shards come to lie, and the folder for unfinished work.
+    """The folder for the shards, and the one for unfinished work.
 
     On a local disk the shards are made beside the target, which then appears by renaming. In an object store, or where
     the target is a mount point, they are made in it, the manifest last.
@@ -33,7 +33,7 @@ class OutputFolder:
 
     @classmethod
     def of(cls, target: Folder) -> "OutputFolder":
-        """The place of a target, however it is spelled.
+        """The folders for a target, however its path is written.
 
         Raises:
             InputError: nothing can be written there.
@@ -45,7 +45,7 @@ class OutputFolder:
         above = next(p for p in (path, *path.parents) if p.exists())
         writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
         if not (writable or target.exists(MANIFEST)):
-            raise InputError(f"Cannot write to {path}: give another --output, or change who may write there.")
+            raise InputError(f"Cannot write to {path}: give another --output, or change its permissions.")
         if path.is_mount():
             return cls(target, target / WORK, target)
         work = Folder(path.with_name(f"{WORK}-{path.name}"))
@@ -53,7 +53,7 @@ class OutputFolder:
 
     @property
     def raw(self) -> Path:
-        """A folder on a local disk for what is unpacked or downloaded."""
+        """A local folder for what is unpacked or downloaded."""
         if self.work.is_local:
             return Path(self.work.path) / "raw"
         key = hashlib.sha256(self.target.uri.encode()).hexdigest()[:12]
@@ -64,12 +64,12 @@ class OutputFolder:
         """One preparation of a target at a time."""
         beside = Folder(os.path.dirname(self.work.path)) if self.work.is_local else self.target
         name = f"{os.path.basename(self.work.path)}.lock"
-        with waited_for(beside, name, lambda: progress("waiting for another job that prepares these data", 0, 0)):
+        with waited_for(beside, name, lambda: progress("waiting for another job that is preparing these data", 0, 0)):
             yield
 
     @contextlib.contextmanager
     def unfinished(self, wanted: dict) -> Iterator[None]:
-        """The folder for unfinished work: found again by the same request, emptied for another, gone at the end."""
+        """The folder for unfinished work: used again for the same request, emptied for another, removed at the end."""
         text = json.dumps(wanted, indent=2)
         if not (self.work.exists(RECIPE) and self.work.read_text(RECIPE) == text):
             if any(not name.startswith(WORK) for name in self.target.names()):
@@ -79,7 +79,7 @@ class OutputFolder:
         try:
             yield
         except InputError:
-            self.clear()  # with another source or other settings all begins anew
+            self.clear()  # with another source or other settings everything starts over
             raise
         self.clear()
 
@@ -92,7 +92,7 @@ class OutputFolder:
         shutil.rmtree(self.raw, ignore_errors=True)
 
     def publish(self) -> None:
-        """Give the shards the target's name, without what a kill left half written."""
+        """Give the shards the target's name, and remove what a kill left half-written."""
         for name in self.shards.names():
             if name.startswith(".") and not name.startswith(WORK):
                 self.shards.fs.delete_file(self.shards.at(name))

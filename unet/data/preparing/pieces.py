@@ -1,7 +1,7 @@
 """The tasks of preparing: pieces of decoded samples, then shards put together from them.
 
 A piece is decoded once and kept until the shards are written, so that a killed preparation goes on where it was, and
-what is left out can be decided after all have been seen. Pixels go from task to disk and never through the driver.
+what is left out is decided after all samples have been seen. Pixels go from task to disk and never through the driver.
 """
 
 import hashlib
@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from unet.classes import IGNORE, Labels
 from unet.config import Resize
 from unet.data import decode
-from unet.data.checks import mask_fit, without_padding
 from unet.data.decode import BILINEAR, NEAREST
+from unet.data.manifest import sample_digest
 from unet.data.order import CHUNK
 from unet.data.pictures import Unusable
 from unet.data.plain import check_plain
+from unet.data.preparing.checks import mask_fit, without_padding
 from unet.data.resize import letterbox_box
-from unet.data.shards import sample_digest, shard_schema
+from unet.data.shards import shard_schema
 from unet.data.sources import Sample
 from unet.errors import InputError
 from unet.storage import Folder
@@ -66,7 +67,7 @@ class Piece:
 
 
 def samples_of_a_piece(image_size: int) -> int:
-    """As many as a task can hold."""
+    """As many as a task has memory for."""
     return max(1, min(PIECE_SAMPLES, PIECE_BYTES // (image_size**2 * 4)))
 
 
@@ -99,7 +100,7 @@ def decode_piece(piece: Piece, labels: Labels, recipe: Recipe, work: str) -> Non
     """Decode a piece's samples and write them with what is known of them below the folder `work`.
 
     Raises:
-        InputError: a mask can be read in two ways, and there is a file where the way can be settled.
+        InputError: a mask can be read in two ways, and there is a file in which the right one can be stated.
     """
     size, count = recipe.image_size, len(piece.samples)
     images, masks = np.zeros((count, size, size, 3), np.uint8), np.full((count, size, size), IGNORE, np.uint8)
@@ -152,7 +153,7 @@ def _facts(sample: Sample, decoded: decode.Decoded, image: np.ndarray, mask: np.
 
 def _content(decoded: decode.Decoded, pixels: np.ndarray) -> bytes:
     found = hashlib.sha256(f"{decoded.height}x{decoded.width}".encode())
-    found.update(pixels)
+    found.update(pixels.data)
     return found.digest()
 
 
@@ -207,7 +208,7 @@ class ShardFile:
 
 
 def write_shard(shard: ShardFile, recipe: Recipe, work: str, target: str) -> str:
-    """Write a shard, a row group a chunk; the sha256 of the file. One that a killed preparation wrote is kept."""
+    """Write a shard, each chunk as a row group; the sha256 of the file. What a killed preparation wrote is kept."""
     folder = Folder(target)
     if not (folder.is_local and folder.exists(shard.file)):
         schema = shard_schema(recipe.image_size, recipe.original_masks)

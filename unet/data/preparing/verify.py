@@ -5,17 +5,10 @@ from itertools import zip_longest
 
 import pyarrow as pa
 
-from unet.data.pieces import sha256_of
+from unet.data.manifest import MANIFEST, SAMPLES, SPLITS, Manifest, data_digest, files_of_chunks
 from unet.data.plain import open_parquet
-from unet.data.shards import (
-    MANIFEST,
-    SAMPLES,
-    SPLITS,
-    Manifest,
-    Prepared,
-    data_digest,
-    files_of_chunks,
-)
+from unet.data.preparing.pieces import sha256_of
+from unet.data.shards import Prepared
 from unet.data.sources import Progress
 from unet.errors import InputError, first_line
 from unet.storage import Folder
@@ -32,7 +25,7 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
         InputError: there is no manifest.
     """
     if not folder.exists(MANIFEST):
-        raise InputError(f"{folder} holds no {MANIFEST}: it was not prepared, or not to the end.")
+        raise InputError(f"{folder} holds no {MANIFEST}: it was not prepared, or not completely. Prepare it first.")
     try:
         manifest = Manifest.from_json(folder.read_text(MANIFEST))
     except (ValueError, TypeError, KeyError) as error:
@@ -46,7 +39,7 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
             if not folder.exists(file):
                 changed[file] = MISSING
             elif sha256_of(folder, file) != sha256:
-                changed[file] = "has changed: its sha256 is another"
+                changed[file] = "has changed: its SHA-256 differs"
         except OSError as error:
             changed[file] = f"cannot be read: {first_line(error)}"
         progress("reading files", done, len(manifest.sha256))
@@ -55,9 +48,10 @@ def verify(folder: Folder, progress: Progress) -> Iterator[Damage]:
         yield from _samples(Prepared(folder, manifest), changed, progress)
 
 
-def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[Damage]:
+def _samples(prepared: Prepared, changed: dict[str, str], progress: Progress) -> Iterator[Damage]:
     """The samples whose pixels are not those of their digest."""
-    manifest, found, seen = prepared.manifest, {}, 0
+    manifest, seen = prepared.manifest, 0
+    found: dict[str, bytes] = {}
     for split in SPLITS:
         files = manifest.files[split]
         owners = [files[file] for file in files_of_chunks(manifest.counts[split], manifest.shards)]
@@ -68,11 +62,11 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[
                 rows = prepared.digests(split, _row_group(prepared, file, group))
             except (OSError, ValueError, KeyError) as error:
                 if changed.get(file) != MISSING:
-                    yield file, f"cannot be read from {expected[0][0]} to {expected[-1][0]}: {first_line(error)}"
+                    yield file, f"its samples {expected[0][0]} to {expected[-1][0]} cannot be read: {first_line(error)}"
                 continue
             for before, now in zip_longest(expected, rows, fillvalue=("beyond the last", b"")):
                 if before != now:
-                    yield file, f"sample {before[0]} has changed: its digest is another"
+                    yield file, f"sample {before[0]} has changed: its digest differs"
             found |= dict(rows)
             progress("comparing samples", seen, sum(manifest.counts.values()))
     if not changed and data_digest(found) != manifest.data_digest:
@@ -80,6 +74,6 @@ def _samples(prepared: Prepared, changed: dict[str, str], progress) -> Iterator[
 
 
 def _row_group(prepared: Prepared, file: str, group: int) -> pa.Table:
-    # Without the pages' checksums, which would only say that something in 256 samples is wrong.
+    # Without the pages' checksums, which would only show that something in 256 samples is wrong.
     with prepared.folder.fs.open_input_file(prepared.folder.at(file)) as stream:
         return open_parquet(stream).read_row_group(group, columns=["name", "image", "mask"]).combine_chunks()

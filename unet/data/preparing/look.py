@@ -14,10 +14,12 @@ import pyarrow as pa
 from PIL import Image
 
 from unet.classes import Classes
+from unet.data.manifest import SPLITS, Manifest
 from unet.data.resize import Resize, box_of
-from unet.data.shards import SPLITS, Manifest, Prepared
+from unet.data.shards import Prepared
+from unet.pages.numbers import percent, signed
 from unet.pages.pictures import data_uri, outlines, relative
-from unet.pages.render import percent, render, signed
+from unet.pages.render import render
 
 SHEET = {"train": 12, "val": 6, "test": 6}
 """Pictures of the contact sheet by split."""
@@ -37,7 +39,7 @@ def data_report(prepared: Prepared) -> str:
     groups = offenders(samples, classes)
     shown = {row for rows in sheet.values() for row in rows} | {row for group in groups for row, _ in group.rows}
     return render(
-        "data/look.html.jinja",
+        "data/preparing/look.html.jinja",
         manifest=manifest,
         classes=classes,
         splits=[split for split in SPLITS if manifest.counts[split]],
@@ -112,7 +114,7 @@ class Samples:
 
 
 def class_rows(samples: Samples, classes: Classes) -> list[dict]:
-    """A row a class: its share of the classified pixels and the samples that show it by split, and how it spreads."""
+    """A row for each class: its share of the labelled pixels and the samples that show it, by split, and its spread."""
     rows = []
     for index, item in enumerate(classes):
         by_split = {}
@@ -127,8 +129,8 @@ def class_rows(samples: Samples, classes: Classes) -> list[dict]:
 
 
 def breed_rows(samples: Samples) -> list[dict]:
-    """A row a breed, the most frequent first: its samples by split; none if no breed is known."""
-    found = defaultdict(Counter)
+    """A row for each breed, the most frequent first: its samples by split; none if no breed is known."""
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for breed, split in zip(samples.breeds, samples.splits, strict=True):
         found[breed][split] += 1
     if not any(found):
@@ -182,7 +184,7 @@ class FindingGroup(NamedTuple):
 
 
 def offenders(samples: Samples, classes: Classes) -> list[FindingGroup]:
-    """The groups that are not empty; `found` counts those that are no mere end of a ranking."""
+    """The groups that are not empty; `found` counts those that are more than the end of a ranking."""
     single = np.flatnonzero(samples.shares.max(axis=1, initial=0) == 1)
     unfit = np.argsort(samples.mask_fit)[: np.isfinite(samples.mask_fit).sum()]
     ignored = samples.ignored / (samples.boxes[:, 2] * samples.boxes[:, 3])
@@ -260,7 +262,7 @@ def _picture(image: np.ndarray, mask: np.ndarray, box: np.ndarray, classes: Clas
 
 
 def _repairs(manifest: Manifest) -> list[tuple[str, int, list[str]]]:
-    """Each repair, the most frequent first: how many samples it mended, and the names of those that are listed."""
+    """Each repair, the most frequent first: how many samples it concerns, and the names of those that are listed."""
     names = defaultdict(list)
     for item in manifest.repaired:
         names[item["repair"]].append(item["name"])
