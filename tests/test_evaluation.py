@@ -25,16 +25,17 @@ from rich.console import Console
 from test_run import oracle_network, wait_for
 
 from unet import metrics
-from unet.cluster.planner import Node
+from unet.cluster.placement import Node, Placement
+from unet.cluster.planner import plan_scoring
 from unet.config import EvaluateSettings, ModelSettings, unflat
 from unet.data.pieces import Recipe
 from unet.data.prepare import prepare
 from unet.data.shards import Prepared
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed
 from unet.evaluation import intervals, outcome, scorer, tables
 from unet.evaluation import output as place
 from unet.evaluation.counts import CELLS, Counts, cells_of
-from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import near_border, record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
@@ -144,15 +145,15 @@ def stretched(ray_cluster, archives, tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(stretched, model):
     """Of one process and whole batches."""
-    (table,) = score_split([model], stretched, "test", Pool(1, 1.0, False, 2), BAND, 16, lambda *told: None)
+    (table,) = score_split([model], stretched, "test", Placement(1, 1.0, 1, False), BAND, 16, lambda *told: None)
     return table
 
 
 def test_records_are_those_of_an_oracle_whatever_the_workers_and_the_batch(stretched, model, network, records):
     expected, told = oracle(Path(stretched.folder.path), network), []
     check_records(records, expected, letterbox=False)
-    pool = Pool(2, 0.75, False, 2)
-    (table,) = score_split([model], stretched, "test", pool, BAND, 5, lambda *step: told.append(step[:2]))
+    two = Placement(2, 0.75, 1, False)
+    (table,) = score_split([model], stretched, "test", two, BAND, 5, lambda *step: told.append(step[:2]))
     assert table.equals(records)  # not only the counts: the same bits
     assert told[0] == (0, 21) and told[-1] == (21, 21)
     found = summary(records, NAMES, BAND, 200)
@@ -200,7 +201,7 @@ def test_what_a_task_says_of_damaged_shards_is_a_sentence():
 def test_an_image_that_does_not_come_back_is_missed(stretched, model, monkeypatch):
     tables = score_here(model, stretched, 8)
     assert [len(table) for table in tables] == [8, 8, 5]
-    scoring = (stretched, "test", Pool(1, 1.0, False, 2), BAND, 8, lambda *told: None)
+    scoring = (stretched, "test", Placement(1, 1.0, 1, False), BAND, 8, lambda *told: None)
     for given, words in (
         (tables, None),
         (tables[1:], "13 images were scored, there are 21: .* was not scored, and 7 more differ"),
@@ -516,25 +517,24 @@ def test_what_cannot_be_measured_has_no_score_and_no_interval():
     assert vector["dice"]["pet"] == expected["dice"]["pet"] and found["mean_iou"][0] < expected["mean_iou"]
 
 
-def test_a_pool_fits_the_cluster_or_is_refused():
+def test_what_scores_fits_the_cluster_or_is_refused():
     two = [Node(2, memory=8e9, free_cpus=2)]
-    assert plan_pool(two, None, 1e9) == Pool(2, 0.75, False, 2)
-    assert plan_pool([Node(1, free_cpus=1)], None, 1e9) == Pool(1, 0.5, False, 2)
-    assert plan_pool([Node(4), Node(4)], 3, 1e9).processes == 3
-    assert plan_pool([Node(8, memory=3.5e9)], None, 1e9).processes == 3
-    assert plan_pool([Node(8, gpus=2)], None, 1e9) == Pool(2, 3.75, True, 2)
+    assert plan_scoring(two, None, 1e9) == Placement(2, 0.75, 1, False)
+    assert plan_scoring([Node(1, free_cpus=1)], None, 1e9) == Placement(1, 0.5, 1, False)
+    assert plan_scoring([Node(4), Node(4)], 3, 1e9).num_workers == 3
+    assert plan_scoring([Node(8, memory=3.5e9)], None, 1e9).num_workers == 3
+    assert plan_scoring([Node(8, gpus=2)], None, 1e9) == Placement(2, 3.75, 1, True)
     for nodes, wanted, words in (
         (two, 3, "at most 2 fit"),
         ([Node(4, memory=2.5e9)], 3, "give --num-workers 2"),
-        ([Node(4, memory=0.5e9)], None, "machines with more memory"),
+        ([Node(4, memory=0.5e9)], None, "nodes with more memory"),
         ([Node(0)], None, "no CPUs yet"),
     ):
         with pytest.raises(InputError, match=words):
-            plan_pool(nodes, wanted, 1e9)
-    pool = plan_pool(two, None, 1e9)
-    assert reduced(pool, two) == pool
-    assert reduced(pool, [replace(two[0], free_cpus=1.5)]).processes == 1  # two would leave none to read
-    assert reduced(pool, [replace(two[0], free_cpus=0.8)]) is None
+            plan_scoring(nodes, wanted, 1e9)
+    workers = plan_scoring(two, None, 1e9)
+    # Of 1.5 CPUs two workers would leave none to read.
+    assert [workers.room([replace(two[0], free_cpus=free)], DATA_CPUS) for free in (2, 1.5, 0.8)] == [2, 1, 0]
 
 
 def test_large_images_come_in_smaller_batches(model):

@@ -5,14 +5,16 @@ from itertools import combinations
 
 import pyarrow as pa
 
-from unet.cluster.placement import in_words
+from unet.cluster.placement import Node, Placement, in_words
+from unet.cluster.planner import plan_scoring
+from unet.cluster.room import take
 from unet.cluster.session import silenced
 from unet.config import EvaluateSettings
 from unet.data.prepare import resolve
 from unet.data.shards import Prepared
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError
 from unet.evaluation.output import asked, check_place, data_of, labels_of, part_of, place_of
-from unet.evaluation.pool import take_pool
 from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
@@ -70,10 +72,14 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     ]
     for place in places:
         check_place(place)
-    pool = take_pool(part.num_workers, scorer_bytes(models), lambda text: display.say(text, "yellow"), part.device)
-    if pool.why_cpus:
-        display.say(f"On {in_words(pool.use_gpu, pool.why_cpus)}.")
-    display.waiting(f"starting {pool.processes} processes")
+
+    def planned(nodes: list[Node]) -> Placement:
+        return plan_scoring(nodes, part.num_workers, scorer_bytes(models), part.device)
+
+    workers = take(planned, beside=DATA_CPUS, least=1, say=lambda text: display.say(text, "yellow"))
+    if workers.why_cpus:
+        display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
+    display.waiting(f"starting {workers.num_workers} × TensorFlow")
     rates: list[float] = []
 
     def report(done: int, total: int, rate: float | None) -> None:
@@ -81,10 +87,10 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         display.scoring(done, total, rate)
 
     with silenced(settings.command.debug):  # Ray warns of arguments that might get lost; this process keeps them
-        tables = score_split(models, prepared, part.split, pool, part.band, batch_size(models), report)
+        tables = score_split(models, prepared, part.split, workers, part.band, batch_size(models), report)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
-    each = "one thread and a GPU" if pool.use_gpu else "one thread"
-    display.say(f"Scored {len(tables[0]):,} images{speed}, {pool.processes} processes of {each}.")
+    each = "a GPU" if workers.use_gpu else "one thread"
+    display.say(f"Scored {len(tables[0]):,} images{speed} (workers: {workers.num_workers}, {each} each).")
     names = prepared.manifest.classes
     comparison = compare(labels, tables, names, part.bootstrap) if len(models) > 1 else None
     found = []

@@ -18,7 +18,9 @@ from PIL import Image
 
 from unet.classes import IGNORE
 from unet.cluster.devices import start_tensorflow
-from unet.cluster.planner import WORKER_BYTES
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import Placement
+from unet.cluster.planner import READERS, WORKER_BYTES
 from unet.config import Resize
 from unet.data.packed import packed, unpacked
 from unet.data.resize import ignore_padding
@@ -29,7 +31,6 @@ from unet.data.sources.find import TFDS
 from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.counts import cells_of
-from unet.evaluation.pool import Pool
 from unet.evaluation.records import count, near_border, record_schema
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
@@ -77,7 +78,7 @@ def score_split(
     models: Sequence[TrainedModel],
     prepared: Prepared,
     split: str,
-    pool: Pool,
+    workers: Placement,
     band: int,
     batch: int,
     report: Callable[[int, int, float | None], None],
@@ -94,7 +95,7 @@ def score_split(
     what, chunks = Split.of(prepared, split, band), len(prepared.chunks[split])
     kept = [ray.put(replace(model, run=None)) for model in models]
     tables, total, first = [], prepared.count(split), None
-    dataset = _dataset(what, chunks, kept, pool, batch)
+    dataset = _dataset(what, chunks, kept, workers, batch)
     report(0, total, None)
     done = 0
     try:
@@ -133,7 +134,7 @@ def check_names(found: list[str], expected: list[str]) -> None:
         )
 
 
-def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, batch: int) -> ray.data.Dataset:
+def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], workers: Placement, batch: int) -> ray.data.Dataset:
     dataset = ray.data.from_items([{"chunk": chunk} for chunk in range(chunks)], override_num_blocks=max(1, chunks))
     context = dataset.context
     context.enable_progress_bars = False
@@ -147,17 +148,17 @@ def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, ba
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=DATA_CPUS,
-        compute=ray.data.TaskPoolStrategy(min(chunks, pool.readers)),
+        compute=ray.data.TaskPoolStrategy(min(chunks, READERS * len(cluster_nodes()))),
     )
     return read.map_batches(
         _BatchScorer,
-        fn_constructor_args=(what, kept, pool.use_gpu),
+        fn_constructor_args=(what, kept, workers.use_gpu),
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=pool.processes),
-        num_cpus=pool.cpus,
-        num_gpus=1 if pool.use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=workers.num_workers),
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=int(workers.use_gpu),
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import in_words
+from unet.cluster.planner import plan_prediction
+from unet.cluster.room import take
 from unet.cluster.session import cause_of
 from unet.config import PredictSettings
 from unet.data.sources import printable
@@ -19,7 +20,7 @@ from unet.models.trained import TrainedModel
 from unet.prediction.photos import Photos, find_photos, output_names
 from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
-from unet.prediction.stream import check_room, plan, predicted
+from unet.prediction.stream import TASK_CPUS, predicted
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display, duration
@@ -140,15 +141,14 @@ def _run(
         probabilities=part.probabilities,
         first_part=results.next_part,
     )
-    fitted = plan(cluster_nodes(), part.num_workers, part.device)
-    check_room(fitted)
-    if fitted.why_cpus:
-        display.say(f"On {in_words(fitted.use_gpu, fitted.why_cpus)}.")
-    display.waiting(f"starting {fitted.workers} × TensorFlow")
+    workers = take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)
+    if workers.why_cpus:
+        display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
+    display.waiting(f"starting {workers.num_workers} × TensorFlow")
     first = done = 0
     first_at = last_at = begun
     try:
-        for rows in predicted(todo, work, trained, fitted, part, settings.command.debug):
+        for rows in predicted(todo, work, trained, workers, part, settings.command.debug):
             results.add(rows)
             bad = _report(display, rows, bad)
             done, last_at = done + len(rows), time.monotonic()
