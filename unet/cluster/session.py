@@ -1,7 +1,6 @@
 """Connecting to Ray, quietly: to the cluster of a submitted job or a running one, else to a new local one."""
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from unet import environment
+from unet.cluster import internals
 from unet.errors import InputError
 from unet.secrets import without_secrets
 
@@ -58,8 +58,6 @@ def _address() -> str | None:
     Raises:
         InputError: RAY_ADDRESS is no address for a job, or the cluster there does not answer.
     """
-    from ray._private.utils import read_ray_address
-
     given = os.environ.get("RAY_ADDRESS")
     if given and "://" in given:
         raise InputError(
@@ -69,8 +67,7 @@ def _address() -> str | None:
         )
     if given == "local":
         return given
-    # Not as Ray finds them for "auto": any on this machine, one of another job too, with which this one would end.
-    started = read_ray_address()
+    started = internals.recorded_address()
     if given == "auto" and not started:
         raise InputError("RAY_ADDRESS=auto, but no Ray cluster runs here: start it (ray start --head), or unset it.")
     known = started if given == "auto" else given or started
@@ -152,23 +149,6 @@ def _fits(folder: str) -> bool:
     return len(os.fsencode(folder)) <= SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK)
 
 
-@contextlib.contextmanager
-def _any_agent_port():
-    """A Ray that starts here has its node's agent listen on a free port.
-
-    Ray has a fixed one, which `ray.init` cannot change. Where another Ray of the machine has it, or the agents of one
-    whose driver was killed, which live a minute longer, every start would wait for it for more than three seconds.
-    """
-    from ray._private import parameter
-
-    known = parameter.RayParams
-    parameter.RayParams = functools.partial(known, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = known
-
-
 def _connect(debug: bool, dashboard: bool) -> None:
     import ray
 
@@ -176,9 +156,9 @@ def _connect(debug: bool, dashboard: bool) -> None:
     if address == "local":
         _settle_temporary_folder()
         _settle_token()
-    logging_level = "INFO" if debug else "ERROR"
+    logging_level = logging.INFO if debug else logging.ERROR
     try:
-        with _any_agent_port():
+        with internals.any_agent_port():
             ray.init(address, logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
     except Exception as error:  # whatever Ray makes of a place where it cannot be
         reason = " ".join(str(error).split())[:400] or type(error).__name__
@@ -212,8 +192,7 @@ def ray_session(debug: bool = False, dashboard: bool = False):
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is one line of ours
-        # Ray prints a paragraph about each process that died; it has no setting for that, and ours is a line.
-        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+        internals.silence_deaths()
     try:
         yield
     finally:
