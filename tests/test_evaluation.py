@@ -33,8 +33,7 @@ from unet.data.prepare import prepare
 from unet.data.shards import Prepared
 from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed
-from unet.evaluation import intervals, outcome, scorer, tables
-from unet.evaluation import output as place
+from unet.evaluation import intervals, outcome, output, scorer, tables
 from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.records import near_border, record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
@@ -237,7 +236,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     (pair,) = told["comparison"]["pairs"]
     assert (
         pair["network_size"]["mean_iou"] == {"value": 0.0, "interval": [0.0, 0.0]}
-        and "not told apart" in pair["verdict"]
+        and "No significant difference between" in pair["verdict"]
     )
     rows = pq.read_table(results / "per_image.parquet").to_pylist()
     for row in rows:
@@ -267,23 +266,23 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
 )
 def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, expected):
     run = None if ":" in name else Folder(tmp_path / "runs" / "a")
-    monkeypatch.setattr(place, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
+    monkeypatch.setattr(output, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
     which = replace(model, name=name, run=run, run_name="a", checkpoint="step_00000001", data_digest="own")
-    part = place.part_of(which, "test", digest)
+    part = output.part_of(which, "test", digest)
     settings = unflat(EvaluateSettings, {"storage_path": str(tmp_path)})
-    assert place.place_of(which, name, part, settings, alone=True).path == str(tmp_path / expected)
+    assert output.folder_of(which, name, part, settings, alone=True).path == str(tmp_path / expected)
     given = unflat(EvaluateSettings, {"storage_path": str(tmp_path), "output": str(tmp_path / "out")})
-    assert place.place_of(which, name, part, given, alone=True).path == str(tmp_path / "out")
-    assert place.place_of(which, name, part, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+    assert output.folder_of(which, name, part, given, alone=True).path == str(tmp_path / "out")
+    assert output.folder_of(which, name, part, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
 
 
 def test_models_of_one_name_keep_places_apart(model, tmp_path):
     names = ["/a/trained/step_1", "/b/trained/step_1", "x-y", "x/y", "models:/x@y"]
     models = [replace(model, name=name, run_name="x" if name == "x/y" else "trained", checkpoint="y") for name in names]
-    labels = place.labels_of(models)
+    labels = output.labels_of(models)
     assert labels == ["trained/y", "trained/y-2", "x-y", "x/y-2", "models:/x@y"]
     given = unflat(EvaluateSettings, {"output": str(tmp_path)})
-    places = [place.place_of(m, label, "test", given, alone=False) for m, label in zip(models, labels, strict=True)]
+    places = [output.folder_of(m, label, "test", given, alone=False) for m, label in zip(models, labels, strict=True)]
     assert len({folder.path.lower() for folder in places}) == 5
 
 
@@ -308,22 +307,22 @@ def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkey
 
 def test_without_data_a_model_is_scored_on_those_of_its_run(trained, model, tmp_path):
     _, found = trained
-    assert Path(place.data_of([model])).samefile(found["prepared"])
+    assert Path(output.data_of([model])).samefile(found["prepared"])
     copy = tmp_path / "copy"
     copy.mkdir()
     summary_of = found | {"prepared": str(tmp_path / "gone")}
     (copy / "summary.json").write_text(json.dumps(summary_of))
     moved = replace(model, run=Folder(copy))
     (copy / "config.yaml").write_text("data: synthetic:20\n")
-    assert place.data_of([moved]) == "synthetic:20"
+    assert output.data_of([moved]) == "synthetic:20"
     (copy / "config.yaml").write_text(f"data: {tmp_path}/nowhere\n")
     for models, words in (
         ([moved], "nowhere, are gone: give --data"),
-        ([replace(model, run=None)], "does not tell where .*: give --data"),
+        ([replace(model, run=None)], "does not say where its training data are: give --data"),
         ([model, replace(model, name="other", data_digest="other")], "trained on different data: give --data"),
     ):
         with pytest.raises(InputError, match=words):
-            place.data_of(models)
+            output.data_of(models)
 
 
 def test_names_of_metrics_do_not_collide():
@@ -374,7 +373,7 @@ def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
     for names, words in (
         ("trained,trained", "names trained twice"),
         ("trained,again", "one checkpoint twice: trained and again"),
-        ("trained,other", "pet, background, outline, other knows pet, background: their scores do not compare"),
+        ("trained,other", "pet, background, outline, other has pet, background: their scores cannot be compared"),
         ("trained,large", r"at 32 px \(stretch\), large at 64 px"),
     ):
         with pytest.raises(InputError, match=words):
@@ -476,7 +475,7 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     for pair in ((tables[0], third), (third, tables[0])):
         (found,) = compare(["a", "b"], pair, NAMES, 500)["pairs"]
         low, high = found["network_size"]["mean_iou"]["interval"]
-        assert low < 0 < high and found["verdict"].startswith("b and a are not told apart: mean IoU ")
+        assert low < 0 < high and found["verdict"].startswith("No significant difference between b and a: mean IoU ")
 
 
 def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
@@ -496,8 +495,8 @@ def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
         row = next(line for line in shown.splitlines() if "[red] cats" in line)
         spans = [found["intervals"][kind][names[0]] for kind in ("iou", "dice")] if resamples else []
         assert f"{found['iou'][names[0]]:.4f}" in row and all(f"{low:.4f} to {high:.4f}" in row for low, high in spans)
-        assert ("95 % intervals" in shown) == ("not told apart" in shown) == (resamples > 0)
-        assert ("Whether [/b] and [i]a differ by more than chance is not known" in shown) == (resamples == 0)
+        assert ("95 % intervals" in shown) == ("No significant difference" in shown) == (resamples > 0)
+        assert ("Whether [/b] and [i]a differ by more than chance is unknown" in shown) == (resamples == 0)
 
 
 def test_resamples_are_enough_or_none():
