@@ -92,7 +92,7 @@ class Handed:
     def export(self, formats, target):
         settings = unflat(ExportSettings, {"formats": formats, "output": str(target), "debug": True})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unet.models.inference.start_tensorflow", lambda threads: None)  # it has begun here
+            patch.setattr("unet.cluster.devices.start_tensorflow", lambda threads: None)  # it has begun here
             return export(settings, self.trained, Folder(target), Display(quiet=True))
 
     def probabilities(self, photo: Image.Image) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A trained network in this process, in float32, and TensorFlow's start."""
+"""A trained network in this process, in float32."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 class Network:
     """The float32 network of a model. Start TensorFlow first.
 
-    On one thread of a CPU an image's numbers are the same bits in every batch of one size. Another size, another number
-    of threads or another kind of processor may change the last ones.
+    On one CPU thread, an image's numbers are the same bits in every batch of one size. Another batch size, number of
+    threads or kind of processor may change the last bits.
     """
 
     def __init__(self, trained: "TrainedModel"):
@@ -27,7 +27,7 @@ class Network:
         try:
             self.keras_model = build_unet(size, network.base_filters, network.depth, 0.0, len(trained.classes))
         finally:
-            keras.config.set_dtype_policy(policy)  # that of whose process this is
+            keras.config.set_dtype_policy(policy)  # the process may have set one of its own
         self.keras_model.set_weights(trained.weights)
 
         @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)], autograph=False)

@@ -1,4 +1,4 @@
-"""A trained model with its preprocessing, as an MLflow model that needs none of this code.
+"""A trained model with its preprocessing, as an MLflow model that does not need this code.
 
 uint8 (N, height, width, 3) photos of any one size in, uint8 (N, height, width) class ids out. Photos are resized to
 the network antialiased, stretched or letterboxed as in training, and probabilities back bilinearly without the
@@ -36,7 +36,7 @@ def package(trained: TrainedModel) -> dict[str, bytes]:
         def __init__(self):
             super().__init__()
             self.network = network
-            self.weights = list(network.weights)  # so that `TrainedModel` finds them by their place
+            self.weights = list(network.weights)  # so that `TrainedModel` finds them by their position
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="photos")])
         def __call__(self, photos):
