@@ -15,8 +15,8 @@ import tensorflow as tf
 from conftest import TINY, job, read_json
 from test_token import free_ports
 
+from unet.cluster import devices
 from unet.errors import NoGpu
-from unet.models import inference as network
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 
@@ -46,30 +46,30 @@ def seen(monkeypatch):
 
 def test_a_process_that_was_given_no_gpu_sees_none(seen):
     visible = seen(4)
-    network.start_tensorflow(1)
-    assert (visible["GPU"], visible["growing"], network.device_name()) == ([], [], "cpu")
+    devices.start_tensorflow(1)
+    assert (visible["GPU"], visible["growing"], devices.device_name()) == ([], [], "cpu")
 
 
 def test_a_process_that_was_given_a_gpu_sees_that_one(seen):
     visible = seen(1)
     (gpu,) = visible["GPU"]
-    network.start_tensorflow(1, use_gpu=True)
+    devices.start_tensorflow(1, use_gpu=True)
     assert (visible["GPU"], visible["growing"]) == ([gpu], [gpu])
-    assert network.device_name() == "NVIDIA A10G 8.6"
+    assert devices.device_name() == "NVIDIA A10G 8.6"
 
 
 @pytest.mark.parametrize("count,words", [(0, r"sees none: install the `gpu` extra"), (4, "sees 4: unset RAY_EXP")])
 def test_a_gpu_that_is_not_the_one_that_was_given_is_refused(seen, count, words):
     seen(count)
     with pytest.raises(NoGpu, match=words):
-        network.start_tensorflow(1, use_gpu=True)
+        devices.start_tensorflow(1, use_gpu=True)
 
 
 @pytest.mark.parametrize("use_gpu", [False, True])
 def test_float32_is_not_tf32(seen, use_gpu):
     seen(1)
     tf.config.experimental.enable_tensor_float_32_execution(True)
-    network.start_tensorflow(1, use_gpu)
+    devices.start_tensorflow(1, use_gpu)
     assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
@@ -77,9 +77,9 @@ def test_determinism_is_asked_for(seen, monkeypatch):
     asked = []
     monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: asked.append(True))
     seen(0)
-    network.start_tensorflow(1)
+    devices.start_tensorflow(1)
     assert not asked
-    network.start_tensorflow(1, deterministic=True)
+    devices.start_tensorflow(1, deterministic=True)
     assert asked
 
 

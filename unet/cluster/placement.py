@@ -12,9 +12,9 @@ from unet.config import Device
 from unet.errors import InputError
 
 RESERVED_CPUS = 0.5
-"""Left alone on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`); on a small node half of it."""
+"""Left alone on each node for two reading tasks of 0.2 CPUs (`unet.data.ingest`); at most half of a small node."""
 ROUNDING = 1e-6
-"""By how many CPUs the sums of Ray's floats may miss."""
+"""By how many CPUs sums of Ray's floats may be off."""
 
 Planned = TypeVar("Planned")
 
@@ -57,7 +57,7 @@ class Placement:
     def room(self, nodes: list[Node], beside: float = 0) -> int:
         """How many such workers fit now beside other jobs, with `beside` CPUs left for tasks anywhere on the cluster.
 
-        What is free may be what is reserved.
+        No node counts for more of them than it holds when idle, since its reserve may be among what is free.
         """
         count, free = 0, sum(node.free_cpus for node in nodes)
         for node in nodes:
