@@ -9,12 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unet.classes import IGNORE
-
 
 def confusion_of(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (C, C) of masks of one shape, uint8 class ids; pixels that the truth ignores are not counted."""
-    counted = truth != IGNORE
+    """int64 (C, C) of masks of one shape, uint8 class ids; pixels without a true class (255) are not counted."""
+    counted = truth < classes
     cells = truth[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 

@@ -55,7 +55,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         InputError: there are no photos to compare on, or an earlier export is damaged.
         RunFailed: a form does not agree with the network. Nothing was written then.
     """
-    part, size, older = settings.export, trained.image_size, _forms_in(target)
+    part, size, earlier = settings.export, trained.image_size, _forms_in(target)
     threads = part.threads or len(os.sched_getaffinity(0))
     images = compare.squares(part.images, size, trained.resize, display.say)
     display.waiting("loading TensorFlow")
@@ -89,7 +89,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     }
     for name in part.formats:
         _place(target, name, files[name])
-    for other in older - {*part.formats}:  # of other weights
+    for other in earlier - {*part.formats}:  # of other weights
         _remove(target, FORMS[other].file)
     target.write_text(USAGE, usage(trained, part.formats))
     target.write_text(PASSPORT, json.dumps(passport, indent=2))
