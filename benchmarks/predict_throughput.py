@@ -130,10 +130,11 @@ def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, f
     import pyarrow as pa
 
     from unet.cluster.nodes import cluster_nodes
+    from unet.cluster.planner import plan_prediction
     from unet.prediction.photos import find_photos
     from unet.prediction.results import Results
     from unet.prediction.stages import Work
-    from unet.prediction.stream import plan, predicted
+    from unet.prediction.stream import predicted
     from unet.storage import Folder
 
     with tempfile.TemporaryDirectory() as output:
@@ -143,7 +144,7 @@ def run_job(folder: Path, trained: TrainedModel, workers: int) -> tuple[float, f
         photos = photos.append_column("name", pa.array([Path(file).stem for file in photos["file"].to_pylist()]))
         size = trained.image_size
         work = Work(str(folder), output, size, trained.resize, trained.classes, False, True, False, 1)
-        fitted, done, times = plan(cluster_nodes(), workers), 0, []
+        fitted, done, times = plan_prediction(cluster_nodes(), workers), 0, []
         for rows in predicted(photos, work, trained, fitted, PredictPart(batch_size=BATCH)):
             results.add(rows)
             done += len(rows)

@@ -111,8 +111,8 @@ def test_a_storage_path_that_may_not_be_read_is_refused(name, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("http://127.0.0.1:8265", "is an address for Ray's clients"),
-        ("ray://127.0.0.1:10001", "is an address for Ray's clients"),
+        ("http://127.0.0.1:8265", "is an address for Ray clients"),
+        ("ray://127.0.0.1:10001", "is an address for Ray clients"),
         ("ray://me:password@127.0.0.1:10001", r"ray://\*\*\*@127"),
         ("auto", "no Ray cluster runs here"),
         ("head", "RAY_ADDRESS=head is not an address: write HOST:PORT"),
@@ -201,7 +201,7 @@ def test_a_temporary_folder_for_ray_that_cannot_be_is_refused(fresh_temporary, m
     (tmp_path / "file").write_text("")
     for folder in (str(tmp_path / ("long" * 20)), str(tmp_path / "file" / "x")):
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        with pytest.raises(InputError, match=f"RAY_TMPDIR={folder} cannot be written, or is longer than"):
+        with pytest.raises(InputError, match=f"RAY_TMPDIR={folder} cannot be written, or its path is longer than"):
             session._settle_temporary_folder()
 
 

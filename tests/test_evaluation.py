@@ -26,16 +26,16 @@ from test_run import oracle_network, wait_for
 
 from unet import metrics
 from unet.borders import near_border
-from unet.cluster.planner import Node
+from unet.cluster.placement import Node, Placement
+from unet.cluster.planner import plan_scoring
 from unet.config import EvaluateSettings, unflat
 from unet.data.preparing.pieces import Recipe
 from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared
+from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed
-from unet.evaluation import intervals, outcome, scorer, tables
-from unet.evaluation import output as place
+from unet.evaluation import intervals, outcome, output, scorer, tables
 from unet.evaluation.counts import CELLS, Counts, cells_of
-from unet.evaluation.pool import Pool, plan_pool, reduced
 from unet.evaluation.records import record_schema
 from unet.evaluation.run import Evaluation, evaluate, find_models
 from unet.evaluation.scorer import check_names, score_split
@@ -147,15 +147,15 @@ def stretched(ray_cluster, archives, tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(stretched, model):
     """Of one process and whole batches."""
-    (table,) = score_split([model], stretched, "test", Pool(1, 1.0, False, 2), BAND, 16, lambda *told: None)
+    (table,) = score_split([model], stretched, "test", Placement(1, 1.0, 1, False), BAND, 16, lambda *told: None)
     return table
 
 
 def test_records_are_those_of_an_oracle_whatever_the_workers_and_the_batch(stretched, model, network, records):
     expected, told = oracle(Path(stretched.folder.path), network), []
     check_records(records, expected, letterbox=False)
-    pool = Pool(2, 0.75, False, 2)
-    (table,) = score_split([model], stretched, "test", pool, BAND, 5, lambda *step: told.append(step[:2]))
+    two = Placement(2, 0.75, 1, False)
+    (table,) = score_split([model], stretched, "test", two, BAND, 5, lambda *step: told.append(step[:2]))
     assert table.equals(records)  # not only the counts: the same bits
     assert told[0] == (0, 21) and told[-1] == (21, 21)
     found = summary(records, NAMES, BAND, 200, LossSettings())
@@ -203,7 +203,7 @@ def test_what_a_task_says_of_damaged_shards_is_a_sentence():
 def test_an_image_that_does_not_come_back_is_missed(stretched, model, monkeypatch):
     tables = score_here(model, stretched, 8)
     assert [len(table) for table in tables] == [8, 8, 5]
-    scoring = (stretched, "test", Pool(1, 1.0, False, 2), BAND, 8, lambda *told: None)
+    scoring = (stretched, "test", Placement(1, 1.0, 1, False), BAND, 8, lambda *told: None)
     for given, words in (
         (tables, None),
         (tables[1:], "13 images were scored, there are 21: .* was not scored, and 7 more differ"),
@@ -239,7 +239,7 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     (pair,) = told["comparison"]["pairs"]
     assert (
         pair["network_size"]["mean_iou"] == {"value": 0.0, "interval": [0.0, 0.0]}
-        and "not told apart" in pair["verdict"]
+        and "No significant difference between" in pair["verdict"]
     )
     rows = pq.read_table(results / "per_image.parquet").to_pylist()
     for row in rows:
@@ -269,23 +269,23 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
 )
 def test_each_evaluation_has_a_place_of_its_own(model, monkeypatch, tmp_path, name, digest, expected):
     run = None if ":" in name else Folder(tmp_path / "runs" / "a")
-    monkeypatch.setattr(place, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
+    monkeypatch.setattr(output, "best_checkpoint", lambda run: "step_00000001" if name == "runs/a" else "another")
     which = replace(model, name=name, run=run, run_name="a", checkpoint="step_00000001", data_digest="own")
-    part = place.part_of(which, "test", digest)
+    part = output.part_of(which, "test", digest)
     settings = unflat(EvaluateSettings, {"storage_path": str(tmp_path)})
-    assert place.place_of(which, name, part, settings, alone=True).path == str(tmp_path / expected)
+    assert output.folder_of(which, name, part, settings, alone=True).path == str(tmp_path / expected)
     given = unflat(EvaluateSettings, {"storage_path": str(tmp_path), "output": str(tmp_path / "out")})
-    assert place.place_of(which, name, part, given, alone=True).path == str(tmp_path / "out")
-    assert place.place_of(which, name, part, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
+    assert output.folder_of(which, name, part, given, alone=True).path == str(tmp_path / "out")
+    assert output.folder_of(which, name, part, given, alone=False).path.startswith(str(tmp_path / "out") + "/")
 
 
 def test_models_of_one_name_keep_places_apart(model, tmp_path):
     names = ["/a/trained/step_1", "/b/trained/step_1", "x-y", "x/y", "models:/x@y"]
     models = [replace(model, name=name, run_name="x" if name == "x/y" else "trained", checkpoint="y") for name in names]
-    labels = place.labels_of(models)
+    labels = output.labels_of(models)
     assert labels == ["trained/y", "trained/y-2", "x-y", "x/y-2", "models:/x@y"]
     given = unflat(EvaluateSettings, {"output": str(tmp_path)})
-    places = [place.place_of(m, label, "test", given, alone=False) for m, label in zip(models, labels, strict=True)]
+    places = [output.folder_of(m, label, "test", given, alone=False) for m, label in zip(models, labels, strict=True)]
     assert len({folder.path.lower() for folder in places}) == 5
 
 
@@ -310,22 +310,22 @@ def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkey
 
 def test_without_data_a_model_is_scored_on_those_of_its_run(trained, model, tmp_path):
     _, found = trained
-    assert Path(place.data_of([model])).samefile(found["prepared"])
+    assert Path(output.data_of([model])).samefile(found["prepared"])
     copy = tmp_path / "copy"
     copy.mkdir()
     summary_of = found | {"prepared": str(tmp_path / "gone")}
     (copy / "summary.json").write_text(json.dumps(summary_of))
     moved = replace(model, run=Folder(copy))
     (copy / "config.yaml").write_text("data: synthetic:20\n")
-    assert place.data_of([moved]) == "synthetic:20"
+    assert output.data_of([moved]) == "synthetic:20"
     (copy / "config.yaml").write_text(f"data: {tmp_path}/nowhere\n")
     for models, words in (
         ([moved], "nowhere, are gone: give --data"),
-        ([replace(model, run=None)], "does not tell where .*: give --data"),
+        ([replace(model, run=None)], "does not say where its training data are: give --data"),
         ([model, replace(model, name="other", data_digest="other")], "trained on different data: give --data"),
     ):
         with pytest.raises(InputError, match=words):
-            place.data_of(models)
+            output.data_of(models)
 
 
 def test_names_of_metrics_do_not_collide():
@@ -376,7 +376,7 @@ def test_models_that_do_not_compare_are_refused(model, storage, monkeypatch):
     for names, words in (
         ("trained,trained", "names trained twice"),
         ("trained,again", "one checkpoint twice: trained and again"),
-        ("trained,other", "pet, background, outline, other knows pet, background: their scores do not compare"),
+        ("trained,other", "pet, background, outline, other has pet, background: their scores cannot be compared"),
         ("trained,large", r"at 32 px \(stretch\), large at 64 px"),
     ):
         with pytest.raises(InputError, match=words):
@@ -478,7 +478,7 @@ def test_a_pair_is_told_apart_where_two_intervals_overlap():
     for pair in ((tables[0], third), (third, tables[0])):
         (found,) = compare(["a", "b"], pair, NAMES, 500)["pairs"]
         low, high = found["network_size"]["mean_iou"]["interval"]
-        assert low < 0 < high and found["verdict"].startswith("b and a are not told apart: mean IoU ")
+        assert low < 0 < high and found["verdict"].startswith("No significant difference between b and a: mean IoU ")
 
 
 def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
@@ -498,8 +498,8 @@ def test_names_of_users_are_shown_as_they_are_and_leave_room_for_the_scores():
         row = next(line for line in shown.splitlines() if "[red] cats" in line)
         spans = [found["intervals"][kind][names[0]] for kind in ("iou", "dice")] if resamples else []
         assert f"{found['iou'][names[0]]:.4f}" in row and all(f"{low:.4f} to {high:.4f}" in row for low, high in spans)
-        assert ("95 % intervals" in shown) == ("not told apart" in shown) == (resamples > 0)
-        assert ("Whether [/b] and [i]a differ by more than chance is not known" in shown) == (resamples == 0)
+        assert ("95 % intervals" in shown) == ("No significant difference" in shown) == (resamples > 0)
+        assert ("Whether [/b] and [i]a differ by more than chance is unknown" in shown) == (resamples == 0)
 
 
 def test_resamples_are_enough_or_none():
@@ -519,25 +519,24 @@ def test_what_cannot_be_measured_has_no_score_and_no_interval():
     assert vector["dice"]["pet"] == expected["dice"]["pet"] and found["mean_iou"][0] < expected["mean_iou"]
 
 
-def test_a_pool_fits_the_cluster_or_is_refused():
+def test_what_scores_fits_the_cluster_or_is_refused():
     two = [Node(2, memory=8e9, free_cpus=2)]
-    assert plan_pool(two, None, 1e9) == Pool(2, 0.75, False, 2)
-    assert plan_pool([Node(1, free_cpus=1)], None, 1e9) == Pool(1, 0.5, False, 2)
-    assert plan_pool([Node(4), Node(4)], 3, 1e9).processes == 3
-    assert plan_pool([Node(8, memory=3.5e9)], None, 1e9).processes == 3
-    assert plan_pool([Node(8, gpus=2)], None, 1e9) == Pool(2, 3.75, True, 2)
+    assert plan_scoring(two, None, 1e9) == Placement(2, 0.75, 1, False)
+    assert plan_scoring([Node(1, free_cpus=1)], None, 1e9) == Placement(1, 0.5, 1, False)
+    assert plan_scoring([Node(4), Node(4)], 3, 1e9).num_workers == 3
+    assert plan_scoring([Node(8, memory=3.5e9)], None, 1e9).num_workers == 3
+    assert plan_scoring([Node(8, gpus=2)], None, 1e9) == Placement(2, 3.75, 1, True)
     for nodes, wanted, words in (
         (two, 3, "at most 2 fit"),
         ([Node(4, memory=2.5e9)], 3, "give --num-workers 2"),
-        ([Node(4, memory=0.5e9)], None, "machines with more memory"),
+        ([Node(4, memory=0.5e9)], None, "nodes with more memory"),
         ([Node(0)], None, "no CPUs yet"),
     ):
         with pytest.raises(InputError, match=words):
-            plan_pool(nodes, wanted, 1e9)
-    pool = plan_pool(two, None, 1e9)
-    assert reduced(pool, two) == pool
-    assert reduced(pool, [replace(two[0], free_cpus=1.5)]).processes == 1  # two would leave none to read
-    assert reduced(pool, [replace(two[0], free_cpus=0.8)]) is None
+            plan_scoring(nodes, wanted, 1e9)
+    workers = plan_scoring(two, None, 1e9)
+    # Of 1.5 CPUs two workers would leave none to read.
+    assert [workers.room([replace(two[0], free_cpus=free)], DATA_CPUS) for free in (2, 1.5, 0.8)] == [2, 1, 0]
 
 
 def test_large_images_come_in_smaller_batches(model):

@@ -6,14 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet.cluster import planner
-from unet.cluster.placement import Node, in_words
-from unet.cluster.planner import plan, plan_now, plan_trials
-from unet.cluster.room import check_free_gpus
+from unet.cluster import planner, room
+from unet.cluster.placement import Node, Placement, in_words
+from unet.cluster.planner import plan, plan_now, plan_prediction, plan_scoring, plan_trials
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.evaluation.pool import plan_pool, reduced
-from unet.prediction import stream
 
 
 def settings(**changes):
@@ -51,26 +48,23 @@ def test_what_is_accepted_can_be_placed_and_what_can_be_placed_is_accepted(nodes
     values = settings(num_workers=workers, device=device)
     ways = [
         lambda: plan(values, nodes, 0),
-        lambda: plan_pool(nodes, workers, 1e9, device),
-        lambda: stream.plan(nodes, workers, device),
+        lambda: plan_scoring(nodes, workers, 1e9, device),
+        lambda: plan_prediction(nodes, workers, device),
     ]
     if not possible:
         for way in ways:
             with pytest.raises(InputError):
                 way()
         return
-    found, pool, predicting = (way() for way in ways)
-    for use_gpu, cpus in (
-        (found.use_gpu, found.cpus_per_worker),
-        (pool.use_gpu, pool.cpus),
-        (predicting.use_gpu, predicting.cpus),
-    ):
-        assert use_gpu == (device != "cpu" and on_gpus) and cpus > 0
-        assert placed(nodes, cpus, use_gpu) >= workers
+    found, scoring, predicting = (way() for way in ways)
+    for one in (found, scoring, predicting):
+        assert one.use_gpu == (device != "cpu" and on_gpus) and one.cpus_per_worker > 0
+        assert placed(nodes, one.cpus_per_worker, one.use_gpu) >= workers and one.num_workers == workers
     assert found.threads >= 1 and predicting.threads >= 1
     # Nobody uses the nodes: all of them find room at once, with the nodes' reserves left alone.
     assert plan_now(values, nodes, 0) == found
-    assert reduced(replace(pool, processes=1), nodes)
+    assert scoring.room(nodes) >= workers and scoring.room(nodes, beside=0.2) >= 1
+    assert predicting.room(nodes) >= workers
     spare = [replace(n, cpus=n.cpus - min(0.5, n.cpus / 2)) for n in nodes]
     assert placed(spare, found.cpus_per_worker, found.use_gpu) >= workers
 
@@ -117,8 +111,8 @@ def test_threads_and_cpus_are_those_of_the_nodes_with_gpus():
     )
     assert plan(settings(num_workers=8), large, 0).threads == 12
     assert plan(settings(num_workers=2, device="cpu"), eight, 0).cpus_per_worker == 3.75  # both on the large node
-    assert plan_pool(eight, None, 1e9).processes == 2 and plan_pool(eight, None, 1e9, "cpu").processes == 16
-    assert stream.plan(eight, None) == stream.Plan(2, 4, 2.0, True)
+    assert plan_scoring(eight, None, 1e9).num_workers == 2 and plan_scoring(eight, None, 1e9, "cpu").num_workers == 16
+    assert plan_prediction(eight, None) == Placement(2, 2.0, 4, True, reserved=0)
     found, together = plan_trials(settings(), large, 0)
     assert (found.use_gpu, together) == (True, 8)
 
@@ -128,7 +122,7 @@ def test_auto_takes_cpus_where_there_are_too_few_gpus_and_says_why():
     for found in (plan(settings(num_workers=2), nodes, 0), plan_now(settings(num_workers=2), nodes, 0)):
         assert not found.use_gpu
         assert in_words(found.use_gpu, found.why_cpus) == "CPUs (2 worker(s) need a GPU each, and the cluster has 1)"
-    assert plan_pool(nodes, 2, 1e9).why_cpus and stream.plan(nodes, 2).why_cpus
+    assert plan_scoring(nodes, 2, 1e9).why_cpus and plan_prediction(nodes, 2).why_cpus
     assert plan_trials(settings(num_workers=2), nodes, 0)[0].why_cpus
     assert in_words(*[getattr(plan(settings(), cluster((8,)), 0), name) for name in ("use_gpu", "why_cpus")]) == "CPUs"
     assert not plan(settings(num_workers=2, device="cpu"), nodes, 0).why_cpus  # it was asked for
@@ -144,8 +138,8 @@ def test_gpus_that_are_not_there_are_refused(nodes, words):
         lambda: plan(asked, nodes, 0),
         lambda: plan_now(settings(num_workers="2:4", device="gpu"), nodes, 0),
         lambda: plan_trials(asked, nodes, 0),
-        lambda: plan_pool(nodes, 2, 1e9, "gpu"),
-        lambda: stream.plan(nodes, 2, "gpu"),
+        lambda: plan_scoring(nodes, 2, 1e9, "gpu"),
+        lambda: plan_prediction(nodes, 2, "gpu"),
     ):
         with pytest.raises(InputError, match=words):
             refused()
@@ -188,9 +182,11 @@ def test_a_large_node_and_a_small_one_have_memory_of_their_own():
 def test_a_prediction_counts_free_cpus_on_the_node_of_the_free_gpu():
     """8 free CPUs beside a node whose GPU is free and whose CPUs are not hold no process on a GPU."""
     held = [Node(8, free_cpus=8), Node(4, 1, free_cpus=0.5, free_gpus=1)]
-    fitted = stream.plan(held, 1, "gpu")
-    assert fitted.use_gpu and stream.places_now(fitted, held) == 0
-    assert stream.places_now(fitted, [held[0], Node(4, 1, free_cpus=4, free_gpus=1)]) == 1
+    fitted = plan_prediction(held, 1, "gpu")
+    assert fitted.use_gpu and fitted.room(held) == 0
+    assert fitted.room([held[0], Node(4, 1, free_cpus=4, free_gpus=1)]) == 1
+    with pytest.raises(InputError, match=r"no node with a free GPU and 2 free CPUs for the worker"):
+        room.refuse_held(fitted, held, beside=0.5)
 
 
 def test_trials_on_a_large_cluster_are_planned_in_few_steps(monkeypatch):
@@ -206,8 +202,33 @@ def test_trials_on_a_large_cluster_are_planned_in_few_steps(monkeypatch):
         whole(large, nodes, 0, together + 1, 1, False)
 
 
-def test_held_gpus_are_refused_with_what_would_fit():
+def test_held_gpus_are_refused_with_what_would_fit(monkeypatch):
     nodes = [replace(node(8, 4), free_gpus=1)]
-    check_free_gpus(1, nodes)
+    monkeypatch.setattr(room, "cluster_nodes", lambda: nodes)
+    monkeypatch.setattr(room, "LOOKS", 1)
+    assert room.take(lambda found: plan_prediction(found, 1, "gpu"), beside=0.5).num_workers == 1
     with pytest.raises(InputError, match=r"leave 1 free.*--num-workers 1, or give --device cpu"):
-        check_free_gpus(2, nodes)
+        room.take(lambda found: plan_prediction(found, 2, "gpu"), beside=0.5)
+
+
+def test_room_that_is_handed_back_in_a_moment_is_taken(monkeypatch):
+    """What just ended still holds its CPUs at the first look; a job takes what it planned as soon as it is there."""
+    looks = iter([[replace(node(2), free_cpus=free)] for free in (0, 0.8, 2)] * 4)
+    monkeypatch.setattr(room, "cluster_nodes", lambda: next(looks))
+    monkeypatch.setattr(room, "LOOK_SECONDS", 0)
+    assert room.take_room(settings(num_workers=2), 0).num_workers == 2
+    assert room.take_places(plan(settings(), [node(2)], 0, together=2), 2) == 2
+    assert room.take(lambda found: plan_scoring(found, None, 1e9), beside=0.2, least=1).num_workers == 2
+    assert room.take(lambda found: plan_prediction(found, 2), beside=0.5).num_workers == 2
+
+
+def test_fewer_workers_score_and_sweep_beside_other_jobs_and_a_sentence_says_so(monkeypatch):
+    said, nodes = [], [replace(node(2), free_cpus=1.5)]
+    monkeypatch.setattr(room, "cluster_nodes", lambda: nodes)
+    monkeypatch.setattr(room, "LOOKS", 1)
+    assert room.take(lambda found: plan_scoring(found, 2, 1e9), 0.2, 1, said.append).num_workers == 1
+    assert said == ["Other jobs leave 1.5 CPUs free: 1 of 2 workers start."]
+    nodes = [replace(node(2), free_cpus=0.8)]
+    assert room.take_places(plan(settings(), nodes, 0, together=2), 2) == 1
+    with pytest.raises(InputError, match=r"1 worker needs 0.75 CPUs and 0.2 for tasks.*leave 0.8 free.*ray job stop"):
+        room.take(lambda found: plan_scoring(found, 2, 1e9), 0.2, 1)

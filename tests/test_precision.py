@@ -52,10 +52,10 @@ def test_what_is_slow_or_fails_is_said_with_the_remedy():
         "without AVX512_BF16 and AMX on 1 of 2 machines): --precision float32"
         in choose("mixed_bfloat16", [ZEN5, SKYLAKE], False).warning
     )
-    assert "nvidia-smi does not tell" in choose("auto", [BROKEN], True).reason
+    assert "nvidia-smi does not report" in choose("auto", [BROKEN], True).reason
     assert "compute capability 7.5" in choose("mixed_bfloat16", [T4], True).warning
     limited = Machine(ZEN5.instructions, limited_by="ONEDNN_MAX_CPU_ISA=AVX2")
-    with pytest.raises(InputError, match=r"fails under ONEDNN_MAX_CPU_ISA=AVX2: unset"):
+    with pytest.raises(InputError, match=r"fails with ONEDNN_MAX_CPU_ISA=AVX2: unset"):
         choose("mixed_bfloat16", [limited], False)
     slow = Machine(ZEN5.instructions, limited_by="TF_ENABLE_ONEDNN_OPTS=0")  # runs, by Eigen's kernels
     assert "TF_ENABLE_ONEDNN_OPTS=0" in choose("mixed_bfloat16", [slow], False).warning

@@ -209,7 +209,7 @@ def test_the_same_command_does_only_what_is_missing(photos, predicted, tmp_path)
     (output / "overlays" / "wide.jpg").write_bytes(before[output / "overlays" / "wide.jpg"][1][:-1])
     drawn(30, 33, 44).save(folder / "deep.png")
     drawn(31, 34, 45).save(folder / "plain.png")
-    (folder / "bad" / "text.jpg").write_bytes((folder / "plain.jpg").read_bytes())  # mended
+    (folder / "bad" / "text.jpg").write_bytes((folder / "plain.jpg").read_bytes())  # repaired
     flags = ["--model", "trained", "--input", folder.as_uri(), "--output", output.as_uri(), *predicted[0][6:]]
     assert command("predict", *flags, "--num-workers", 1, "--probabilities") == 0
     after = {p: p.stat().st_mtime_ns for kind in ("masks", "overlays") for p in (output / kind).rglob("*.*")}
@@ -265,7 +265,7 @@ def test_what_cannot_be_written_is_a_sentence(trained, tmp_path, capsys):
     capsys.readouterr()
     assert command("predict", *flags) == 1
     words = capsys.readouterr().err
-    assert "masks/a.png: Is a directory; put that right. The same command goes on from here." in words, words
+    assert "masks/a.png: Is a directory; put that right. The same command continues from here." in words, words
 
 
 def test_nothing_but_bad_photos_is_a_failure(trained, tmp_path):

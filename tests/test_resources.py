@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet.cluster.placement import Node
+from unet.cluster.placement import Node, Placement
 from unet.cluster.planner import plan, plan_now, worker_bytes
-from unet.cluster.room import check_free
+from unet.cluster.room import refuse_held
 from unet.config import TrainSettings, unflat
 from unet.data.streaming import task_bytes
 from unet.errors import InputError
@@ -74,9 +74,8 @@ def test_a_cluster_whose_workers_have_not_joined_is_refused():
 
 
 def test_busy_cpus_are_refused_with_what_would_fit():
-    with pytest.raises(InputError, match=r"leave 1 free.*--num-workers 1"):
-        check_free(2, 0.75, 1.0)
-    check_free(2, 0.75, 1.5)
+    with pytest.raises(InputError, match=r"2 workers need 1.5 CPUs.*leave 1 free.*--num-workers 1\."):
+        refuse_held(Placement(2, 0.75, 1, False), free(1.0))
 
 
 def free(*cpus, each=2):

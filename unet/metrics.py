@@ -9,22 +9,34 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def confusion_of(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 (C, C) of masks of one shape, uint8 class ids; pixels without a true class (255) are not counted."""
+    counted = truth < classes
+    cells = truth[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def iou_and_dice(true_positive: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU, TP / (TP + FP + FN), and Dice, 2 TP / (2 TP + FP + FN), of each class, both float64; NaN for an absent one.
+
+    Takes the pixels of each class that are right, that truly have it and that are predicted to, in any one shape.
+    """
+    sizes = truth + predicted  # 2 TP + FP + FN
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return true_positive / (sizes - true_positive), 2 * true_positive / sizes
+
+
 def scores(confusion: np.ndarray, names: Sequence[str]) -> dict:
     """IoU and Dice by class name, their means, accuracy and the matrix, ready for JSON.
 
-    IoU is TP / (TP + FP + FN), Dice 2 TP / (2 TP + FP + FN). A class absent from truth and prediction has neither
-    (None), and the means leave it out.
+    A class absent from truth and prediction has neither (None), and the means leave it out.
     """
     confusion = np.asarray(confusion)
-    true_positive = np.diagonal(confusion).astype(float)
-    sizes = confusion.sum(0) + confusion.sum(1)  # 2 TP + FP + FN
-
-    def by_class(values):
-        return {name: float(v) if size else None for name, v, size in zip(names, values, sizes, strict=True)}
-
-    with np.errstate(invalid="ignore"):
-        iou = by_class(true_positive / (sizes - true_positive))
-        dice = by_class(2 * true_positive / sizes)
+    true_positive = np.diagonal(confusion)
+    iou, dice = (
+        {name: None if np.isnan(value) else float(value) for name, value in zip(names, values, strict=True)}
+        for values in iou_and_dice(true_positive, confusion.sum(1), confusion.sum(0))
+    )
     total = int(confusion.sum())
     return {
         "iou": iou,

@@ -8,14 +8,14 @@ from unet.errors import NoGpu
 
 
 def start_tensorflow(threads: int, use_gpu: bool = False, deterministic: bool = False) -> None:
-    """Import TensorFlow and set it up, before anything runs in it, for a process that is all ours.
+    """Import TensorFlow and set it up, before it runs anything, in a process that is entirely ours.
 
-    It sees the one GPU that the process was given, or none: Ray hides no GPU from those that it gave none. Float32
-    is float32, and not TF32, which is TensorFlow's default on GPUs that have it. With `deterministic` only
-    operations that repeat bit for bit are used.
+    It sees the one GPU that the process was given, or none: Ray does not hide GPUs from processes that it gave none.
+    Float32 is float32, not TF32, TensorFlow's default on GPUs that have it. With `deterministic` only operations that
+    repeat bit for bit are used.
 
     Raises:
-        NoGpu: the GPU is not to be seen, or others are too.
+        NoGpu: the GPU is not visible, or others are too.
     """
     environment.pin()
     import tensorflow as tf
@@ -31,15 +31,15 @@ def start_tensorflow(threads: int, use_gpu: bool = False, deterministic: bool = 
 
 
 def _given(gpus: list) -> list:
-    """The GPUs that are seen, if they are the one that was given."""
+    """The visible GPUs, if they are the one that was given."""
     if not gpus:
         raise NoGpu(
-            "A process was given a GPU and TensorFlow sees none: install the `gpu` extra with its dependencies where "
-            "it runs (pip install -e '.[gpu]', without --no-deps, beside NVIDIA's driver), or give --device cpu."
+            "A process was given a GPU, but TensorFlow sees none: install the `gpu` extra with its dependencies where "
+            "it runs (pip install -e '.[gpu]', without --no-deps, and NVIDIA's driver), or give --device cpu."
         )
     if len(gpus) > 1:
         raise NoGpu(
-            f"A process was given one GPU and TensorFlow sees {len(gpus)}: unset "
+            f"A process was given one GPU, but TensorFlow sees {len(gpus)}: unset "
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES and RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES where Ray is "
             "started, or give --device cpu."
         )
@@ -47,7 +47,7 @@ def _given(gpus: list) -> list:
 
 
 def device_name() -> str:
-    """What TensorFlow computes on in this process: "cpu", or the GPU's name and its compute capability."""
+    """The device of TensorFlow in this process: "cpu", or the GPU's name and its compute capability."""
     import tensorflow as tf
 
     gpus = tf.config.get_visible_devices("GPU")
@@ -60,7 +60,7 @@ def device_name() -> str:
 
 @contextlib.contextmanager
 def float32_exactly() -> Iterator[None]:
-    """Without TF32 for the time of the block, in a process whose TensorFlow is not ours to set up."""
+    """No TF32 for the duration of the block, in a process whose TensorFlow is not ours to set up."""
     import tensorflow as tf
 
     before = tf.config.experimental.tensor_float_32_execution_enabled()

@@ -2,19 +2,16 @@
 
 import socket
 
+from unet.cluster import internals
 from unet.cluster.placement import Node
 
 ANSWER_SECONDS = 1.0
-"""How long a node has to take a connection."""
+"""How long a node has to accept a connection."""
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes of the connected cluster that live and are to stay."""
-    import ray
-
-    leaving, found = draining_nodes(), []
-    # What of each node is free Ray tells by no public call; only the sum of all.
-    free = ray._private.state.available_resources_per_node()
+    """The nodes of the connected cluster that are alive and not announced to leave."""
+    leaving, free, found = internals.draining_nodes(), internals.free_resources(), []
     for name, node in live_nodes().items():
         if name not in leaving:
             r, left = node["Resources"], free.get(name, {})
@@ -24,14 +21,14 @@ def cluster_nodes() -> list[Node]:
 
 
 def live_nodes() -> dict[str, dict]:
-    """What Ray says of the nodes that live, by id; each is asked, since Ray misses a lost one only after 15 s or so."""
+    """What Ray says of the live nodes, by id; each is contacted, since Ray notices a lost one only after about 15 s."""
     import ray
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _answers(node)}
 
 
 def _answers(node: dict) -> bool:
-    """Whether its part of Ray still listens, where every other node of the cluster must reach it too."""
+    """Whether its part of Ray still accepts connections, at the address where the other nodes reach it too."""
     try:
         with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS):
             return True
@@ -39,18 +36,10 @@ def _answers(node: dict) -> bool:
         return False
 
 
-def draining_nodes() -> set[str]:
-    """The ids of nodes whose end is announced: a spot machine that is called back."""
-    import ray
-
-    # What Ray Train's own watcher asks. Its public form, `get_preemption_info`, makes the workers wait for each other.
-    return set(ray._private.state.state.get_draining_nodes())
-
-
 def free_abandoned_places() -> None:
-    """Give back what the groups of this job's lost controllers reserved; call when none of them is to live.
+    """Release what the worker groups of this job's lost controllers reserved; call when no group is to stay alive.
 
-    Ray's own cleaner does not know the places of a controller that was lost while it started its workers.
+    Ray's own cleaner misses the reservation of a controller that was lost while it started its workers.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group

@@ -1,53 +1,42 @@
-"""What a run asks of the cluster, compared with what there is, before anything starts."""
+"""What a job asks of the cluster, compared with what there is, before anything starts.
+
+Every job has equal processes (`unet.cluster.placement`). Training holds its data in memory or streams them; a sweep has
+several trainings beside each other; scoring and prediction leave CPUs to tasks that read and write.
+"""
 
 import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from unet.cluster.placement import (
-    Node,
-    check_enough,
-    cpus_for_each,
-    fits,
-    fits_now,
-    most_processes,
-    on_device,
-    with_cpus,
-)
+from unet.cluster.placement import Node, Placement, check_enough, most_workers, on_device, place, with_cpus
 from unet.config import Device, TrainSettings, parse_bytes
 from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
 from unet.errors import InputError
 
 READERS = 2
+"""Reading tasks on a node at a time."""
+PREDICTING_THREADS = 2
+"""Of a process that predicts, if no other number is asked for: it needs 0.6 GB, whatever its threads."""
 WORKER_BYTES = 0.8e9
 """A worker with TensorFlow loaded, before its first step (measured: 0.6 GB)."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Placement):
     """How a run uses the cluster.
 
     Attributes:
-        cpus_per_worker: what Ray reserves.
-        threads: TensorFlow threads of each worker.
-        use_gpu: whether each worker gets one.
         kept: whether training and validation are held in memory, else streamed.
         data_bytes: their size in memory.
         stream_bytes: object store that streaming may use.
         stream_tasks: streaming tasks at a time.
-        why_cpus: why workers get no GPU, where there are some and they might have had them.
     """
 
-    num_workers: int
-    cpus_per_worker: float
-    threads: int
-    use_gpu: bool
     kept: bool
     data_bytes: int
     stream_bytes: int
     stream_tasks: int = STREAM_TASKS
-    why_cpus: str = ""
 
 
 def plan_now(
@@ -58,13 +47,13 @@ def plan_now(
     held: int = 0,
     device: Device | None = None,
 ) -> Plan | None:
-    """The plan for as many workers as there is room for now; None if not even the least find room.
+    """The plan for as many workers as there is room for now; None if there is not even room for the fewest.
 
     Elastic or not, a worker gets what it would have beside the most that the nodes could hold, so that others can
-    join it. `held` workers have their places already. `device` is that of the settings, if no other is given.
+    join it. `held` workers hold their CPUs already. `device` is that of the settings, if no other is given.
 
     Raises:
-        InputError: not even empty nodes would hold the least.
+        InputError: not even idle nodes would hold the fewest.
     """
     counts = settings.worker_counts
 
@@ -75,16 +64,16 @@ def plan_now(
         return _plan(settings, nodes, data_bytes, together, counts[0], use_gpu)
 
     most, why = on_device(device or settings.compute.device, nodes, largest)
-    places = sum(fits_now(node, most.cpus_per_worker, most.use_gpu) for node in nodes) + held
-    fit = [workers for workers in counts if workers <= min(places, most.num_workers)]
+    room = most.room(nodes) + held
+    fit = [workers for workers in counts if workers <= min(room, most.num_workers)]
     return replace(most, num_workers=fit[-1], why_cpus=why) if fit else None
 
 
 def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int = 1) -> Plan:
-    """Fit the settings, with their least workers, to the nodes, where `together` such trainings run at a time.
+    """Fit the settings, with their fewest workers, to the nodes, where `together` such trainings run at a time.
 
     Raises:
-        InputError: it would not fit or would wait for ever; with the settings that would fit.
+        InputError: they would never fit; with the settings that would.
     """
     compute = settings.compute
 
@@ -98,12 +87,11 @@ def plan(settings: TrainSettings, nodes: list[Node], data_bytes: int, together: 
 def _plan(
     settings: TrainSettings, nodes: list[Node], data_bytes: int, together: int, workers: int, use_gpu: bool
 ) -> Plan:
-    """`plan` for so many workers a training, on nodes with GPUs or on CPUs."""
+    """`plan` for this many workers in each training, on nodes with GPUs or on CPUs."""
     hosts, processes = with_cpus(nodes), workers * together
     check_enough(hosts, processes if use_gpu else workers, use_gpu)
-    cpus = cpus_for_each(hosts, processes, use_gpu)
-    on_host = {node: min(count, processes) for node in hosts if (count := fits(node, cpus, use_gpu))}
-    cores = int(min(node.cpus // count for node, count in on_host.items()))
+    placed = place(hosts, processes, use_gpu)
+    on_host = {node: count for node in hosts if (count := placed.capacity(node))}
     share = math.ceil(settings.training.batch_size / workers)
     each = worker_bytes(settings, share, use_gpu)
     _check_memory(settings, on_host, each)
@@ -115,8 +103,8 @@ def _plan(
     beside = [STREAM_TASKS if kept else tasks_beside(n * each, node.memory, task) for node, n in on_host.items()]
     return Plan(
         num_workers=workers,
-        cpus_per_worker=cpus,
-        threads=settings.compute.threads or max(1, cores),
+        cpus_per_worker=placed.cpus_per_worker,
+        threads=settings.compute.threads or placed.threads,
         use_gpu=use_gpu,
         kept=kept,
         data_bytes=data_bytes,
@@ -126,7 +114,7 @@ def _plan(
 
 
 def _check_memory(settings: TrainSettings, on_host: dict[Node, int], each: float) -> None:
-    """Refuse workers of so many bytes each that would not fit into a node's memory.
+    """Refuse workers that need `each` bytes where a node's memory would not hold its share of them.
 
     Raises:
         InputError: with a batch that would fit.
@@ -136,7 +124,7 @@ def _check_memory(settings: TrainSettings, on_host: dict[Node, int], each: float
     if need > node.memory:
         batch = int(settings.training.batch_size * node.memory / need * 0.8)
         raise InputError(
-            f"{workers} workers of a node need about {need / 1e9:.1f} GB, the node has {node.memory / 1e9:.1f} GB: "
+            f"The {workers} workers of a node need about {need / 1e9:.1f} GB, and it has {node.memory / 1e9:.1f} GB: "
             f"try --batch-size {max(1, batch)}."
         )
 
@@ -144,7 +132,7 @@ def _check_memory(settings: TrainSettings, on_host: dict[Node, int], each: float
 def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> float:
     """An estimate of a worker's peak memory: TensorFlow, four copies of the weights, activations of its share.
 
-    The activations of a GPU are in a memory of its own, of which Ray knows nothing.
+    On a GPU the activations are in the GPU's own memory, of which Ray knows nothing.
     """
     model, side = settings.model, settings.data.image_size
     filters = [model.base_filters * 2**level for level in range(model.depth + 1)]
@@ -157,7 +145,7 @@ def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> 
 def plan_trials(
     settings: TrainSettings, nodes: list[Node], data_bytes: int, at_most: int | None = None
 ) -> tuple[Plan, int]:
-    """Fit as many such trainings beside each other as CPUs, GPUs and memory allow, and no more than `at_most`.
+    """Fit as many such trainings beside each other as CPUs, GPUs and memory allow, at most `at_most`.
 
     Raises:
         InputError: not even one fits; with the settings that would.
@@ -165,7 +153,7 @@ def plan_trials(
     workers = settings.compute.least_workers
 
     def planned(use_gpu: bool) -> tuple[Plan, int]:
-        together = max(1, most_processes(with_cpus(nodes), use_gpu) // workers)
+        together = max(1, most_workers(with_cpus(nodes), use_gpu) // workers)
         together = min(together, at_most or together)
 
         def plan_of(trials: int) -> Plan:
@@ -181,7 +169,7 @@ def plan_trials(
 
 
 def _most(plan_of: Callable[[int], Plan], limit: int) -> tuple[Plan, int]:
-    """The plan for as many as fit, at most `limit`, and their number: where many fit, fewer do.
+    """The plan for as many as fit, at most `limit`, and their number: wherever many fit, fewer do too.
 
     Raises:
         InputError: not even one fits.
@@ -196,3 +184,50 @@ def _most(plan_of: Callable[[int], Plan], limit: int) -> tuple[Plan, int]:
         except InputError:
             too_many = middle
     return found, fits
+
+
+def plan_scoring(nodes: list[Node], asked: int | None, worker_bytes: float, device: Device = "auto") -> Placement:
+    """As many processes of one thread each as CPUs (or GPUs) and memory allow, or as are asked for.
+
+    Raises:
+        InputError: the cluster could never hold what is asked for.
+    """
+
+    def planned(use_gpu: bool) -> Placement:
+        hosts = with_cpus(nodes)
+        check_enough(hosts, asked or 1, use_gpu)
+        most = most_workers(hosts, use_gpu)
+        in_memory = sum(int(min(n.memory / worker_bytes, n.gpus if use_gpu else most)) for n in hosts)
+        if in_memory < (asked or 1):
+            raise InputError(
+                f"{_processes(asked or 1)} about {worker_bytes / 1e9:.1f} GB each, and the cluster's memory holds "
+                f"{in_memory}: " + (f"give --num-workers {in_memory}." if in_memory else "use nodes with more memory.")
+            )
+        # An image's numbers depend on the number of threads: one, wherever it is scored.
+        return replace(place(hosts, asked or min(most, in_memory), use_gpu), threads=1)
+
+    found, why = on_device(device, nodes, planned)
+    return replace(found, why_cpus=why)
+
+
+def _processes(count: int) -> str:
+    return "1 process needs" if count == 1 else f"{count} processes need"
+
+
+def plan_prediction(nodes: list[Node], asked: int | None, device: Device = "auto") -> Placement:
+    """Processes that predict: they hold half of the CPUs, and tasks that read and write take the other half.
+
+    Raises:
+        InputError: more are asked for than there are CPUs or GPUs.
+    """
+
+    def planned(use_gpu: bool) -> Placement:
+        hosts = with_cpus(nodes)
+        most = most_workers(hosts, use_gpu)
+        workers = asked or max(1, most if use_gpu else most // PREDICTING_THREADS)
+        check_enough(hosts, workers, use_gpu)
+        # Half of each node is left alone while the CPUs are shared out; the tasks may then run on any node.
+        return replace(place(hosts, workers, use_gpu, reserved=math.inf), reserved=0)
+
+    found, why = on_device(device, nodes, planned)
+    return replace(found, why_cpus=why)

@@ -1,8 +1,8 @@
-"""Which precision a run's steps take: what every machine that may hold one of its workers computes fast.
+"""The precision of a run's steps: one that every machine that may hold one of its workers computes fast.
 
-bfloat16 is several times faster than float32 where oneDNN has instructions for it, and several times slower where
-it has not, so the default (`--precision auto`) looks first. Tensor cores compute float16 from compute capability 7.0
-on and bfloat16 from 8.0 on (NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities").
+bfloat16 is several times faster than float32 where oneDNN has instructions for it, and several times slower where it
+does not, so the default (`--precision auto`) checks first. Tensor cores compute float16 from compute capability 7.0 on
+and bfloat16 from 8.0 on (NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities").
 """
 
 import os
@@ -20,17 +20,17 @@ from unet.recipe.recipe import AUTO
 
 FLOAT32, BFLOAT16, FLOAT16 = "float32", "mixed_bfloat16", "mixed_float16"
 INSTRUCTIONS = {BFLOAT16: {"avx512_bf16", "amx_bf16"}, FLOAT16: {"avx512_fp16", "amx_fp16"}}
-"""Of x86 processors, as Linux calls them; with any of a set the precision is fast."""
+"""Of x86 processors, by Linux' names; with any of a set the precision is fast."""
 KERNELS_BY = INSTRUCTIONS | {BFLOAT16: {"avx512f"}}
-"""By any of which TensorFlow takes oneDNN's kernels, fast or not (`tensorflow/core/graph/mkl_graph_util.h`)."""
+"""With any of these TensorFlow takes oneDNN's kernels, fast or not (`tensorflow/core/graph/mkl_graph_util.h`)."""
 NEEDED_NAMES = {BFLOAT16: "AVX512_BF16 and AMX", FLOAT16: "AVX512_FP16 and AMX"}
 CAPABILITY = {BFLOAT16: 8.0, FLOAT16: 7.0}
-"""Of GPUs: the least with which the precision is fast."""
+"""Of GPUs: the lowest with which the precision is fast."""
 BELOW_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
-"""What ONEDNN_MAX_CPU_ISA may say that leaves oneDNN without 16-bit floats."""
+"""Values of ONEDNN_MAX_CPU_ISA that leave oneDNN without 16-bit floats."""
 SWITCH = "TF_ENABLE_ONEDNN_OPTS"
 ANSWER_SECONDS = 30
-"""How long a machine may take to say what it has."""
+"""How long a machine may take to report what it has."""
 
 
 Settings = TypeVar("Settings", bound=TrainSettings)
@@ -41,8 +41,8 @@ class Machine:
     """What TensorFlow can compute with on one machine.
 
     Attributes:
-        instructions: sets of its processor that oneDNN may use, as Linux calls them.
-        gpus: compute capability of each.
+        instructions: instruction sets of its processor that oneDNN may use, by Linux' names.
+        gpus: the compute capability of each.
         limited_by: the environment variable, with its value, that keeps oneDNN from 16-bit floats.
     """
 
@@ -59,7 +59,7 @@ class Machine:
         return self.limited_by is None and bool(self.instructions & INSTRUCTIONS[precision])
 
     def fails(self, precision: str, use_gpu: bool) -> bool:
-        """Whether TensorFlow would choose kernels that the limit then forbids: its steps raise, they are not slow."""
+        """Whether TensorFlow would choose kernels that the limit then forbids: its steps would raise, not be slow."""
         if precision == FLOAT32 or use_gpu or self.limited_by is None or self.limited_by.startswith(SWITCH):
             return False
         return bool(self.instructions & KERNELS_BY[precision])
@@ -67,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and why it was taken; `warning` where a given one is slow."""
+    """A precision and why it was chosen; `warning` if one that was asked for is slow."""
 
     precision: str
     reason: str
@@ -75,10 +75,10 @@ class Choice:
 
 
 def choose(asked: str, machines: Sequence[Machine], use_gpu: bool) -> Choice:
-    """The precision for all workers, which may stand on any of the machines.
+    """The precision for all workers, which may run on any of the machines.
 
     Raises:
-        InputError: the asked one cannot run.
+        InputError: the one that is asked for cannot run.
     """
     if asked == AUTO:
         # On a processor float16 would need a loss scale, and gains nothing over bfloat16.
@@ -89,7 +89,7 @@ def choose(asked: str, machines: Sequence[Machine], use_gpu: bool) -> Choice:
         return Choice(FLOAT32, _lack(candidates[-1], machines, use_gpu))
     if any(machine.fails(asked, use_gpu) for machine in machines):
         limit = next(machine.limited_by for machine in machines if machine.fails(asked, use_gpu))
-        raise InputError(f"--precision {asked} fails under {limit}: unset that, or give --precision float32.")
+        raise InputError(f"--precision {asked} fails with {limit}: unset that, or give --precision float32.")
     if all(machine.is_fast(asked, use_gpu) for machine in machines):
         return Choice(asked, "as asked")
     lack = _lack(asked, machines, use_gpu)
@@ -97,13 +97,13 @@ def choose(asked: str, machines: Sequence[Machine], use_gpu: bool) -> Choice:
 
 
 def _lack(precision: str, machines: Sequence[Machine], use_gpu: bool) -> str:
-    """What keeps a precision from being fast everywhere."""
+    """Why a precision is not fast everywhere."""
     slow = [machine for machine in machines if not machine.is_fast(precision, use_gpu)]
     if not slow:
-        return "no machine told what it has"
+        return "no machine reported what it has"
     where = "" if len(machines) == 1 else f" on {len(slow)} of {len(machines)} machines"
     if use_gpu and not all(machine.gpus for machine in slow):
-        return f"a GPU whose compute capability nvidia-smi does not tell{where}"
+        return f"a GPU whose compute capability nvidia-smi does not report{where}"
     if use_gpu:
         return f"a GPU of compute capability {min(gpu for machine in slow for gpu in machine.gpus):g}{where}"
     if slow[0].limited_by:
@@ -112,7 +112,7 @@ def _lack(precision: str, machines: Sequence[Machine], use_gpu: bool) -> str:
 
 
 def settled(settings: Settings, use_gpu: bool) -> tuple[Settings, Choice]:
-    """The settings with the precision that all workers take on the connected cluster, and why.
+    """The settings with the precision of all workers on the connected cluster, and why.
 
     Raises:
         InputError: the one that was asked for cannot run there.
@@ -122,7 +122,7 @@ def settled(settings: Settings, use_gpu: bool) -> tuple[Settings, Choice]:
 
 
 def machines(use_gpu: bool) -> list[Machine]:
-    """What the nodes have that may hold a worker; one that does not answer has nothing."""
+    """What each node that may hold a worker has; one that does not answer counts as having nothing."""
     needed = "GPU" if use_gpu else "CPU"
     return _ask([name for name, node in live_nodes().items() if node["Resources"].get(needed)])
 
@@ -148,7 +148,7 @@ def _answer(answer) -> Machine:
 
 
 def this_machine() -> Machine:
-    """What this one has, as far as its system says."""
+    """What this machine has, as far as its system reports it."""
     return Machine(_instructions(), _gpus(), _limit(os.environ))
 
 
@@ -173,7 +173,7 @@ def _instructions() -> frozenset[str]:
 
 
 def _gpus() -> tuple[float, ...]:
-    """Compute capabilities by NVIDIA's own tool, which comes with the driver."""
+    """Compute capabilities from NVIDIA's own tool, which comes with the driver."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS / 2, check=True).stdout

@@ -1,96 +1,113 @@
-"""Room for a job's processes beside what others hold: taken as soon as it is there, or refused in a sentence."""
+"""Room for a job's processes beside other jobs: taken as soon as it is there, or refused in a sentence."""
 
 import time
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NoReturn, TypeVar
 
 from unet.cluster.nodes import cluster_nodes
-from unet.cluster.placement import Node, fits_now
+from unet.cluster.placement import ROUNDING, Node, Placement
 from unet.cluster.planner import Plan, plan, plan_now
 from unet.config import TrainSettings
 from unet.errors import InputError
 
+LOOKS, LOOK_SECONDS = 40, 0.25
+"""How often, and how far apart, the nodes are looked at before room is refused."""
+
+Workers = TypeVar("Workers", bound=Placement)
+
 
 def take_room(settings: TrainSettings, data_bytes: int) -> Plan:
-    """The plan for now, giving what just ended a moment to hand back its CPUs.
+    """The plan of a training for now.
 
     Raises:
-        InputError: others hold them; with how many workers would fit.
+        InputError: other jobs hold what it needs; with how many workers would fit.
     """
-    for _ in range(40):
-        nodes = cluster_nodes()
+    for nodes in _looks():
         if found := plan_now(settings, nodes, data_bytes):
             return found
-        time.sleep(0.25)
-    least = plan(settings, nodes, data_bytes)
-    _refuse_held(least, nodes)
+    refuse_held(plan(settings, nodes, data_bytes), nodes)
 
 
 def take_places(plan: Plan, wanted: int) -> int:
-    """How many workers of a plan nobody keeps from starting, at most `wanted`; what just ended gets a moment.
+    """How many workers of a sweep's plan there is room for now, at most `wanted`.
 
     Raises:
-        InputError: others leave too little for the workers of one training.
+        InputError: other jobs leave too little for the workers of one training.
     """
-    for _ in range(40):
-        nodes = cluster_nodes()
-        places = sum(fits_now(node, plan.cpus_per_worker, plan.use_gpu) for node in nodes)
-        if places >= wanted:
+    return take(lambda nodes: replace(plan, num_workers=wanted), least=plan.num_workers).num_workers
+
+
+def take(
+    planned: Callable[[list[Node]], Workers],
+    beside: float = 0,
+    least: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Workers:
+    """What is planned for the nodes, or as many of its workers as there is room for now.
+
+    Args:
+        planned: makes the plan for the nodes of the moment.
+        beside: CPUs left for tasks, anywhere on the cluster.
+        least: fewest workers that are of use (default: all).
+        say: gets a sentence where there are fewer than planned.
+
+    Raises:
+        InputError: other jobs hold what the fewest workers need.
+    """
+    for nodes in _looks():
+        wanted = planned(nodes)
+        room = min(wanted.num_workers, wanted.room(nodes, beside))
+        if room == wanted.num_workers:
             return wanted
-        time.sleep(0.25)
-    if places < plan.num_workers:
-        _refuse_held(plan, nodes)
-    return places
+    if room < (least := least or wanted.num_workers):
+        refuse_held(replace(wanted, num_workers=least), nodes, beside)
+    gpus = f" and {_free_gpus(nodes)} GPUs" if wanted.use_gpu else ""
+    say(f"Other jobs leave {_free_cpus(nodes):g} CPUs{gpus} free: {room} of {wanted.num_workers} workers start.")
+    return replace(wanted, num_workers=room)
 
 
-def _refuse_held(plan: Plan, nodes: list[Node]) -> NoReturn:
-    """Raise `InputError`: others hold what the workers of a plan need."""
-    if plan.use_gpu:
-        check_free_gpus(plan.num_workers, nodes)
-    check_free(plan.num_workers, plan.cpus_per_worker, sum(node.free_cpus for node in nodes))
-    both = "a free GPU and " if plan.use_gpu else ""
+def _looks() -> Iterator[list[Node]]:
+    """The nodes of the moment, again and again: what just ended needs a moment to hand back its CPUs."""
+    for look in range(LOOKS):
+        if look:
+            time.sleep(LOOK_SECONDS)
+        yield cluster_nodes()
+
+
+def refuse_held(wanted: Placement, nodes: list[Node], beside: float = 0) -> NoReturn:
+    """Refuse workers, with `beside` CPUs for tasks, that would wait for other jobs.
+
+    Raises:
+        InputError: with how many would fit now.
+    """
+    count, cpus, free = wanted.num_workers, wanted.cpus_per_worker, _free_cpus(nodes)
+    need = "1 worker needs" if count == 1 else f"{count} workers need"
+    if wanted.use_gpu and (gpus := _free_gpus(nodes)) < count:
+        fewer = f", give --num-workers {gpus}" if gpus else ""
+        raise InputError(
+            f"{need} a GPU each, but other jobs on the cluster leave {gpus} free: wait for them{fewer}, or give "
+            "--device cpu."
+        )
+    fit = max(0, int((free - beside + ROUNDING) // cpus))
+    if fit < count:
+        tasks = f" and {beside:g} for tasks" if beside else ""
+        fewer = f"give --num-workers {fit}." if fit else "stop them (`ray job stop`)."
+        raise InputError(
+            f"{need} {count * cpus:g} CPUs{tasks}, but other jobs on the cluster leave {free:g} free: wait for them, "
+            f"or {fewer}"
+        )
+    both, otherwise = ("a free GPU and ", ", or --device cpu") if wanted.use_gpu else ("", "")
+    workers = "the worker" if count == 1 else f"each of {count} workers"
     raise InputError(
-        f"No node has {both}{plan.cpus_per_worker:g} free CPUs for each of {plan.num_workers} workers: wait for other "
-        "jobs, or give fewer --num-workers."
+        f"There is no node with {both}{cpus:g} free CPUs for {workers}: wait for other jobs, or give fewer "
+        f"--num-workers{otherwise}."
     )
 
 
-def free_cpus(need: float) -> float:
-    """CPUs that nobody holds, giving what just ended a moment to hand back its own."""
-    import ray
-
-    for _ in range(40):
-        free = ray.available_resources().get("CPU", 0)
-        if free + 1e-6 >= need:
-            break
-        time.sleep(0.25)
-    return free
+def _free_cpus(nodes: list[Node]) -> float:
+    return sum(node.free_cpus for node in nodes)
 
 
-def check_free(num_workers: int, cpus_per_worker: float, available_cpus: float) -> None:
-    """Refuse what would wait for another job's CPUs.
-
-    Raises:
-        InputError: with how many workers would fit now.
-    """
-    fits = int((available_cpus + 1e-6) // cpus_per_worker)
-    if fits < num_workers:
-        raise InputError(
-            f"{num_workers} workers need {num_workers * cpus_per_worker:g} CPUs, but other jobs on the cluster leave "
-            f"{available_cpus:g} free: wait for them"
-            + (f", or give --num-workers {fits}." if fits else ", or stop them (`ray job stop`).")
-        )
-
-
-def check_free_gpus(workers: int, nodes: list[Node]) -> None:
-    """Refuse what would wait for another job's GPUs.
-
-    Raises:
-        InputError: with how many workers would fit now.
-    """
-    free = sum(int(node.free_gpus) for node in nodes)
-    if free < workers:
-        fewer = f", give --num-workers {free}" if free else ""
-        raise InputError(
-            f"{workers} worker(s) need a GPU each, but other jobs on the cluster leave {free} free: wait for them"
-            f"{fewer}, or give --device cpu."
-        )
+def _free_gpus(nodes: list[Node]) -> int:
+    return sum(int(node.free_gpus) for node in nodes)

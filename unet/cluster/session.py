@@ -1,7 +1,6 @@
 """Connecting to Ray, quietly: to the cluster of a submitted job or a running one, else to a new local one."""
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -10,32 +9,34 @@ import socket
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from unet import environment
+from unet.cluster import internals
 from unet.errors import InputError
 from unet.secrets import without_secrets
 
 ANSWER_SECONDS = 5
 """How long a cluster may take to answer at all."""
 SOCKET_BYTES = 107 - len("/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/dash_TaskEventsHead")
-"""How long the folder may be, in bytes, under which Ray makes its sockets: their paths end at 107."""
+"""How long the path may be, in bytes, of the folder for Ray's sockets: theirs may have 107."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-UNFIT = f"cannot be written, or is longer than {SOCKET_BYTES} bytes, after which there is no room for Ray's sockets"
+UNFIT = f"cannot be written, or its path is longer than {SOCKET_BYTES} bytes, too long for Ray's sockets"
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What was raised first, in a process of the cluster, of what Ray raises here."""
+    """The exception that was raised first, in a process of the cluster, behind the one that Ray raises here."""
     while cause := getattr(error, "cause", None) or error.__cause__:
         error = cause
     return error
 
 
 @contextlib.contextmanager
-def silenced(debug: bool = False):
-    """Nothing that libraries write to stderr past Python reaches the terminal, as TensorFlow does while it loads."""
+def silenced(debug: bool = False) -> Iterator[None]:
+    """Keep what native code writes to stderr off the terminal, as TensorFlow does while it loads."""
     if debug:
         yield
         return
@@ -51,52 +52,52 @@ def silenced(debug: bool = False):
 
 
 def _address() -> str | None:
-    """What `ray.init` is to connect to: as Ray decides (None), or "local" where it finds none or waits for minutes.
+    """The address for `ray.init`: None for Ray's own choice, or "local" where it would find none or wait for minutes.
 
-    A cluster that was killed leaves word of itself, by which Ray looks for it.
+    A cluster that was killed leaves a record of its address, by which Ray would look for it.
 
     Raises:
-        InputError: RAY_ADDRESS is no address for a job, or the cluster there does not answer.
+        InputError: RAY_ADDRESS is not an address for a job, or the cluster there does not answer.
     """
-    from ray._private.utils import read_ray_address
-
     given = os.environ.get("RAY_ADDRESS")
     if given and "://" in given:
         raise InputError(
-            f"RAY_ADDRESS={without_secrets(given)} is an address for Ray's clients, through which a job cannot share "
-            "its data: submit it (ray job submit --address http://HEAD:8265 -- python jobs/…), or start it on a "
-            "machine of the cluster with RAY_ADDRESS=HEAD:6379, or unset RAY_ADDRESS."
+            f"RAY_ADDRESS={without_secrets(given)} is an address for Ray clients, through which a job cannot share its "
+            "data: submit the job (ray job submit --address http://HEAD:8265 -- python jobs/…), start it on a machine "
+            "of the cluster with RAY_ADDRESS=HEAD:6379, or unset RAY_ADDRESS."
         )
     if given == "local":
         return given
-    # Not as Ray finds them for "auto": any on this machine, one of another job too, with which this one would end.
-    started = read_ray_address()
+    started = internals.recorded_address()
     if given == "auto" and not started:
-        raise InputError("RAY_ADDRESS=auto, but no Ray cluster runs here: start it (ray start --head), or unset it.")
+        raise InputError(
+            "RAY_ADDRESS=auto, but no Ray cluster runs here: start one (ray start --head), or unset RAY_ADDRESS."
+        )
     known = started if given == "auto" else given or started
-    place = re.fullmatch(r"(.+):(\d+)", known or "")
-    if place is None and given:
+    match = re.fullmatch(r"(.+):(\d+)", known or "")
+    if match is None and given:
         raise InputError(f"RAY_ADDRESS={given} is not an address: write HOST:PORT, or unset it.")
-    if place is None:
+    if match is None:
         return "local"
+    host, port = match.groups()
     try:
-        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=ANSWER_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
         if given:
             raise InputError(f"The Ray cluster at {given} does not answer: start it, or unset RAY_ADDRESS.") from error
         return "local"
-    if _is_foreign(place[2]):
+    if _is_foreign(port):
         if given:
             raise InputError(
-                f"The Ray cluster at {known} is another user's, and its folder cannot be written: RAY_ADDRESS=local "
-                "starts one for this job alone."
+                f"The Ray cluster at {known} is another user's, and its folder cannot be written: give "
+                "RAY_ADDRESS=local, which starts one for this job alone."
             )
         return "local"
     return known if given == "auto" else None
 
 
 def _is_foreign(port: str) -> bool:
-    """Whether the cluster with this port has a node on this machine whose folder is shut: Ray would abort the job."""
+    """Whether the cluster with this port has a node here whose folder cannot be written: Ray would abort the job."""
     for process in psutil.process_iter(["cmdline"]):
         name, *arguments = process.info["cmdline"] or [""]
         given = dict(argument.partition("=")[::2] for argument in arguments)
@@ -107,10 +108,10 @@ def _is_foreign(port: str) -> bool:
 
 
 def _settle_temporary_folder() -> None:
-    """A Ray that starts here gets a folder that it can write, with a path that leaves room for its sockets'.
+    """Make sure that a Ray that starts here has a folder that it can write, with a path short enough for its sockets.
 
     Raises:
-        InputError: there is none, or RAY_TMPDIR is another.
+        InputError: there is none, or RAY_TMPDIR is not one.
     """
     if given := os.environ.get("RAY_TMPDIR"):
         if not _fits(given):
@@ -119,27 +120,27 @@ def _settle_temporary_folder() -> None:
     try:
         usual = tempfile.gettempdir()
     except OSError as error:
-        raise InputError(f"{error.strerror}: set TMPDIR to a folder that can be written.") from error
+        raise InputError(f"{error.strerror}: set TMPDIR to a writable folder.") from error
     folder = next(filter(_fits, (usual, *SHORT_FOLDERS)), None)
     if folder is None:
         raise InputError(
             f"Ray cannot start: TMPDIR={usual} {UNFIT}, and so are {', '.join(SHORT_FOLDERS)}: set TMPDIR."
         )
     if folder != os.environ.get("TMPDIR", "/tmp"):
-        os.environ["TMPDIR"] = folder  # of Ray's processes: Python makes sockets there as well
-        os.environ.setdefault("RAY_object_spilling_directory", usual)  # it may be there because of its size
+        os.environ["TMPDIR"] = folder  # for Ray's processes: Python makes sockets there too
+        os.environ.setdefault("RAY_object_spilling_directory", usual)  # it may have been chosen for its size
 
 
 def _settle_token() -> None:
-    """A Ray that starts here keeps its token in the environment where the home directory cannot hold it."""
+    """A Ray that starts here keeps its token in the environment if the home directory cannot hold it."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     try:
-        place = Path.home() / ".ray"
-        place.mkdir(exist_ok=True)
-        if (place / "auth_token").exists() or os.access(place, os.W_OK | os.X_OK):
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        if (folder / "auth_token").exists() or os.access(folder, os.W_OK | os.X_OK):
             return
-    except (OSError, RuntimeError):  # there is no such directory, or no entry of this user
+    except (OSError, RuntimeError):  # there is no home directory, or no entry for this user
         pass
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -152,23 +153,6 @@ def _fits(folder: str) -> bool:
     return len(os.fsencode(folder)) <= SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK)
 
 
-@contextlib.contextmanager
-def _any_agent_port():
-    """A Ray that starts here has its node's agent listen on a free port.
-
-    Ray has a fixed one, which `ray.init` cannot change. Where another Ray of the machine has it, or the agents of one
-    whose driver was killed, which live a minute longer, every start would wait for it for more than three seconds.
-    """
-    from ray._private import parameter
-
-    known = parameter.RayParams
-    parameter.RayParams = functools.partial(known, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = known
-
-
 def _connect(debug: bool, dashboard: bool) -> None:
     import ray
 
@@ -176,11 +160,11 @@ def _connect(debug: bool, dashboard: bool) -> None:
     if address == "local":
         _settle_temporary_folder()
         _settle_token()
-    logging_level = "INFO" if debug else "ERROR"
+    logging_level = logging.INFO if debug else logging.ERROR
     try:
-        with _any_agent_port():
+        with internals.any_agent_port():
             ray.init(address, logging_level=logging_level, log_to_driver=debug, include_dashboard=dashboard)
-    except Exception as error:  # whatever Ray makes of a place where it cannot be
+    except Exception as error:  # whatever Ray raises where it cannot start
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if address == "local":
             raise InputError(f"Ray cannot start here: {reason.rstrip('.')}.") from error
@@ -190,10 +174,10 @@ def _connect(debug: bool, dashboard: bool) -> None:
 
 
 @contextlib.contextmanager
-def ray_session(debug: bool = False, dashboard: bool = False):
-    """A connected Ray for the time of the block; what was started here is ended here.
+def ray_session(debug: bool = False, dashboard: bool = False) -> Iterator[None]:
+    """A connected Ray for the duration of the block; one that was started here is stopped here.
 
-    A Ray of this job's own comes without a dashboard, unless it is asked for: ten processes less to start.
+    A Ray of this job's own has no dashboard unless it is asked for: ten fewer processes to start.
     """
     environment.pin()
     if not debug:
@@ -211,9 +195,8 @@ def ray_session(debug: bool = False, dashboard: bool = False):
     if not debug:
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is one line of ours
-        # Ray prints a paragraph about each process that died; it has no setting for that, and ours is a line.
-        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is reported in one line of ours
+        internals.silence_deaths()
     try:
         yield
     finally:

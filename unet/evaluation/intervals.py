@@ -1,9 +1,9 @@
 """How far scores would move with other images: bootstrap intervals over images, and paired differences.
 
-An image is drawn with all of its pixels, which are no independent witnesses. The counts of each resample are summed
-and scored as the split is, so the intervals belong to just the scores that are shown. They are
-percentile intervals, expanded for small numbers of images (Hesterberg, What Teachers Should Know About the Bootstrap,
-The American Statistician 2015). They speak of other images, and not of another training of the same network.
+An image is drawn with all of its pixels, which are not independent samples. The counts of each resample are summed and
+scored as the split is, so the intervals belong to exactly the scores that are shown. They are percentile intervals,
+expanded for small numbers of images (Hesterberg, What Teachers Should Know About the Bootstrap, The American
+Statistician 2015). They cover the choice of images, not another training of the same network.
 """
 
 import math
@@ -12,9 +12,11 @@ from statistics import NormalDist
 
 import numpy as np
 
+from unet.metrics import iou_and_dice
+
 LEVEL, METHOD, SEED = 0.95, "expanded percentile", 0
 LEAST_IMAGES = 10
-"""Of fewer images no interval is given: they say too little of their own spread."""
+"""With fewer images no interval is given: they say too little about their spread."""
 BLOCK_BYTES = 2**25
 NORMAL = NormalDist()
 
@@ -22,21 +24,20 @@ NORMAL = NormalDist()
 def score_vector(sums: np.ndarray) -> np.ndarray:
     """Scores of many counts at once: (..., 3, C) (`unet.evaluation.counts.Counts.sums`) to float64 (..., 2C + 3).
 
-    IoU by class, Dice by class, mean IoU, mean Dice, accuracy; NaN for what there is nothing to measure of.
+    IoU by class, Dice by class, mean IoU, mean Dice, accuracy; NaN where there are no pixels to measure it on.
     """
     sums = np.asarray(sums, np.float64)  # exact below 2**53 pixels
     true_positive, truth, predicted = np.moveaxis(sums, -2, 0)
-    sizes = truth + predicted
+    iou, dice = iou_and_dice(true_positive, truth, predicted)
+    present = truth + predicted > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        iou, dice = true_positive / (sizes - true_positive), 2 * true_positive / sizes
-        present = (sizes > 0).sum(-1)
-        means = [np.where(sizes > 0, values, 0).sum(-1) / present for values in (iou, dice)]
+        means = [np.where(present, values, 0).sum(-1) / present.sum(-1) for values in (iou, dice)]
         accuracy = true_positive.sum(-1) / truth.sum(-1)
     return np.concatenate([iou, dice, np.stack([*means, accuracy], -1)], -1)
 
 
-def named(values: Sequence, names: Sequence[str]) -> dict:
-    """The parts of a `score_vector`, or of what was computed of each: iou, dice, mean_iou, mean_dice, accuracy."""
+def named(values: Sequence | np.ndarray, names: Sequence[str]) -> dict:
+    """The parts of a `score_vector`, or what was computed from each: iou, dice, mean_iou, mean_dice, accuracy."""
     count = len(names)
     by_class = {"iou": values[:count], "dice": values[count : 2 * count]}
     found = {kind: dict(zip(names, part, strict=True)) for kind, part in by_class.items()}
@@ -44,9 +45,9 @@ def named(values: Sequence, names: Sequence[str]) -> dict:
 
 
 def intervals(views: dict[str, np.ndarray], resamples: int) -> dict[str, list]:
-    """The interval of each score of a `score_vector`, by view; a view is int64 (N, 3, C), counts an image.
+    """The interval of each score of a `score_vector`, by view; a view is int64 (N, 3, C), the sums of each image.
 
-    The same images make up a resample of all views. A score that cannot be measured has none.
+    A resample has the same images in all views. A score that cannot be measured has no interval.
     """
     return _intervals({name: (view,) for name, view in views.items()}, resamples)
 
@@ -65,7 +66,7 @@ def _intervals(views: dict[str, tuple[np.ndarray, ...]], resamples: int) -> dict
     joined = np.concatenate(flat, 1).astype(np.float64)
 
     def scored(sums: np.ndarray) -> list[np.ndarray]:
-        """What each view says of (K, all columns) summed counts."""
+        """Each view's scores or differences, (K, 2C + 3), of summed counts (K, all columns)."""
         columns, found = iter(np.split(sums, ends, 1)), []
         for parts in views.values():
             vectors = [score_vector(next(columns).reshape(-1, *part.shape[1:])) for part in parts]

@@ -1,4 +1,4 @@
-"""What becomes of an evaluation: files in its folder, and scores in the model's MLflow run."""
+"""The results of an evaluation: files in its folder, and scores in the model's MLflow run."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from unet.evaluation.output import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.page import evaluation_page
 from unet.evaluation.records import written
 from unet.evaluation.run import Evaluation
-from unet.models.trained import TrainedModel, tracking_uri_of
+from unet.models.trained import tracking_uri_of
 from unet.runs.run import read_history
 from unet.secrets import without_secrets
 from unet.storage import Folder
@@ -23,7 +23,7 @@ FILES = (METRICS, RECORDS, PAGE)
 
 
 def write(done: Evaluation, display: Display) -> None:
-    """Write the results into their folder. What an earlier evaluation left there is written over.
+    """Write the results into their folder, over those of an earlier evaluation.
 
     Raises:
         StorageFailed: they cannot be written.
@@ -43,56 +43,53 @@ def write(done: Evaluation, display: Display) -> None:
 
 
 def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> None:
-    """Log scores and files to the model's MLflow run; where that cannot be done, a sentence says so."""
+    """Log scores and files to the model's MLflow run; if that cannot be done, a sentence says so."""
     model, kept = done.model, f"the results are in {done.folder}"
-    not_its_model = f"Not logged to MLflow, since {model.checkpoint} is not the best of {model.run_name}: {kept}."
+    not_its_model = f"Not logged to MLflow: {model.checkpoint} is not the best checkpoint of {model.run_name}; {kept}."
     if model.run is not None and not is_best(model):
         display.say(not_its_model)
         return
-    if model.mlflow_run_id is None:
+    run_id = model.mlflow_run_id
+    if run_id is None:
         display.say(f"{done.label} has no MLflow run: {kept}.", "yellow")
         return
     storage = Folder(settings.store.storage_path)
     try:
         uri = settings.store.tracking_uri or tracking_uri_of(model.run)
-        if not _send(done, storage, uri):
+        if not _send(done, run_id, storage, uri):
             display.say(not_its_model)
     except Exception as error:  # whatever the store's library raises: the results are there
+        reason = without_secrets(first_line(error))[:200].rstrip(".")
         display.say(
-            f"MLflow has not taken the evaluation ({without_secrets(first_line(error))[:200].rstrip('.')}): {kept}.",
-            "yellow",
+            f"The evaluation was not logged to MLflow ({reason}): {kept}. Run it again once MLflow answers.", "yellow"
         )
 
 
-def _send(done: Evaluation, storage: Folder, uri: str | None) -> bool:
-    """Whether the scores were sent: they are not where the run's own model is another by now."""
+def _send(done: Evaluation, run_id: str, storage: Folder, uri: str | None) -> bool:
+    """Whether the scores were sent: they are not if the run's own model is a different one by now."""
     from unet.tracking.reach import check_server
     from unet.tracking.store import Store
 
     check_server(uri)
-    store = Store.of_existing(storage, done.model.mlflow_run_id, uri)
-    if not _is_of_run(done.model, store):
-        return False
+    store = Store.of_existing(storage, run_id, uri)
+    # A model of a run's folder is its best by now; a registered version may be of an earlier checkpoint.
+    if done.model.run is None and not re.fullmatch(r"runs:/[0-9a-f]+/model/?", done.model.name):
+        best = store.client.get_run(run_id).data.tags.get("best_checkpoint", "")
+        if best.rpartition("/")[2] != done.model.checkpoint:
+            return False
     store.latest(tracked_metrics(done))
     for name in FILES:
         store.file(done.folder, name, f"evaluation/{done.part}")
     return True
 
 
-def _is_of_run(model: TrainedModel, store) -> bool:
-    """Whether a model is what its MLflow run holds; a registered version may be of an earlier checkpoint."""
-    if model.run is not None or re.fullmatch(r"runs:/[0-9a-f]+/model/?", model.name):
-        return True
-    best = store.client.get_run(model.mlflow_run_id).data.tags.get("best_checkpoint", "")
-    return best.rpartition("/")[2] == model.checkpoint
-
-
 def tracked_metrics(done: Evaluation) -> dict[str, float]:
     """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …
 
-    Where a class is called `pet_low`, its IoU has the name, and the interval of `pet` lacks that end.
+    If a class is called `pet_low`, its IoU has that name, and the interval of `pet` lacks its lower end.
     """
-    found, ends = {}, {}
+    found: dict[str, float | None] = {}
+    ends: dict[str, float | None] = {}
     for part in ("", "band", "own_size"):
         scores = done.metrics.get(part) if part else done.metrics
         if scores is None:
@@ -111,5 +108,5 @@ def tracked_metrics(done: Evaluation) -> dict[str, float]:
     return {name: value for name, value in (ends | found).items() if value is not None}
 
 
-def _ends(name: str, span: list | None) -> dict[str, float]:
+def _ends(name: str, span: list | None) -> dict[str, float | None]:
     return {f"{name}_low": span[0], f"{name}_high": span[1]} if span else {}

@@ -1,4 +1,4 @@
-"""What the models of an evaluation are called, what they are scored on, and where their results go."""
+"""The labels of an evaluation's models, the data they are scored on, and where their results go."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from unet.secrets import lost, without_secrets
 from unet.storage import Folder
 
 METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
-PLACE = "evaluations"
+FOLDER = "evaluations"
 
 
 def asked(names: str) -> list[str]:
@@ -31,7 +31,7 @@ def asked(names: str) -> list[str]:
 
 
 def check_settings(settings: EvaluateSettings) -> None:
-    """What can be known of models and data before Ray starts, which takes seconds.
+    """Check what can be known about models and data before Ray starts, which takes seconds.
 
     Raises:
         InputError: a run, a checkpoint or the data are not there.
@@ -47,19 +47,19 @@ def data_of(models: Sequence[TrainedModel]) -> str:
     """What the run of the models was trained on, as `--data` would name it.
 
     Raises:
-        InputError: they are of several data, or no folder tells, or the data are gone.
+        InputError: they were trained on different data, no folder says on which, or the data are gone.
     """
     first = models[0]
     other = next((model for model in models if model.data_digest != first.data_digest), None)
     if other:
         raise InputError(f"{first.name} and {other.name} were trained on different data: give --data.")
     if first.run is None:
-        raise InputError(f"{first.name} does not tell where the data of its training are: give --data.")
+        raise InputError(f"{first.name} does not say where its training data are: give --data.")
     if prepared := prepared_of(first.run):
         return prepared
     source = read_config(first.run).get("data") if first.run.exists(CONFIG) else None
     if source is None or lost(source):
-        raise InputError(f"{first.run} does not tell where the data of its training are: give --data.")
+        raise InputError(f"{first.run} does not say where its training data are: give --data.")
     try:
         check_source(source)
     except InputError as error:
@@ -68,7 +68,7 @@ def data_of(models: Sequence[TrainedModel]) -> str:
 
 
 def labels_of(models: Sequence[TrainedModel]) -> list[str]:
-    """Short names: as asked for; run/checkpoint for a folder. One that would share its folder gets a number."""
+    """Short names: as given; run/checkpoint for a folder. One whose folder is another's already gets a number."""
     found: dict[str, str] = {}
     for model in models:
         is_folder = "/" in model.name and ":/" not in model.name
@@ -86,31 +86,31 @@ def _folder_name(label: str) -> str:
 
 
 def part_of(model: TrainedModel, split: str, data_digest: str) -> str:
-    """`test`; with the beginning of their digest where the data are not those of the training: `test-1a2b3c4d`."""
+    """`test`; with the start of the data's digest if they are not those of the training: `test-1a2b3c4d`."""
     return split if data_digest == model.data_digest else f"{split}-{data_digest[:8]}"
 
 
 def is_best(model: TrainedModel) -> bool:
-    """Whether a model of a run's folder is what the run's name means."""
-    return best_checkpoint(model.run) == model.checkpoint
+    """Whether a model from a run's folder is the one that the run's name means."""
+    return model.run is not None and best_checkpoint(model.run) == model.checkpoint
 
 
-def place_of(model: TrainedModel, label: str, part: str, settings: EvaluateSettings, alone: bool) -> Folder:
+def folder_of(model: TrainedModel, label: str, part: str, settings: EvaluateSettings, alone: bool) -> Folder:
     """The folder for an evaluation: `--output`, with a folder for each of several models; else the run's own.
 
-    There the run's best checkpoint has `evaluations/<part>` (`part_of`), another one its name behind it. A model of
+    There the run's best checkpoint has `evaluations/<part>` (`part_of`), another one its name appended. A model from
     MLflow has a folder of its name under the storage path.
     """
     output, name = settings.evaluate.output, _folder_name(label)
     if output:
         return Folder(output) if alone else Folder(output) / name
     if model.run is None:
-        return Folder(settings.store.storage_path) / PLACE / name / part
-    return model.run / PLACE / (part if is_best(model) else f"{part}-{model.checkpoint}")
+        return Folder(settings.store.storage_path) / FOLDER / name / part
+    return model.run / FOLDER / (part if is_best(model) else f"{part}-{model.checkpoint}")
 
 
-def check_place(folder: Folder) -> None:
-    """Refuse a place that results cannot be written to, before there are any.
+def check_folder(folder: Folder) -> None:
+    """Refuse a folder that results cannot be written to, before there are any.
 
     Raises:
         InputError: with what to do.
@@ -118,6 +118,6 @@ def check_place(folder: Folder) -> None:
     check_writable(folder, "--output")
     try:
         folder.exists(METRICS)
-    except OSError as error:  # an object store that does not answer, or does not let us in
+    except OSError as error:  # an object store that does not answer, or denies access
         reason = without_secrets(first_line(error)).rstrip(".")
         raise InputError(f"Cannot use {folder}: {reason}; give another --output.") from error

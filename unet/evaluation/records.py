@@ -1,4 +1,4 @@
-"""What an evaluation knows of each image: a row of `per_image.parquet`, from which every score and picture follows.
+"""What an evaluation records of each image: a row of `per_image.parquet`, from which all scores and pictures follow.
 
 Counts are exact integers, so sums over any images, in any order, are exact too.
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from unet.classes import IGNORE
 from unet.evaluation.counts import CELLS, Counts
 from unet.evaluation.intervals import score_vector
 
@@ -49,30 +48,26 @@ def record_schema() -> pa.Schema:
     )
 
 
-def count(truth: np.ndarray, predicted: np.ndarray, counted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (C*C,): how many pixels of an image are of each (true, predicted) class, where `counted` and not ignored.
-
-    truth, predicted: uint8 (H, W) class ids; counted: bool (H, W).
-    """
-    counted = counted & (truth != IGNORE)
-    return np.bincount(truth[counted].astype(np.int64) * classes + predicted[counted], minlength=classes**2)
+def is_measured(records: pa.Table, view: str) -> bool:
+    """Whether every image has a view's counts; "confusion" and "confusion_band" always have."""
+    return records[view].null_count == 0
 
 
-def counts_of(records: pa.Table, view: str, classes: int) -> Counts | None:
-    """A view's counts; None where it was not measured."""
-    return None if records[view].null_count else Counts.of_column(records[view], classes)
+def counts_of(records: pa.Table, view: str, classes: int) -> Counts:
+    """The counts of a view that `is_measured`."""
+    return Counts.of_column(records[view], classes)
 
 
 def written(records: pa.Table, classes: int) -> Iterator[pa.Table]:
     """The records as `per_image.parquet` has them, in parts of about `PART_BYTES`: whole matrices, which any reader
-    understands, take 8 C*C bytes an image and view in memory, but hardly any in the file."""
+    understands, take 8 C*C bytes per image and view in memory, but hardly any in the file."""
     rows = max(1, PART_BYTES // (8 * classes**2))
     for first in range(0, max(1, len(records)), rows):
         part = records.slice(first, rows)
         for view in (field.name for field in records.schema if field.type == CELLS):
-            counts = counts_of(part, view, classes)
-            # Of no fixed size: pyarrow cannot read a null of such from Parquet.
-            values = pa.nulls(len(part), _MATRIX) if counts is None else _matrices(counts)
+            measured = is_measured(part, view)
+            # Lists of no fixed size: pyarrow cannot read a null of fixed size from Parquet.
+            values = _matrices(counts_of(part, view, classes)) if measured else pa.nulls(len(part), _MATRIX)
             part = part.set_column(part.column_names.index(view), view, values)
         yield part
 

@@ -1,8 +1,8 @@
-"""Models over a split on the cluster's CPUs, through Ray Data: a record of each image comes back, no pixels.
+"""Models over a split on the cluster, through Ray Data: a record of each image comes back, no pixels.
 
-Reading tasks bring chunks of the shards, checked; processes of one TensorFlow thread each score them, in batches of
-one size, so that an image's numbers depend neither on what came with it nor on how many processes there are: which
-kernels TensorFlow takes, and with them the last bits, may follow from threads and batch.
+Tasks read chunks of the shards and check them; processes with one TensorFlow thread each score them in batches of one
+size, so that an image's numbers depend neither on the rest of its batch nor on the number of processes: the kernels
+that TensorFlow takes, and with them the last bits, may depend on threads and batch size.
 """
 
 import io
@@ -19,7 +19,9 @@ from PIL import Image
 from unet.borders import near_border
 from unet.classes import IGNORE
 from unet.cluster.devices import start_tensorflow
-from unet.cluster.planner import WORKER_BYTES
+from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import Placement
+from unet.cluster.planner import READERS, WORKER_BYTES
 from unet.config import Resize
 from unet.data.packed import packed, unpacked
 from unet.data.resize import ignore_padding
@@ -30,25 +32,24 @@ from unet.data.sources.find import TFDS
 from unet.data.streaming import DATA_CPUS
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.evaluation.counts import cells_of
-from unet.evaluation.pool import Pool
-from unet.evaluation.records import count, record_schema
+from unet.evaluation.records import record_schema
+from unet.metrics import confusion_of
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
 from unet.recipe.loss import Loss, LossSettings, Pixels
 
 BATCH = 16
-"""Images that a network takes at a time; of large ones fewer."""
+"""Images that a network takes at a time; fewer if they are large."""
 BATCH_BYTES = 0.5e9
 """What the feature maps of a batch may take."""
 START_SECONDS = 300
 """How long processes may take to start: TensorFlow's import takes 5 s on an idle core."""
 MODEL = "model"
-EVERYWHERE = np.True_
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is scored: enough to read it in any process."""
+    """What is scored: all that is needed to read it in any process."""
 
     folder: str
     name: str
@@ -71,7 +72,7 @@ def batch_size(models: Sequence[TrainedModel]) -> int:
 
 
 def scorer_bytes(models: Sequence[TrainedModel]) -> float:
-    """An estimate of the memory of a process that scores: TensorFlow, the weights (twice at its start), a batch."""
+    """An estimate of a scoring process' memory: TensorFlow, the weights (twice at its start), a batch."""
     return WORKER_BYTES + 2 * sum(w.nbytes for m in models for w in m.weights.values()) + 1.5 * BATCH_BYTES
 
 
@@ -79,26 +80,28 @@ def score_split(
     models: Sequence[TrainedModel],
     prepared: Prepared,
     split: str,
-    pool: Pool,
+    workers: Placement,
     band: int,
     batch: int,
     report: Callable[[int, int, float | None], None],
 ) -> list[pa.Table]:
     """The records of every image for each model (`unet.evaluation.records`), sorted by name.
 
-    All models take the same prepared images. `report` hears (images done, of how many, images/s since the first).
+    All models take the same prepared images. `report` gets the images done, their total and the images/s since the
+    first batch.
 
     Raises:
         InputError: the shards are damaged.
         RunFailed: scoring failed.
-        RuntimeError: not every image came back just once for each model.
+        RuntimeError: not every image came back exactly once for each model.
     """
     what, chunks = Split.of(prepared, split, band), len(prepared.chunks[split])
     kept = [ray.put(replace(model, run=None)) for model in models]
-    tables, total, first = [], prepared.count(split), None
-    dataset = _dataset(what, chunks, kept, pool, batch)
+    tables: list[pa.Table] = []
+    total, first = prepared.count(split), None
+    dataset = _dataset(what, chunks, kept, workers, batch)
     report(0, total, None)
-    done = 0
+    done = 0.0
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             tables.append(table)
@@ -121,7 +124,7 @@ def score_split(
 
 
 def check_names(found: list[str], expected: list[str]) -> None:
-    """Raises RuntimeError where not each expected name was found once, and no other."""
+    """Raises RuntimeError unless each expected name was found exactly once, and no other."""
     missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
     if missing or extra:
         name, what = (next(iter(missing)), "was not scored") if missing else (next(iter(extra)), "was scored too often")
@@ -135,31 +138,31 @@ def check_names(found: list[str], expected: list[str]) -> None:
         )
 
 
-def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], pool: Pool, batch: int) -> ray.data.Dataset:
+def _dataset(what: Split, chunks: int, kept: list[ray.ObjectRef], workers: Placement, batch: int) -> ray.data.Dataset:
     dataset = ray.data.from_items([{"chunk": chunk} for chunk in range(chunks)], override_num_blocks=max(1, chunks))
     context = dataset.context
     context.enable_progress_bars = False
-    # A block is a row, which is a batch: what a process takes at a time, and what progress counts.
+    # A block is one row, which holds a batch: what a process takes at a time, and what progress counts.
     context.target_max_block_size = batch * what.image_size**2 * 4
     context.wait_for_min_actors_s = START_SECONDS
-    context.raise_original_map_exception = True  # else it comes wrapped in a page about Ray's logs
+    context.raise_original_map_exception = True  # else it is wrapped in a page about Ray's logs
     read = dataset.map_batches(
-        _read_batches,
+        _read_batches,  # type: ignore[arg-type]  # Ray's types do not count fn_args
         fn_args=(what, batch),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=DATA_CPUS,
-        compute=ray.data.TaskPoolStrategy(min(chunks, pool.readers)),
+        compute=ray.data.TaskPoolStrategy(min(chunks, READERS * len(cluster_nodes()))),
     )
     return read.map_batches(
         _BatchScorer,
-        fn_constructor_args=(what, kept, pool.use_gpu),
+        fn_constructor_args=(what, kept, workers.use_gpu),
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=pool.processes),
-        num_cpus=pool.cpus,
-        num_gpus=1 if pool.use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=workers.num_workers),
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=int(workers.use_gpu),
     )
 
 
@@ -180,13 +183,13 @@ def _read(rows: pa.Table, what: Split, batch: int) -> Iterator[pa.Table]:
 
 
 class Scorer:
-    """A process that scores batches: the networks, and what follows from what they say."""
+    """A process that scores batches with the networks of all models."""
 
     def __init__(self, what: Split, models: Sequence[ray.ObjectRef], use_gpu: bool = False):
         start_tensorflow(1, use_gpu)
-        self.what, models = what, [ray.get(model) for model in models]
-        judges = {model.loss: _judge(what.image_size, what.classes, model.loss) for model in models}
-        self._networks = [(Network(model), batch_size([model]), judges[model.loss]) for model in models]
+        self.what, trained = what, [ray.get(model) for model in models]
+        judges = {model.loss: _judge(what.image_size, what.classes, model.loss) for model in trained}
+        self._networks = [(Network(model), batch_size([model]), judges[model.loss]) for model in trained]
         self._enlarge = _enlarge(what.image_size, what.classes, what.resize)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -196,7 +199,7 @@ class Scorer:
         images, masks = pixels(table["image"], (size, size, 3)), pixels(table["mask"], (size, size))
         bands = near_border(masks, what.band)
         facts = table.select(["name", "breed", "original_height", "original_width"]).to_pylist()
-        originals = [None] * len(table)
+        originals: list[np.ndarray | None] = [None] * len(table)
         if "mask_original" in table.column_names:
             originals = [np.asarray(Image.open(io.BytesIO(png))) for png in table["mask_original"].to_pylist()]
         rows = []
@@ -228,7 +231,7 @@ class Scorer:
         own = None
         if original is not None:
             enlarged = self._enlarge(logits, *original.shape).numpy()
-            own = cells_of(count(original, enlarged, EVERYWHERE, what.classes))
+            own = cells_of(confusion_of(original, enlarged, what.classes))
         shown = ignore_padding(predicted, height, width) if what.resize == "letterbox" else predicted
         png = io.BytesIO()
         Image.fromarray(shown).save(png, "PNG")
@@ -239,8 +242,8 @@ class Scorer:
             "species": _species(facts["breed"], what.source),
             "height": height,
             "width": width,
-            "confusion": cells_of(count(mask, predicted, EVERYWHERE, what.classes)),
-            "confusion_band": cells_of(count(mask, predicted, band, what.classes)),
+            "confusion": cells_of(confusion_of(mask, predicted, what.classes)),
+            "confusion_band": cells_of(confusion_of(mask[band], predicted[band], what.classes)),
             "confusion_own": own,
             "loss_sums": loss_sums,
             "doubt": doubt if np.isfinite(doubt) else None,
@@ -254,7 +257,7 @@ class _BatchScorer(Scorer):
 
 
 def _species(breed: str, source: str) -> str:
-    """cat or dog where the source tells; a drawn pet's breed is its species."""
+    """cat or dog if the source says so; a drawn pet's breed is its species."""
     if source in ("archives", TFDS):
         return species_of(breed)
     return breed if is_drawn(source) else ""
@@ -300,7 +303,7 @@ def _enlarge(size: int, classes: int, resize: Resize) -> Callable:
 
 
 def _explained(error: ray.exceptions.RayError) -> Exception:
-    """What a process of the cluster raised, as a sentence."""
+    """What a process of the cluster raised, as one sentence."""
     cause: BaseException = error
     while isinstance(inner := getattr(cause, "cause", None) or cause.__cause__, BaseException):
         cause = inner
@@ -308,8 +311,8 @@ def _explained(error: ray.exceptions.RayError) -> Exception:
             return InputError(first_line(cause))
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return RunFailed(
-            f"The processes that score did not start within {START_SECONDS} s: another job may have taken the "
-            "cluster's CPUs (`ray status` shows them); wait for it, or give fewer --num-workers."
+            f"The scoring workers did not start within {START_SECONDS} s: another job may hold the cluster's CPUs "
+            "(`ray status` shows them); wait for it, or give fewer --num-workers."
         )
     if own := own_words(str(error)):  # of a process that could not start
         return RunFailed(own)

@@ -1,4 +1,4 @@
-"""From the records of every image to the scores of a model, and to what tells two models apart."""
+"""From the records of every image to the scores of a model, and to the differences between two models."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -10,19 +10,25 @@ from unet import metrics
 from unet.classes import PETS
 from unet.evaluation import intervals
 from unet.evaluation.counts import Counts
-from unet.evaluation.records import counts_of
+from unet.evaluation.records import counts_of, is_measured
 from unet.recipe.loss import Loss, LossSettings
 
 BINARY = ("pet", "background")
 VIEWS = {"": "confusion", "band": "confusion_band", "own_size": "confusion_own"}
-"""What is scored beside the network's size (""), by the name of its part of `metrics.json`."""
+"""The counts of the network's size (""), and of what is scored beside it by the name of its part of `metrics.json`."""
+
+
+def _views(records: pa.Table, names: Sequence[str]) -> dict[str, Counts]:
+    """Those of `VIEWS` that were measured."""
+    measured = {part: column for part, column in VIEWS.items() if is_measured(records, column)}
+    return {part: counts_of(records, column, len(names)) for part, column in measured.items()}
 
 
 def binary_views(counts: Counts, names: Sequence[str]) -> dict[str, Counts]:
-    """Counts of pet, background and outline as those of pet and background, both ways in use.
+    """Counts of pet, background and outline as those of pet and background, in the two ways that are common.
 
     outline_as_pet: the outline is a part of the pet, in truth and prediction.
-    outline_ignored: pixels of the true outline are left out; a predicted outline on the others counts as pet.
+    outline_ignored: pixels of the true outline are left out; an outline predicted elsewhere counts as pet.
     Other classes have no such views.
     """
     if [c.name for c in PETS.classes] != list(names):
@@ -35,13 +41,13 @@ def binary_views(counts: Counts, names: Sequence[str]) -> dict[str, Counts]:
 
 
 def summary(records: pa.Table, names: Sequence[str], band: int, resamples: int, loss: LossSettings) -> dict:
-    """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`); not of none.
+    """The scores of a split, ready for JSON, from its records (`unet.evaluation.records`), of which there are some.
 
-    At the network's size: what `unet.metrics.scores` gives, `loss`, `images`, `intervals`, `binary`, `per_image` (means
-    over images). `band` and `own_size` hold the same of their pixels; `by_breed` and `by_species` of their images.
+    At the network's size: the result of `unet.metrics.scores`, `loss`, `images`, `intervals`, `binary`, `per_image`
+    (means over images). `band` and `own_size` hold the same for their pixels; `by_breed` and `by_species` for their
+    images.
     """
-    counts = {part: counts_of(records, column, len(names)) for part, column in VIEWS.items()}
-    counts = {part: found for part, found in counts.items() if found is not None}
+    counts = _views(records, names)
     binary = {part: binary_views(found, names) for part, found in counts.items() if part != "band"}
     views = counts | {f"{part}/{way}": found for part, ways in binary.items() for way, found in ways.items()}
     spans = intervals.intervals({part: view.sums() for part, view in views.items()}, resamples)
@@ -69,13 +75,13 @@ def _scored(counts: Counts, names: Sequence[str], spans: list) -> dict:
 
 
 def _per_image(counts: Counts, names: Sequence[str]) -> dict:
-    """Means over images: an image weighs as much as any other, whatever its size; what it lacks does not count."""
+    """Means over images: each weighs the same, whatever its size; a class that an image lacks does not count."""
     columns = [column[np.isfinite(column)] for column in intervals.score_vector(counts.sums()).T]
     return intervals.named([float(column.mean()) if len(column) else None for column in columns], names)
 
 
 def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: int) -> dict:
-    """The scores by breed or species, at the network's size; empty where none is known."""
+    """The scores by breed or species, at the network's size; empty if none is known."""
     labels, every = np.array(records[group].to_pylist(), dtype=object), counts_of(records, "confusion", len(names))
     found = {}
     for label in sorted({label for label in labels if label}):
@@ -85,22 +91,18 @@ def _by_group(records: pa.Table, group: str, names: Sequence[str], resamples: in
 
 
 def compare(labels: Sequence[str], tables: Sequence[pa.Table], names: Sequence[str], resamples: int) -> dict:
-    """Each pair of models on the same images: how much the later one scores more, with paired intervals.
+    """Each pair of models on the same images: how much more the later one scores, with paired intervals.
 
-    Both stand in the same resamples, so what is hard for both drops out of the difference.
+    Both are scored on the same resamples, so what is hard for both cancels out of the difference.
     """
-    counts = [
-        {part: found for part, column in VIEWS.items() if (found := counts_of(table, column, len(names))) is not None}
-        for table in tables
-    ]
+    sums = [{part: view.sums() for part, view in _views(table, names).items()} for table in tables]
     pairs = []
-    for (a, before), (b, after) in combinations(zip(labels, counts, strict=True), 2):
-        sums = [{part: view.sums() for part, view in model.items()} for model in (before, after)]
-        spans = intervals.paired_intervals(*sums, resamples)
+    for (a, before), (b, after) in combinations(zip(labels, sums, strict=True), 2):
+        spans = intervals.paired_intervals(before, after, resamples)
         differences = {}
         for part in before:
-            vectors = [intervals.score_vector(model[part].sum(0)) for model in sums]
-            values = [float(v) if np.isfinite(v) else None for v in vectors[1] - vectors[0]]
+            change = intervals.score_vector(after[part].sum(0)) - intervals.score_vector(before[part].sum(0))
+            values = [float(v) if np.isfinite(v) else None for v in change]
             both = [{"value": value, "interval": span} for value, span in zip(values, spans[part], strict=True)]
             differences[part or "network_size"] = intervals.named(both, names)
         pairs.append(
@@ -111,13 +113,13 @@ def compare(labels: Sequence[str], tables: Sequence[pa.Table], names: Sequence[s
 
 
 def _verdict(a: str, b: str, difference: dict, resamples: int) -> str:
-    """Better, worse or not told apart, by the interval of the difference in mean IoU."""
+    """Better, worse or no significant difference, by the interval of the difference in mean IoU."""
     value, span = difference["value"], difference["interval"]
     if value is not None and not resamples:
-        return f"Whether {b} and {a} differ by more than chance is not known without intervals: mean IoU {value:+.4f}."
+        return f"Whether {b} and {a} differ by more than chance is unknown without intervals: mean IoU {value:+.4f}."
     if value is None or span is None:
-        return f"{b} and {a} are not compared: there is nothing to measure, or too few images."
+        return f"{b} and {a} cannot be compared: there is nothing to measure, or there are too few images."
     amount = f"mean IoU {value:+.4f} (95 %: {span[0]:+.4f} to {span[1]:+.4f})"
     if span[0] > 0 or span[1] < 0:
         return f"{b} is {'better' if value > 0 else 'worse'} than {a}: {amount}."
-    return f"{b} and {a} are not told apart: {amount}."
+    return f"No significant difference between {b} and {a}: {amount}."

@@ -13,9 +13,9 @@ from unet.pages.figures import lowest
 from unet.pages.numbers import ABSENT, score
 
 WORST = 8
-"""Breeds that are shown: those with the lowest mean IoU."""
+"""Number of breeds shown: those with the lowest mean IoU."""
 NAME_WIDTH, WIDE = 18, 26
-"""Characters of a name before it is cut, and where the numbers take less room: all fit into 80 columns."""
+"""Characters of a name before it is cut, and in tables with fewer numbers: all fit into 80 columns."""
 WAYS = {"outline_as_pet": "as pet", "outline_ignored": "ignored"}
 
 
@@ -32,7 +32,7 @@ def show(console: Console, title: str, metrics: Mapping) -> None:
 
 
 def show_comparison(console: Console, comparison: Mapping) -> None:
-    """The differences of each pair, and what they mean."""
+    """The differences of each pair, and the verdict."""
     for pair in comparison["pairs"]:
         table = _table(f"{pair['b']} minus {pair['a']}", "IoU of", "difference", "95 %")
         parts = [("network_size", ""), ("band", ", near borders"), ("own_size", ", own size")]
@@ -49,7 +49,7 @@ def show_comparison(console: Console, comparison: Mapping) -> None:
 
 
 def _most_different(differences: Mapping) -> list[tuple[str, Mapping]]:
-    """The differences of all classes, or of more than `MANY` of those that differ most."""
+    """The differences of all classes, or with more than `MANY` classes of those that differ most."""
     if len(differences) <= MANY:
         return list(differences.items())
     return sorted(differences.items(), key=lambda item: -abs(item[1]["value"] or 0))[:MANY]
@@ -74,7 +74,7 @@ def _by_class(title: str, metrics: Mapping) -> Table:
 
 
 def _otherwise(metrics: Mapping) -> Table:
-    """The means of the other ways to look at the same masks."""
+    """The means of the other ways to score the same masks."""
     table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy", width=WIDE)
     band, own = metrics.get("band"), metrics.get("own_size")
     rows = [("mean over images", metrics["per_image"])]
@@ -101,7 +101,7 @@ def _binary(metrics: Mapping) -> Table:
 
 
 def _groups(group: str, found: Mapping) -> Table:
-    """The groups with the lowest scores, worst first; of few images, or without a score, only where others lack."""
+    """The groups with the lowest scores, lowest first; those with few images only if there are no others."""
     large = {name: scores for name, scores in found.items() if scores["images"] >= LEAST_IMAGES} or found
     ranked = sorted(large.items(), key=lambda item: (item[1]["mean_iou"] is None, item[1]["mean_iou"]))
     title = f"The worst {WORST} of {len(large)} breeds" if len(large) > WORST else f"By {group}"
@@ -114,7 +114,7 @@ def _groups(group: str, found: Mapping) -> Table:
 
 
 def _table(title: str, first: str, *columns: str, width: int = NAME_WIDTH) -> Table:
-    """A table whose title, like the names in it, is text and no markup: classes and runs are called by users."""
+    """A table whose title, like the names in it, is plain text, not markup: users name classes and runs."""
     right = (Column(name, justify="right", no_wrap=True) for name in columns)
     head = Column(first, overflow="ellipsis", no_wrap=True, max_width=width)
     return Table(head, *right, title=Text(title, style="bold"), box=SIMPLE_HEAD, title_justify="left", min_width=36)

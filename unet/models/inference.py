@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 class Network:
     """The float32 network of a model. Start TensorFlow first.
 
-    On one thread of a CPU an image's numbers are the same bits in every batch of one size. Another size, another number
-    of threads or another kind of processor may change the last ones.
+    On one CPU thread, an image's numbers are the same bits in every batch of one size. Another batch size, number of
+    threads or kind of processor may change the last bits.
     """
 
     def __init__(self, trained: "TrainedModel"):
@@ -27,7 +27,7 @@ class Network:
         try:
             self.keras_model = build(trained.description, size)
         finally:
-            keras.config.set_dtype_policy(policy)  # that of whose process this is
+            keras.config.set_dtype_policy(policy)  # the process may have set one of its own
         for variable in self.keras_model.weights:
             variable.assign(trained.weights[variable.path])
 

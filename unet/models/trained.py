@@ -1,6 +1,6 @@
-"""What `--model` means: a trained network, with its weights as plain arrays, found by run, checkpoint or MLflow model.
+"""The trained network that `--model` means, with its weights as plain arrays: a run's, a checkpoint's or MLflow's.
 
-No TensorFlow in a job's driver: a task of Ray reads the variables of an MLflow model, and does not run its graph.
+A job's driver needs no TensorFlow: a task of Ray reads the variables of an MLflow model, without running its graph.
 """
 
 import errno
@@ -42,7 +42,7 @@ class TrainedModel:
     """A network with the weights of one checkpoint.
 
     Attributes:
-        name: as it was asked for: a run's name, the folder of a run or a checkpoint, or an MLflow URI.
+        name: as given: a run's name, the folder of a run or a checkpoint, or an MLflow URI.
         network: its settings.
         image_size: side of its square input, in pixels.
         resize: how photos become that square.
@@ -50,9 +50,9 @@ class TrainedModel:
         weights: float32 arrays by name (`Network.variables`).
         loss: what was minimised, as in `--loss`.
         data_digest: of the data it was trained on.
-        val_mean_iou: of these weights on the validation split of then; None if they were not scored.
-        run_name, checkpoint: whose these weights are.
-        run: that run's folder; None for an MLflow model, which may be elsewhere.
+        val_mean_iou: of these weights on the training's validation split; None if they were not scored.
+        run_name, checkpoint: where these weights come from.
+        run: that run's folder; None for an MLflow model, whose run may be elsewhere.
         mlflow_run_id: of the run in MLflow, if it has one.
     """
 
@@ -99,7 +99,7 @@ class TrainedModel:
         except Damaged as error:
             checkpoints = Checkpoints(run)
             others = [name for name in checkpoints.whole() if name != checkpoint]
-            hint = f"give --model {checkpoints.folder}/{others[-1]}" if others else "bring back a copy of it"
+            hint = f"give --model {checkpoints.folder}/{others[-1]}" if others else "restore it from a copy"
             raise InputError(f"The checkpoint {error} of {run} cannot be used: {hint}.") from error
 
     @classmethod
@@ -128,7 +128,7 @@ class TrainedModel:
 
     @property
     def about(self) -> dict:
-        """What a packaged model says of itself, for JSON and YAML."""
+        """The metadata of a packaged model, for JSON and YAML."""
         return {
             "classes": self.class_names,
             "colours": [list(c.colour) for c in self.classes],
@@ -180,7 +180,7 @@ class TrainedModel:
             loss = LossSettings(loss=about["loss"])
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise InputError(
-                f"{name} is no model that this program packaged: give the name of its run, or package it again."
+                f"{name} is not a model that this program packaged: give the name of its run, or package it again."
             ) from error
         weights = _read_variables(folder, f"{place}/{VARIABLES}", describe(network, len(classes)).variables, name)
         digest, run_name, checkpoint = texts
@@ -200,7 +200,7 @@ class TrainedModel:
 
 
 def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
-    """Where the model is that `--model` means, as far as is known without asking MLflow.
+    """Where the model is that `--model` means, as far as can be known without MLflow.
 
     Returns:
         A run's folder and its checkpoint: the best one, or the one whose folder is given; a packaged model's folder
@@ -233,13 +233,13 @@ def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
 
 
 def best_checkpoint(run: Folder) -> str | None:
-    """The checkpoint that a run's name means: its best, or its last while no epoch has a score; None if it has none."""
+    """The checkpoint that a run's name means: its best, or its last until an epoch has a score; None without any."""
     latest = Checkpoints(run).latest()
     return latest and latest[1].chosen
 
 
 def tracking_uri_of(run: Folder | None) -> str | None:
-    """Where a run is tracked, as its folder says; None for the default store.
+    """The tracking URI of a run, from its folder; None for the default store.
 
     Raises:
         InputError: its URI had a secret, which was not saved.
@@ -251,7 +251,7 @@ def tracking_uri_of(run: Folder | None) -> str | None:
 
 
 def _resolved(uri: str, client) -> tuple[str, str | None]:
-    """Where the files of an MLflow model are, and the id of the run that it is of."""
+    """Where the files of an MLflow model are, and the id of its run."""
     if match := re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri):
         name, number, alias = match.groups()
         version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
@@ -264,7 +264,7 @@ def _resolved(uri: str, client) -> tuple[str, str | None]:
 def _read_variables(folder: Folder, place: str, shapes: Shapes, name: str) -> dict[str, np.ndarray]:
     """The arrays of a packaged model, by name, from its files that begin with `place`.
 
-    TensorFlow reads them: in a task of Ray where one is connected, so that a driver is spared of it, else here.
+    TensorFlow reads them: in a task of Ray if it is connected, so that the driver does not load it, else here.
     """
     kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(place)}
     ray = sys.modules.get("ray")
@@ -274,9 +274,11 @@ def _read_variables(folder: Folder, place: str, shapes: Shapes, name: str) -> di
         else:
             arrays = _variables(kept, list(shapes))
     except Exception as error:  # whatever TensorFlow makes of damaged bytes
-        raise InputError(f"The variables of {name} cannot be read: {first_line(cause_of(error))}") from error
+        raise InputError(
+            f"The variables of {name} cannot be read ({first_line(cause_of(error))}): package it again."
+        ) from error
     if any(arrays[key].shape != shape or arrays[key].dtype != np.float32 for key, shape in shapes.items()):
-        raise InputError(f"The variables of {name} are not those of its network: package it again.")
+        raise InputError(f"The variables of {name} do not match its network: package it again.")
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""A network's forms against the network itself: the same probabilities, and how long an image takes."""
+"""A network's exported forms against the network itself: equal probabilities, and the time that an image takes."""
 
 import statistics
 import time
@@ -19,11 +19,11 @@ from unet.errors import InputError
 from unet.packaging.forms import Run
 
 EQUAL = 0.999
-"""The share of pixels to which a form must give the network's class."""
+"""The share of pixels to which a form must give the same class as the network."""
 PHOTOS, DRAWN = 200, 20
-"""As many of the user's photos at most, and of drawn pets, are compared."""
+"""How many are compared: of the user's photos at most, or of drawn pets."""
 ROUNDS, TIMED = 5, 8
-"""Rounds of timing, in each of which every form takes so many images."""
+"""Rounds of timing, and the images that every form takes in each."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Agreement:
 
 
 def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str], None]) -> np.ndarray:
-    """Photos at the network's size as training has them, uint8 (N, size, size, 3); without a folder drawn pets.
+    """Photos at the network's size as in training, uint8 (N, size, size, 3); without a folder, drawn pets.
 
     Raises:
         InputError: the folder has no photo that can be read.
     """
     if folder is None:
-        # At odd sizes: the drawing is resized as a photo is.
+        # At odd sizes, so that a drawing is resized as a photo is.
         drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
         return np.stack([to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn])
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -60,7 +60,7 @@ def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str],
         else:
             found.append(to_square(picture, size, resize, BILINEAR, fill=0))
     if not found:
-        raise InputError(f"--images {folder} holds no photo that can be read.")
+        raise InputError(f"--images {folder} has no photo that can be read: give a folder of photos.")
     return np.stack(found)
 
 
@@ -70,7 +70,7 @@ def as_input(square: np.ndarray) -> np.ndarray:
 
 
 def agreement(run: Run, images: np.ndarray, expected: list[np.ndarray]) -> Agreement:
-    """Of a form with the network's probabilities, each float32 (1, S, S, C), of images uint8 (N, S, S, 3)."""
+    """A form's agreement with the network's probabilities, float32 (1, S, S, C) each, of images uint8 (N, S, S, 3)."""
     difference, equal = 0.0, []
     for image, truth in zip(images, expected, strict=True):
         found = run(as_input(image))
@@ -82,16 +82,16 @@ def agreement(run: Run, images: np.ndarray, expected: list[np.ndarray]) -> Agree
 
 
 def latencies(runs: Mapping[str, Run], images: np.ndarray, report: Callable[[int, int], None]) -> dict[str, float]:
-    """The median milliseconds that an image takes, by form, all warm.
+    """The median milliseconds per image, by form, all warmed up.
 
-    The forms take turns, and begin in another order each round, so that what else goes on meets them all.
+    The forms take turns, in another order each round, so that other load on the machine affects them all.
     """
     inputs = [as_input(image) for image in images[:TIMED]]
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            runs[name](inputs[0])  # the others may have taken the caches
+            runs[name](inputs[0])  # the others may have evicted its data from the caches
             for image in inputs:
                 began = time.perf_counter()
                 runs[name](image)

@@ -1,4 +1,4 @@
-"""`jobs/export.py`: the forms of a network, each run and compared before it is handed on."""
+"""`jobs/export.py`: the exported forms of a network, each run and compared with it before anything is written."""
 
 import hashlib
 import json
@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from unet.cluster.session import silenced
 from unet.config import ExportSettings
@@ -29,15 +31,18 @@ def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
     """The folder for an export, before anything is made.
 
     Raises:
-        InputError: nobody says where, or something else is there.
+        InputError: no folder is given or known, or it holds something else.
     """
     part = settings.export
-    if part.output is None and trained.run is None:
+    if part.output:
+        folder = Folder(part.output)
+    elif trained.run:
+        folder = trained.run / "export"
+    else:
         raise InputError(f"Say where the export of {trained.name} goes: --output FOLDER.")
-    folder = Folder(part.output) if part.output else trained.run / "export"
     check_writable(folder, "--output")
     if folder.names() and not folder.exists(PASSPORT):
-        raise InputError(f"{folder} holds something else: give an --output that is new, empty or an older export.")
+        raise InputError(f"{folder} holds something else: give a new or empty --output, or that of an earlier export.")
     return folder
 
 
@@ -47,10 +52,10 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     TensorFlow runs in this process.
 
     Raises:
-        InputError: there are no photos to compare on, or an older export is damaged.
-        RunFailed: a form answers otherwise than the network. Nothing was written then.
+        InputError: there are no photos to compare on, or an earlier export is damaged.
+        RunFailed: a form does not agree with the network. Nothing was written then.
     """
-    part, size, older = settings.export, trained.image_size, _forms_in(target)
+    part, size, earlier = settings.export, trained.image_size, _forms_in(target)
     threads = part.threads or len(os.sched_getaffinity(0))
     images = compare.squares(part.images, size, trained.resize, display.say)
     display.waiting("loading TensorFlow")
@@ -63,7 +68,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         runs: dict[str, Run] = {"network": lambda image: network.probabilities(_pixels(image))}
         model = exportable(network)
         expected = [network.probabilities(image[None]) for image in images]
-        found = {}
+        found: dict[str, compare.Agreement] = {}
         for name in part.formats:
             display.waiting(f"writing {FORMS[name].file}")
             FORMS[name].write(model, Path(scratch) / FORMS[name].file)
@@ -73,7 +78,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         _refuse_others(found, len(images), target)
         times = compare.latencies(runs, images, lambda done, total: display.working("timing", done, total))
         files = {name: _files(Path(scratch) / FORMS[name].file) for name in part.formats}
-    told = {
+    passport = {
         "model": {"asked_for": trained.name, **trained.about},
         "input": {"name": INPUT, "shape": [None, size, size, 3], "dtype": "float32", "range": [0, 1], "colour": "RGB"},
         "output": {"name": OUTPUT, "shape": [None, size, size, len(trained.classes)], "dtype": "float32"},
@@ -84,15 +89,15 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     }
     for name in part.formats:
         _place(target, name, files[name])
-    for name in older - {*part.formats}:  # of other weights
-        _remove(target, FORMS[name].file)
+    for other in earlier - {*part.formats}:  # of other weights
+        _remove(target, FORMS[other].file)
     target.write_text(USAGE, usage(trained, part.formats))
-    target.write_text(PASSPORT, json.dumps(told, indent=2))
-    return told
+    target.write_text(PASSPORT, json.dumps(passport, indent=2))
+    return passport
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """The uint8 image of an input, which the network divides itself."""
+    """The uint8 image of an input: the network divides by 255 itself."""
     return np.rint(image * 255).astype(np.uint8)
 
 
@@ -100,14 +105,14 @@ def _refuse_others(found: dict[str, compare.Agreement], images: int, target: Fol
     for name, seen in found.items():
         if seen.equal_classes < compare.EQUAL:
             raise RunFailed(
-                f"{FORMS[name].file} gives the network's class to {seen.equal_classes:.2%} of the pixels of {images} "
-                f"images only (at least {compare.EQUAL:.1%} is asked for; a probability is off by up to "
-                f"{seen.max_difference:.2g}): nothing was written to {target}."
+                f"{FORMS[name].file} gives the network's class to only {seen.equal_classes:.2%} of the pixels of "
+                f"{images} images (at least {compare.EQUAL:.1%} is required; probabilities differ by up to "
+                f"{seen.max_difference:.2g}): nothing was written to {target}. Leave this form out with --formats."
             )
 
 
 def _files(path: Path) -> dict[str, bytes]:
-    """What a form was written as: by relative name the files of a folder, under "" a single file."""
+    """The content of a form's files: by relative name in a folder, under "" for a single file."""
     if path.is_file():
         return {"": path.read_bytes()}
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
@@ -126,11 +131,11 @@ def _place(target: Folder, name: str, files: dict[str, bytes]) -> None:
     if "" in files:
         target.write_bytes(FORMS[name].file, files[""])
     else:
-        target.commit(FORMS[name].file, files)
+        target.commit(FORMS[name].file, {**files})
 
 
 def _forms_in(target: Folder) -> set[str]:
-    """The forms that an older export has written there, as it says itself."""
+    """The forms of an earlier export, as its `export.json` lists them."""
     if not target.exists(PASSPORT):
         return set()
     try:
@@ -147,7 +152,7 @@ def _remove(target: Folder, file: str) -> None:
 
 
 def usage(trained: TrainedModel, formats: tuple[str, ...]) -> str:
-    """The README of an export: how to call each form, in code that runs beside a photo.jpg."""
+    """The README of an export: how to call each form, in code that runs next to a photo.jpg."""
     from jinja2 import Environment
 
     text = (resources.files("unet.packaging") / "usage.md.jinja").read_text("utf-8")
@@ -155,16 +160,13 @@ def usage(trained: TrainedModel, formats: tuple[str, ...]) -> str:
     return template.render(trained.about, size=trained.image_size, formats=formats)
 
 
-def table(told: dict):
+def table(passport: dict) -> Table:
     """The terminal's table of an export: size, agreement and speed of each form."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
     right = [Column(title, justify="right") for title in ("MB", "ms an image", "equal classes", "largest difference")]
-    on = told["compared_on"]
-    table = Table("form", *right, title=f"{on['images']} images, {told['threads']} thread(s)", box=SIMPLE_HEAD)
-    table.add_row("network", "", f"{told['network_ms']:.2f}", "", "")
-    for seen in told["formats"].values():
+    on = passport["compared_on"]
+    table = Table("form", *right, title=f"{on['images']} images, {passport['threads']} thread(s)", box=SIMPLE_HEAD)
+    table.add_row("network", "", f"{passport['network_ms']:.2f}", "", "")
+    for seen in passport["formats"].values():
         size, time = f"{seen['bytes'] / 1e6:.2f}", f"{seen['ms']:.2f}"
         table.add_row(seen["file"], size, time, f"{seen['equal_classes']:.4%}", f"{seen['max_difference']:.1e}")
     return table

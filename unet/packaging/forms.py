@@ -1,7 +1,7 @@
-"""The forms in which a network alone is handed on: a TensorFlow SavedModel, TFLite and ONNX.
+"""The forms in which a network alone is exported: a TensorFlow SavedModel, TFLite and ONNX.
 
 All take `image`, float32 (N, S, S, 3), RGB in [0, 1], and give `probabilities`, float32 (N, S, S, C); N is 1 for
-TFLite. Resizing is the caller's: TFLite has no antialiased one, and tf2onnx writes a broken file of it.
+TFLite. Resizing is left to the caller: TFLite has no antialiased resize, and tf2onnx writes a broken file for it.
 """
 
 import warnings
@@ -25,12 +25,12 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Form:
-    """One of them.
+    """One of the forms.
 
     Attributes:
         file: its name in an export's folder; a folder's, for the SavedModel.
         write: writes a model to a path.
-        open: loads what was written, to run on so many threads of the CPU.
+        open: loads what was written, to run on that many threads of the CPU.
     """
 
     file: str
@@ -39,7 +39,7 @@ class Form:
 
 
 def exportable(network: Network) -> "keras.Model":
-    """The float32 network of a model with probabilities as its output, which have a name in every form."""
+    """The float32 network of a model with probabilities as its output, which has the same name in every form."""
     import keras
 
     logits = network.keras_model

@@ -1,4 +1,4 @@
-"""A trained model with its preprocessing, as an MLflow model that needs none of this code.
+"""A trained model with its preprocessing, as an MLflow model that does not need this code.
 
 uint8 (N, height, width, 3) photos of any one size in, uint8 (N, height, width) class ids out. Photos are resized to
 the network antialiased, stretched or letterboxed as in training, and probabilities back bilinearly without the

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from unet.classes import IGNORE, MANY, ClassInfo
+from unet.metrics import confusion_of, iou_and_dice
 from unet.pages.numbers import cell_text, score
 from unet.pages.pictures import STRIPES, overlay
 
@@ -224,10 +225,10 @@ def lowest(scores: Mapping[str, float | None]) -> list[str]:
 
 
 def image_iou(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> list[float | None]:
-    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 is left out."""
-    truth, predicted = truth[truth != IGNORE], predicted[truth != IGNORE]
-    found = [(truth == index, predicted == index) for index in range(class_count)]
-    return [float(np.sum(a & b) / np.sum(a | b)) if np.any(a | b) else None for a, b in found]
+    """Return the IoU of each class between uint8 (H, W) masks, None if absent in both; truth 255 counts for nothing."""
+    confusion = confusion_of(truth, predicted, class_count)
+    iou, _ = iou_and_dice(np.diagonal(confusion), confusion.sum(1), confusion.sum(0))
+    return [None if np.isnan(value) else float(value) for value in iou]
 
 
 def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[ClassInfo]) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 BAND_BYTES = 2**20
-"""What a band of probabilities takes, about: it stays in a core's cache."""
+"""About the size of a band of probabilities: it stays in a core's cache."""
 
 
 def bands(probabilities: np.ndarray, height: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 (C, rows, width)) of what float32 (C, h, w) is at (height, width), from top to bottom."""
+    """(first row, float32 (C, rows, width)) of float32 (C, h, w) enlarged to (height, width), from top to bottom."""
     classes, old_height, old_width = probabilities.shape
     (left, right, across), (upper, lower, down) = _axis(old_width, width), _axis(old_height, height)
     rows = max(1, BAND_BYTES // (4 * classes * width))
@@ -25,7 +25,7 @@ def bands(probabilities: np.ndarray, height: int, width: int) -> Iterator[tuple[
 
 
 def likeliest(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of float32 (C, rows, width): the class with the highest, uint8 (rows, width), the first of equals; and that."""
+    """Of float32 (C, rows, width): the likeliest class, uint8 (rows, width), the first of equals; and its value."""
     highest, ids = planes[0], np.zeros(planes.shape[1:], np.uint8)
     for index in range(1, len(planes)):
         ids = np.where(planes[index] > highest, np.uint8(index), ids)
@@ -34,7 +34,7 @@ def likeliest(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _axis(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `new` places: the two of `old` places it lies between, and how far it is from the first."""
+    """For each of `new` positions: the two of `old` that it lies between, and how far it is from the first."""
     scale = np.float32(old) / np.float32(new)
     place = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     first = np.floor(place)

@@ -1,4 +1,4 @@
-"""A model over photos: what is to be done, and what became of it."""
+"""A model over photos: which are left to predict, and what became of each."""
 
 import hashlib
 import time
@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import in_words
+from unet.cluster.planner import plan_prediction
+from unet.cluster.room import take
 from unet.cluster.session import cause_of
 from unet.config import PredictSettings
 from unet.data.sources import printable
@@ -20,13 +21,13 @@ from unet.pages.numbers import duration
 from unet.prediction.photos import Photos, find_photos, output_names
 from unet.prediction.results import KINDS, Results, locked, refuse_others, row_schema
 from unet.prediction.stages import Work
-from unet.prediction.stream import check_room, plan, predicted
+from unet.prediction.stream import TASK_CPUS, predicted
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 
 SHOWN_PROBLEMS = 20
-"""More lines about bad photos would push everything else off the screen; `predictions.csv` has them all."""
+"""Lines about bad photos: more would push everything else off the screen; `predictions.csv` has them all."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Summary:
     """What became of the photos.
 
     Attributes:
-        done: predicted now.
-        before: predicted by an earlier start.
-        bad: could not be used.
-        speed: photos/s from the first group that was through to the last; None if there was but one.
-        startup: seconds until that first group was through.
+        done: number predicted now.
+        before: number predicted by an earlier start.
+        bad: number that could not be used.
+        speed: photos/s from the end of the first group to the last; None if there was only one.
+        startup: seconds until the first group was done.
     """
 
     done: int
@@ -49,10 +50,10 @@ class Summary:
 
 
 def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summary:
-    """Predict what is not predicted yet. Ray must be connected.
+    """Predict the photos that are not predicted yet. Ray must be connected.
 
     Raises:
-        InputError: there is no such model, or the output holds something else.
+        InputError: there is no such model, the output holds something else, or the cluster has no room.
         RunFailed: a task failed; what is done is kept.
     """
     output, store = Folder(settings.predict.output), settings.store
@@ -75,7 +76,7 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
 
 
 def photos_of(settings: PredictSettings) -> Photos:
-    """The photos that are asked for, once the settings are seen to make sense.
+    """The photos that are asked for, once the settings are checked.
 
     Raises:
         InputError: there are none, or nothing can be written to the output.
@@ -92,10 +93,10 @@ def photos_of(settings: PredictSettings) -> Photos:
 
 
 def job_of(settings: PredictSettings, trained: TrainedModel) -> dict:
-    """What predictions are of: those of another model, input or form do not go into the same folder."""
+    """Describes the predictions: those of another model, input or form do not go into the same folder."""
     weights = hashlib.sha256()
     for array in trained.weights.values():
-        weights.update(np.ascontiguousarray(array))
+        weights.update(np.ascontiguousarray(array).data)
     about = {key: value for key, value in trained.about.items() if key != "val_mean_iou"}
     part = settings.predict
     options = {key: getattr(part, key) for key in ("tile", "tta", "probabilities", "overlays")}
@@ -104,9 +105,9 @@ def job_of(settings: PredictSettings, trained: TrainedModel) -> dict:
 
 
 def _todo(photos: Photos, results: Results) -> tuple[pa.Table, int]:
-    """The photos that are to be done, with the `name` of what will be written; and how many are done already.
+    """The photos left to predict, with the `name` of their files; and how many are done already.
 
-    One that was bad is tried again: what was wrong may be mended.
+    A bad photo is tried again: it may have been repaired.
     """
     table, whole = photos.table, results.whole()
     known = zip(results.rows["file"].to_pylist(), results.rows["name"].to_pylist(), strict=True)
@@ -125,7 +126,7 @@ def _run(
     todo: pa.Table,
     display: Display,
 ) -> tuple[int, float | None, float]:
-    """Do what is to be done: (bad photos, photos/s, seconds until the first were through)."""
+    """Predict the photos in `todo`: (bad photos, photos/s, seconds until the first were done)."""
     bad = _report(display, _unnamed(photos, len(trained.classes), results), 0)
     if not len(todo):
         return bad, None, 0.0
@@ -141,15 +142,14 @@ def _run(
         probabilities=part.probabilities,
         first_part=results.next_part,
     )
-    fitted = plan(cluster_nodes(), part.num_workers, part.device)
-    check_room(fitted)
-    if fitted.why_cpus:
-        display.say(f"On {in_words(fitted.use_gpu, fitted.why_cpus)}.")
-    display.waiting(f"starting {fitted.workers} × TensorFlow")
+    workers = take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)
+    if workers.why_cpus:
+        display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
+    display.waiting(f"starting {workers.num_workers} × TensorFlow")
     first = done = 0
     first_at = last_at = begun
     try:
-        for rows in predicted(todo, work, trained, fitted, part, settings.command.debug):
+        for rows in predicted(todo, work, trained, workers, part, settings.command.debug):
             results.add(rows)
             bad = _report(display, rows, bad)
             done, last_at = done + len(rows), time.monotonic()
@@ -160,14 +160,14 @@ def _run(
             display.waiting(f"{done:,}/{len(todo):,} photos{pace}")
     except ray.exceptions.RayError as error:
         reason = (own_words(str(error)) or first_line(cause_of(error))).rstrip(".")
-        raise RunFailed(f"Predicting failed: {reason}. The same command goes on from here.") from error
+        raise RunFailed(f"Predicting failed: {reason}. The same command continues from here.") from error
     if done != len(todo):
-        raise RunFailed(f"{done:,} photos came back of {len(todo):,}: the same command does the rest.")
+        raise RunFailed(f"Only {done:,} of {len(todo):,} photos were predicted: the same command predicts the rest.")
     return bad, speed, first_at - begun
 
 
 def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:
-    """The rows of photos whose names cannot be used, which `results` gets too."""
+    """The rows of photos whose names cannot be used; they are added to `results`."""
     words = {"problem": "unsafe_name", "detail": "its name cannot be written: rename it"}
     nothing = {"pixels": [0] * classes, "written": [0] * len(KINDS)}
     rows = [{"file": name} | words | nothing for name in photos.unnamed]
@@ -177,7 +177,7 @@ def _unnamed(photos: Photos, classes: int, results: Results) -> pa.Table:
 
 
 def _report(display: Display, rows: pa.Table, bad: int) -> int:
-    """Say what is wrong with the bad photos of a group, when `bad` were so before; how many are now."""
+    """Say what is wrong with the bad photos of a group, after `bad` earlier ones; returns how many there are now."""
     columns = (rows[name].to_pylist() for name in ("file", "problem", "detail"))
     for file, problem, detail in zip(*columns, strict=True):
         if problem:
@@ -185,19 +185,19 @@ def _report(display: Display, rows: pa.Table, bad: int) -> int:
             if bad <= SHOWN_PROBLEMS:
                 display.say(f"  skipped {printable(file)}: {printable(detail)}", "red")
             elif bad == SHOWN_PROBLEMS + 1:
-                display.say("  and more, which predictions.csv lists", "red")
+                display.say("  and more: predictions.csv lists them all", "red")
     return bad
 
 
 def _say(display: Display, settings: PredictSettings, trained: TrainedModel, photos: Photos, before: int) -> None:
     part = settings.predict
     held = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in photos.others.most_common(4))
-    known = f", {before:,} of them done before" if before else ""
+    known = f", {before:,} of them done already" if before else ""
     ways = [words for words, given in (("tiles", part.tile), ("mirrored too", part.tta)) if given]
     rows = [
         ("model", f"{trained.run_name}, {trained.checkpoint}: {', '.join(trained.class_names)}"),
         ("photos", f"{len(photos):,} in {photos.folder}{known}"),
-        *([("left alone", f"no pictures by their names: {held}")] if held else []),
+        *([("left out", f"not pictures by their names: {held}")] if held else []),
         ("input", " + ".join([f"{trained.image_size} px, {trained.resize}", *ways])),
     ]
     display.table("Predicting", rows)

@@ -1,7 +1,7 @@
-"""Which photos `--input` means, and where what is predicted for each comes to lie.
+"""Which photos `--input` means, and the names of what is predicted for each.
 
-A folder means the pictures below it, by their suffixes; a pattern those that fit it; a file itself, whatever its
-name. Hidden files are left out, and so is the output where it lies below the input.
+A folder means the pictures below it, by their suffixes; a pattern the pictures that match it; a file itself, whatever
+its name. Hidden files are left out, and so is an output folder below the input.
 """
 
 import fnmatch
@@ -22,10 +22,10 @@ from unet.storage import Folder
 
 MAGIC = re.compile(r"[*?\[]")
 LONGEST_NAME = 230
-"""Bytes of a name: temporary files and other suffixes are a little longer, and 255 is the most a disk takes."""
+"""Bytes of a name: temporary files and other suffixes are a little longer, and file systems allow 255."""
 SUFFIXES_WRITTEN = (".png", ".jpg", ".npz")
 LIKE_WRITTEN = re.compile(r"(\.png|\.jpg|\.npz)/")
-"""The end of a folder's name that a written file may have too."""
+"""A folder whose name may end like that of a written file."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Photos:
     Attributes:
         folder: what the names are relative to.
         table: `file` (relative name), `size` in bytes and `mtime_ns`, by name.
-        unnamed: names that cannot be written to a disk, a table or a terminal, spelled out.
-        others: files that are no pictures by their names, by suffix.
+        unnamed: names that cannot be written to a disk, a table or a terminal, escaped.
+        others: the number of files that are not pictures by their names, by suffix.
     """
 
     folder: Folder
     table: pa.Table
     unnamed: list[str] = field(default_factory=list)
-    others: Counter = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
 
     def __len__(self):
         return len(self.table) + len(self.unnamed)
@@ -65,22 +65,22 @@ def find_photos(text: str, output: Folder) -> Photos:
             return _photos(Folder((above or "/") + mark + query), [(name, info.size, info.mtime_ns or 0)], None)
         if info.type == pafs.FileType.NotFound and (magic := MAGIC.search(base)):
             above = base[: magic.start()].rpartition("/")[0]
-            fits = _translated(base[len(above) + 1 :]).fullmatch
+            pattern = _translated(base[len(above) + 1 :])
             place = Folder((above or "/") + mark + query)
         else:
-            fits = re.compile(".*", re.DOTALL).fullmatch
+            pattern = re.compile(".*", re.DOTALL)
         own = output.path.rstrip("/").removeprefix(place.path.rstrip("/") + "/") + "/"
-        files = (file for file in _listed(place) if fits(file[0]) and not file[0].startswith(own))
+        files = (file for file in _listed(place) if pattern.fullmatch(file[0]) and not file[0].startswith(own))
         found = _photos(place, files, SUFFIXES)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else without_secrets(first_line(error))
         where = without_secrets(str(error.filename or base))
-        raise InputError(f"Cannot read {where}: {reason}. Put that right, or give another --input.") from error
+        raise InputError(f"Cannot read {where}: {reason}. Fix that, or give another --input.") from error
     if not len(found):
         held = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in found.others.most_common(4))
         raise InputError(
             f"There are no photos at {without_secrets(base)}"
-            + (f" (there are files: {held}; one whose name is given is tried)" if held else "")
+            + (f" (only other files: {held}; a file given by its own name is tried)" if held else "")
             + ": give a photo, a folder of photos, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."
         )
     return found
@@ -89,8 +89,8 @@ def find_photos(text: str, output: Folder) -> Photos:
 def output_names(files: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
     """By file: the name, without a suffix, of what is predicted for it; all differ.
 
-    It is the file's own without its suffix, or with it where two would have the same. `taken` gives the names of
-    before, which stay, so that photos that are added move nothing.
+    It is the file's own without its suffix, or with it if two would be the same. `taken` gives earlier names, which
+    stay, so that photos added later rename nothing.
     """
     files = sorted({*files, *taken})
     stems = Counter(map(_stem, files))
@@ -102,11 +102,11 @@ def output_names(files: Iterable[str], taken: Mapping[str, str]) -> dict[str, st
         return name not in used and not any(name + suffix in folders for suffix in SUFFIXES_WRITTEN)
 
     def reachable(name: str) -> str:
-        """The name, in folders that are not what was written for a photo of before."""
+        """The name, in folders that are not files written for an earlier photo."""
         return LIKE_WRITTEN.sub(r"\1-2/", name) if written.intersection(_above(name)) else name
 
     new = [file for file in files if file not in taken]
-    # Those that are alone come first, whatever the order: a name that is nobody else's is theirs.
+    # Unique stems come first, whatever the order: a name that no other file could claim is theirs.
     for file in sorted(new, key=lambda file: (stems[_stem(file)] > 1, file)):
         name = reachable(_stem(file) if stems[_stem(file)] == 1 else file)
         number = 1
@@ -131,8 +131,9 @@ def _above(file: str) -> Iterable[str]:
 
 
 def _photos(folder: Folder, files: Iterable[tuple[str, int, int]], suffixes: Collection[str] | None) -> Photos:
-    """Of a folder's files, (relative name, size, time of change in ns), those with such a suffix."""
-    rows, unnamed, others = [], [], Counter()
+    """A folder's files, given as (relative name, size, time of change in ns), sorted by whether they are photos."""
+    rows, unnamed = [], []
+    others: Counter[str] = Counter()
     for name, size, mtime in files:
         suffix = os.path.splitext(name)[1].lower()
         if suffixes and suffix not in suffixes:
@@ -150,7 +151,7 @@ def _photos(folder: Folder, files: Iterable[tuple[str, int, int]], suffixes: Col
 def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
     """(relative name, size, time of change in ns) of the files below a folder that are not hidden.
 
-    A link that leads nowhere is there too, so that whoever reads it says so; what is no file, as a pipe, is not.
+    A broken link is among them, so that reading it reports the problem; other things than files, as a pipe, are not.
 
     Raises:
         OSError: a folder cannot be read.
@@ -171,18 +172,18 @@ def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
 
 
 def _raised(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # where nothing is, there are no photos
+    if not isinstance(error, FileNotFoundError):  # a missing folder has no photos
         raise error
 
 
 def _translated(pattern: str) -> re.Pattern:
-    """A pattern of the shell: `*` and `?` stay within a folder, `**/` is any folders or none."""
+    """A shell pattern as a regular expression: `*` and `?` stay within a folder, `**/` is any folders or none."""
     words = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     found = ""
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
         if len(piece) > 2 and piece[0] == "[":
             piece = re.sub(r"^\[\^", "[!", piece)
-            found += fnmatch.translate(piece)[4:-3]  # without "(?s:" and ")\\Z"; for an empty range what nothing fits
+            found += fnmatch.translate(piece)[4:-3]  # without "(?s:" and ")\\Z"; an empty range matches nothing
         else:
             found += words.get(piece) or re.escape(piece)
     return re.compile(found, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the network says, at a photo's own size: the graph that library, packaged model and evaluation share."""
+"""Predictions at a photo's own size: the graph that library, packaged model and evaluation share."""
 
 import tensorflow as tf
 
@@ -10,7 +10,7 @@ def as_network_input(photos, size: int, resize: Resize):
     """Photos uint8 (N, height, width, 3) of one size as the network's input, float32 (N, size, size, 3) in [0, 1].
 
     The pixels are those that Pillow gave the training: it reduces the width, rounds, reduces the height, and rounds.
-    (Pillow 13 takes some tall photos the other way round: a level of difference in a fifth of their values.)
+    (Pillow 13 reduces some tall photos in the other order: a fifth of their values differ by one level.)
     """
     height, width = tf.unstack(tf.shape(photos)[1:3])
     top, left, new_height, new_width = box_of(height, width, size, resize)

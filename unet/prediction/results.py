@@ -1,7 +1,7 @@
-"""The folder of predictions: what is done, whose it is, and `predictions.csv`.
+"""The folder of predictions: what is done, by which job, and `predictions.csv`.
 
-Beside the pictures the folder holds `.predictions/`: what the predictions are of, and a part of rows for each group
-of photos, written after their files. The same command reads them and goes on; `predictions.csv` is made of them.
+Beside the pictures the folder holds `.predictions/`: a description of the job, and a file of rows for each group of
+photos, written after their pictures. The same command reads them and continues; `predictions.csv` is made from them.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ KINDS = (MASKS, OVERLAYS, PROBABILITIES)
 
 
 def row_schema(classes: int) -> pa.Schema:
-    """What is known of each photo, for C classes.
+    """The columns known for each photo, for C classes.
 
     file, size, mtime_ns: its name below the input, its bytes, and when it was changed.
-    name: of what was written for it, without folder and suffix.
-    problem, detail: why there are no predictions, as a short name and in words; "" for a good one.
+    name: that of the files written for it, without folder and suffix.
+    problem, detail: why there are no predictions, as a short name and in words; "" for a good photo.
     height, width: as it is displayed, in pixels.
     confidence: the likeliest class' probability, mean over the pixels.
-    pixels: of each class.
+    pixels: their number for each class.
     written: bytes of mask, overlay and probabilities; 0 for what was not asked for.
     """
     return pa.schema(
@@ -56,7 +56,7 @@ def row_schema(classes: int) -> pa.Schema:
 
 
 def part(number: int) -> str:
-    """The file of a part's rows. Of two rows of a photo the one in the higher part counts."""
+    """The file of a part's rows. If a photo has two rows, the one in the higher part counts."""
     return f"{STATE}/rows-{number:08d}.parquet"
 
 
@@ -69,7 +69,7 @@ class Results:
     """What a folder holds of one model's predictions.
 
     Attributes:
-        rows: `row_schema`, one a photo, by name.
+        rows: `row_schema`, one per photo, by name.
         next_part: a number that no part has yet.
     """
 
@@ -82,10 +82,10 @@ class Results:
 
     @classmethod
     def open(cls, folder: Folder, job: dict, class_names: Sequence[str]) -> "Results":
-        """The results of a job, which may have begun already. `job` says what they are of: plain values of JSON.
+        """The results of a job, which may have begun already. `job` describes it in plain JSON values.
 
         Raises:
-            InputError: the folder holds others.
+            InputError: the folder holds those of another job.
         """
         refuse_others(folder, job)
         if not folder.exists(JOB):
@@ -93,7 +93,7 @@ class Results:
         return cls(folder, class_names)
 
     def whole(self) -> dict[str, tuple]:
-        """(size, mtime_ns) of each photo whose predictions are all there, as long as they were written, by file."""
+        """By file: (size, mtime_ns) of each photo whose predictions are all there, at the sizes that were written."""
         written = [_sizes(self.folder, kind.partition("/")[0]) for kind in KINDS]
         columns = (self.rows[name].to_pylist() for name in ("file", "size", "mtime_ns", "name", "problem", "written"))
         found = {}
@@ -104,9 +104,9 @@ class Results:
         return found
 
     def add(self, rows: pa.Table) -> None:
-        """Take rows of photos that are done; now and then `predictions.csv` is written again, whole."""
+        """Add rows of finished photos; now and then the whole `predictions.csv` is written again."""
         self._added.append(rows)
-        # A long table takes a while to write: no more than a twentieth of the time goes there.
+        # A long table takes a while to write: at most a twentieth of the time is spent on it.
         if time.monotonic() - self._saved > max(10, 20 * self._seconds):
             self.save()
 
@@ -121,7 +121,7 @@ class Results:
         self._seconds = self._saved - begun
 
     def merge(self) -> None:
-        """Make one part of all, so that the next start has one to read. No other process may write any."""
+        """Merge all parts into one, so that the next start reads a single file. No other process may be writing."""
         write_part(self.folder, self.next_part, self.rows)
         state = self.folder / STATE
         for name in self._parts():
@@ -129,7 +129,7 @@ class Results:
                 state.fs.delete_file(state.at(name))
 
     def catch_up(self) -> None:
-        """Take the rows of groups whose tasks had ended, but that did not come by here."""
+        """Add the rows of groups whose tasks finished without their rows reaching this process."""
         self._added.append(self._read())
 
     def _parts(self) -> list[str]:
@@ -170,10 +170,10 @@ class Results:
 
 
 def refuse_others(folder: Folder, job: dict) -> None:
-    """Refuse a folder that holds what another job has written; nothing is touched.
+    """Refuse a folder with the predictions of another job; nothing is touched.
 
     Raises:
-        InputError: with what differs.
+        InputError: says what differs.
     """
     if not folder.exists(JOB):
         theirs = {TABLE, *(kind.partition("/")[0] for kind in KINDS)}.intersection(folder.names())
@@ -189,15 +189,15 @@ def refuse_others(folder: Folder, job: dict) -> None:
         raise InputError(f"{folder}/{JOB} is damaged: give another --output, or remove {folder}.") from error
     if differing:
         words = ", ".join(f"{key} {found.get(key)} there, {job[key]} here" for key in differing)
-        raise InputError(f"{folder} holds other predictions ({words}): give another --output, or remove it.")
+        raise InputError(f"{folder} holds predictions of another job ({words}): give another --output, or remove it.")
 
 
 @contextlib.contextmanager
 def locked(folder: Folder) -> Iterator[None]:
-    """One job at a time into a folder.
+    """Let one job at a time write to a folder.
 
     Raises:
-        InputError: there is another.
+        InputError: another one does.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -221,13 +221,11 @@ def _columns(lists: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def _sizes(folder: Folder, name: str) -> dict[str, int]:
-    """The size of each file below one of the folders, by name relative to the whole."""
+    """The size of each file below one of its folders, by name relative to `folder`."""
     place = folder / name
     selector = pafs.FileSelector(place.path, allow_not_found=True, recursive=True)
     try:
         found = [info for info in place.fs.get_file_info(selector) if info.type == pafs.FileType.File]
     except OSError as error:
-        raise InputError(
-            f"Cannot read {place}: {first_line(error)}. Put that right, or give another --output."
-        ) from error
+        raise InputError(f"Cannot read {place}: {first_line(error)}. Fix that, or give another --output.") from error
     return {f"{name}/{info.path.removeprefix(f'{place.path}/')}": info.size for info in found}

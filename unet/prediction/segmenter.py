@@ -1,4 +1,4 @@
-"""A trained model as a library has it: arrays of photos of any size in, class ids or probabilities out."""
+"""A trained model for use as a library: arrays of photos of any size in, class ids or probabilities out."""
 
 import os
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from unet.models.inference import Network
 from unet.models.trained import TrainedModel
 
 PIXELS = 2**22
-"""So many of the photos are taken together, so that a stack of large ones does not fill the memory."""
+"""Of the photos taken together, so that a stack of large ones does not fill the memory."""
 
 
 class Segmenter:
-    """A trained model in this process, in float32; what `unet.load` gives.
+    """A trained model in this process, in float32, as `unet.load` returns it.
 
-    TensorFlow is the process' own: its threads, its GPUs. TF32 is off while the model computes, and as before after it.
+    TensorFlow keeps the process' own threads and GPUs. TF32 is off while the model computes, and as before afterwards.
 
     Attributes:
-        trained: the model as it was found.
+        trained: the weights, and all that is known about them.
     """
 
     def __init__(self, trained: TrainedModel):

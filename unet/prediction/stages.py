@@ -1,12 +1,13 @@
-"""What runs on the cluster: tasks that read photos, actors with the network, tasks that write what it says.
+"""What runs on the cluster: tasks that read photos, actors with the network, tasks that write its predictions.
 
-A row of a table is a photo, a table a group of photos. From the readers to the actors goes the network's input (and a
-grey copy of a small photo, to draw on), from the actors to the writers its probabilities. Large photos are decoded
-once more where they are drawn on. No photo passes through the driver.
+A row of a table is a photo, a table a group of photos. Readers send the actors the network's input (and a grey copy of
+a small photo, to draw on), actors send the writers its probabilities. Large photos are decoded again where they are
+drawn on. No photo passes through the driver.
 """
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +29,17 @@ from unet.prediction.results import KINDS, MASKS, OVERLAYS, PROBABILITIES, row_s
 from unet.storage import Folder
 
 GREY_BYTES, GREY_GROUP_BYTES = 2**22, 2**26
-"""Up to this size a photo's grey copy goes along, and up to that of a group's."""
+"""The largest grey copy that is sent along, of a photo and of a whole group."""
 TILE_SCALE = 2
 LARGEST_JPEG = 65_500
 """Pixels of the longest side of one."""
 DURABLE = False
-"""A kill leaves no torn file either way; after a failure of the power, sizes tell what has to be done again."""
+"""A kill leaves no torn file either way; after a power failure, file sizes show what has to be done again."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What readers and writers know.
+    """What readers and writers need to know.
 
     Attributes:
         photos: where the photos are, as a URI.
@@ -61,19 +62,21 @@ class Work:
 
     @property
     def output_bytes(self) -> int:
-        """Of what the network says of a photo, at most."""
+        """Bytes of the network's output for a photo, at most."""
         squares = 1 + len(tiles.places(TILE_SCALE, self.image_size)) if self.tile else 1
         return squares * self.image_size**2 * len(self.classes) * 4
 
     def is_tiled(self, height: int, width: int) -> bool:
-        """Whether a photo is large enough for tiles that do not enlarge it."""
+        """Whether a photo is so large that its tiles are not enlarged."""
         return self.tile and min(height, width) >= TILE_SCALE * self.image_size
 
 
 def read(rows: pa.Table, group: int, work: Work) -> pa.Table:
     """Decode the photos of a group: `rows` has file, size, mtime_ns and name."""
-    folder, size = Folder(work.photos), work.image_size
-    squares, greys, facts, kept = [], [], [], 0
+    folder, size, kept = Folder(work.photos), work.image_size, 0
+    squares: list[bytes | memoryview] = []
+    greys: list[bytes] = []
+    facts: list[tuple[str, str, int | None, int | None]] = []
     for file in rows["file"].to_pylist():
         squares.append(b"")
         greys.append(b"")
@@ -86,7 +89,7 @@ def read(rows: pa.Table, group: int, work: Work) -> pa.Table:
         if work.is_tiled(photo.height, photo.width):
             canvas = to_square(photo, TILE_SCALE * size, work.resize, decode.BILINEAR, fill=0)
             square = np.concatenate([square[None], tiles.cut(canvas, TILE_SCALE)])
-        squares[-1] = square
+        squares[-1] = square.data
         if work.overlays and photo.width * photo.height <= min(GREY_BYTES, GREY_GROUP_BYTES - kept):
             greys[-1] = photo.convert("L").tobytes()
             kept += len(greys[-1])
@@ -99,7 +102,7 @@ def read(rows: pa.Table, group: int, work: Work) -> pa.Table:
 
 
 class Predictor:
-    """A process with the network: `squares` in, `probabilities` out, float32 (n, C, S, S) of each photo."""
+    """A process with the network: `squares` in, `probabilities` out, float32 (n, C, S, S) for each photo."""
 
     def __init__(self, trained: TrainedModel, threads: int, batch_size: int, tta: bool, use_gpu: bool = False):
         start_tensorflow(threads, use_gpu)
@@ -128,7 +131,7 @@ class Predictor:
 
 
 def write(rows: pa.Table, work: Work) -> pa.Table:
-    """Write the pictures of a group and then its part; its rows, `row_schema`."""
+    """Write the pictures of a group and then its part; returns its rows, `row_schema`."""
     photos, output, found = Folder(work.photos), Folder(work.output), []
     schema, nothing = row_schema(len(work.classes)), [0] * len(work.classes)
     probabilities, greys = rows["probabilities"].combine_chunks(), rows["grey"].combine_chunks()
@@ -146,7 +149,7 @@ def write(rows: pa.Table, work: Work) -> pa.Table:
 
 
 def inside(squares: np.ndarray, height: int, width: int, work: Work) -> np.ndarray:
-    """What the network says of a photo without the padding, float32 (C, h, w), of its squares (n, C, S, S)."""
+    """A photo's probabilities without the padding, float32 (C, h, w), from those of its squares (n, C, S, S)."""
     planes = squares[0]
     if len(squares) > 1:
         side = TILE_SCALE * work.image_size
@@ -157,7 +160,7 @@ def inside(squares: np.ndarray, height: int, width: int, work: Work) -> np.ndarr
 
 
 def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder, output: Folder, work: Work) -> dict:
-    """Write what is asked for of one photo; `planes` is float32 (C, h, w)."""
+    """Write the files of one photo; `planes` is float32 (C, h, w). Returns confidence, pixels and written."""
     height, width, sizes = row["height"], row["width"], dict.fromkeys(KINDS, 0)
     ids, sure = np.empty((height, width), np.uint8), 0.0
     for first, band in bands(planes, height, width):
@@ -188,7 +191,7 @@ def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder,
 
 
 def _write_probabilities(output: Folder, name: str, planes: np.ndarray, height: int, width: int) -> int:
-    """Write float16 (height, width, C) as `probabilities` of an .npz, a band at a time; the bytes written."""
+    """Write float16 (height, width, C) as `probabilities` of an .npz, a band at a time; returns the bytes written."""
     header = {"descr": "<f2", "fortran_order": False, "shape": (height, width, len(planes))}
     with output.writing(name, DURABLE) as stream:
         with (
@@ -201,15 +204,15 @@ def _write_probabilities(output: Folder, name: str, planes: np.ndarray, height: 
         return stream.tell()
 
 
-def _packed(contents: list) -> pa.LargeBinaryArray:
-    """Bytes and arrays as one column."""
+def _packed(contents: Sequence[bytes | memoryview]) -> pa.LargeBinaryArray:
+    """Contents as one column."""
     offsets = np.cumsum([0, *(memoryview(content).nbytes for content in contents)])
     buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(b"".join(contents))]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(contents), buffers)
 
 
 def _unpacked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8, the bytes of all rows, and int64 (rows + 1), where each begins in them. No copy where it is one chunk."""
+    """uint8, the bytes of all rows, and int64 (rows + 1), where each begins. One chunk is not copied."""
     array = column.combine_chunks()
     _, offsets, content = array.buffers()
     offsets = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]

@@ -1,4 +1,4 @@
-"""Overlapping tiles of a photo and how what the network says of them becomes one picture without seams."""
+"""Overlapping tiles of a photo, and how their predictions are blended into one picture without seams."""
 
 from functools import cache
 
@@ -10,7 +10,7 @@ Place = tuple[int, int]
 
 @cache
 def places(scale: int, size: int) -> tuple[Place, ...]:
-    """Of the tiles of side `size` that cover a square canvas of `scale` times that side; neighbours overlap by half."""
+    """Where tiles of side `size` cover a square canvas of `scale` times that side; neighbours overlap by half."""
     starts = range(0, (scale - 1) * size + 1, size // 2)
     return tuple((top, left) for top in starts for left in starts)
 
@@ -19,7 +19,7 @@ def places(scale: int, size: int) -> tuple[Place, ...]:
 def weights(scale: int, size: int) -> np.ndarray:
     """float32 (tiles, size, size): a tile's weight at each of its pixels; over all tiles they sum to one everywhere.
 
-    A raised cosine, so that a tile counts least at its borders, where it sees least around a pixel.
+    A raised cosine, so that a tile counts least at its edges, where the network sees least around a pixel.
     """
     slope = np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
     window, total = np.outer(slope, slope), np.zeros((scale * size, scale * size))
@@ -36,7 +36,7 @@ def cut(canvas: np.ndarray, scale: int) -> np.ndarray:
 
 
 def blend(tiles: np.ndarray, scale: int) -> np.ndarray:
-    """float32 (C, scale*S, scale*S) of what the network says of each tile, float32 (tiles, C, S, S)."""
+    """float32 (C, scale*S, scale*S) from the probabilities of each tile, float32 (tiles, C, S, S)."""
     size = tiles.shape[-1]
     canvas = np.zeros((tiles.shape[1], scale * size, scale * size), np.float32)
     for tile, weight, (top, left) in zip(tiles, weights(scale, size), places(scale, size), strict=True):

@@ -5,24 +5,22 @@ Ray Train is told to restart nothing: a group that ends in any other way than by
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from unet.cluster.internals import Needless, on_controller_start, trainer
 from unet.cluster.planner import Plan
 from unet.data.ingest import Ingest, shards
 from unet.progress import Live
@@ -35,15 +33,10 @@ ANSWER_SECONDS = 10
 """How long the driver link may take to answer, and a controller to hand over itself."""
 
 
-@dataclass
-class _Announce(ControllerCallback):
-    """Tells the driver who the controller is, which it may have to end."""
-
-    link: ray.actor.ActorHandle
-
-    def after_controller_start(self, train_run_context) -> None:
-        # A reference, in a list, which Ray leaves alone: to unpack the handle the link would load all of Ray Train.
-        ray.get(self.link.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
+def _announce(link: ray.actor.ActorHandle) -> None:
+    """Tell the driver who the controller is, which it may have to end; called in the controller."""
+    # A reference, in a list, which Ray leaves alone: to unpack the handle the link would load all of Ray Train.
+    ray.get(link.event.remote("controller", [ray.put(ray.get_runtime_context().current_actor)]))
 
 
 class OrderedData(DataConfig):
@@ -55,15 +48,6 @@ class OrderedData(DataConfig):
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
         return [dict.fromkeys(datasets, shard) for shard in shards(self.ingest, world_size)]
-
-
-class _Trainer(DataParallelTrainer):
-    """Ray Train without those of its callbacks that would only start a process more."""
-
-    without: tuple[type, ...] = ()
-
-    def _create_default_callbacks(self):
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self.without)]
 
 
 class WorkerGroup:
@@ -115,14 +99,15 @@ class WorkerGroup:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _trainer(self, job: Job, stream: Ingest | None, scratch: Path) -> DataParallelTrainer:
-        plan, data, without = self._plan, {}, []
+        plan, data, without = self._plan, {}, set[Needless]()
         if stream:  # the data set is its place only: `OrderedData` gives the shards
             data = {"datasets": {"train": ray.data.range(1)}, "dataset_config": OrderedData(stream)}
         else:  # the workers have their data from the link
-            without.append(DatasetsCallback)
+            without.add("datasets")
         if job.score_test:  # the job has no other group, as a sweep's has: `free_abandoned_places` does it
-            without.append(PlacementGroupCleanerCallback)
-        trainer = _Trainer(
+            without.add("placement group cleaner")
+        return trainer(
+            without,
             train_worker,
             train_loop_config={"job": job, "streamed": stream is not None},
             backend_config=TensorflowBackendConfig(),
@@ -136,13 +121,11 @@ class WorkerGroup:
                 name=self._name,
                 storage_path=str(scratch),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[*self._callbacks, _Announce(self.link)],
+                callbacks=[*self._callbacks, on_controller_start(functools.partial(_announce, self.link))],
                 logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
             ),
             **data,
         )
-        trainer.without = tuple(without)
-        return trainer
 
     @property
     def ended(self) -> bool:

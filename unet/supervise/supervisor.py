@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import ray
 
 from unet.cluster import planner
-from unet.cluster.nodes import cluster_nodes, draining_nodes, free_abandoned_places, live_nodes
+from unet.cluster.internals import draining_nodes
+from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes
 from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import InputError, NoGpu, RunFailed, StorageFailed

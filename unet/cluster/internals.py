@@ -1,0 +1,97 @@
+"""Every call into what Ray keeps to itself: all that another version of Ray may break, each with its reason.
+
+`tests/test_internals.py` says in words what broke. Ray Train takes a second to import and brings pandas, so it is
+loaded only where its parts are asked for.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+Needless = Literal["datasets", "placement group cleaner"]
+"""Callbacks of Ray Train, each of which starts a process."""
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """By node id: the free amount of each resource. Ray's public call gives only the sum over all nodes."""
+    import ray
+
+    return ray._private.state.available_resources_per_node()
+
+
+def draining_nodes() -> set[str]:
+    """The ids of nodes whose end is announced, such as a spot machine that is being reclaimed.
+
+    It is what Ray Train's own watcher asks. The public form, `get_preemption_info`, makes the workers wait for each
+    other.
+    """
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def recorded_address() -> str | None:
+    """HOST:PORT of the cluster that `ray start` left a record of on this machine; None without one.
+
+    The public "auto" takes any cluster of the machine, another job's too, with which this one would end.
+    """
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or None
+
+
+@contextlib.contextmanager
+def any_agent_port() -> Iterator[None]:
+    """A Ray that starts within the block has its node's agent listen on a free port.
+
+    `ray.init` cannot change the fixed one. Where another Ray of the machine has it, or an agent whose driver was
+    killed, which lives a minute longer, every start would wait for it for more than three seconds.
+    """
+    from ray._private import parameter
+
+    known = parameter.RayParams
+    free = functools.partial(known, dashboard_agent_listen_port=0)
+    parameter.RayParams = free  # type: ignore[misc, assignment]  # a class, of which Ray only makes one object
+    try:
+        yield
+    finally:
+        parameter.RayParams = known  # type: ignore[misc]
+
+
+def silence_deaths() -> None:
+    """Keep Ray from printing a paragraph about each process that died, for which it has no setting: ours is a line."""
+    import ray
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+
+
+def on_controller_start(call: Callable[[], object]) -> "ControllerCallback":
+    """A callback of Ray Train that calls `call` in the controller when it starts: public callbacks see only workers."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class OnStart(ControllerCallback):
+        def after_controller_start(self, train_run_context) -> None:
+            call()
+
+    return OnStart()
+
+
+def trainer(without: set[Needless], *args: Any, **kwargs: Any) -> "DataParallelTrainer":
+    """Ray Train's `DataParallelTrainer(*args, **kwargs)` without some of its callbacks, for which it has no setting."""
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    kinds = {"datasets": DatasetsCallback, "placement group cleaner": PlacementGroupCleanerCallback}
+    left_out = tuple(kinds[name] for name in without)
+
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self):
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
+
+    return Trainer(*args, **kwargs)
