@@ -67,10 +67,10 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
 def _send(done: Evaluation, storage: Folder, uri: str | None) -> bool:
     """Whether the scores were sent: they are not where the run's own model is another by now."""
     from unet.tracking.reach import check_server
-    from unet.tracking.store import Store
+    from unet.tracking.stored_run import StoredRun
 
     check_server(uri)
-    store = Store.of_existing(storage, done.model.mlflow_run_id, uri)
+    store = StoredRun.of_existing(storage, done.model.mlflow_run_id, uri)
     if not _is_of_run(done.model, store):
         return False
     store.latest(tracked_metrics(done))

@@ -16,11 +16,9 @@ from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise import results
 from unet.terminal import Display
-from unet.tracking.send import PATIENCE, begin, kept_back, restart_tags, send
+from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send
 from unet.tracking.writer import AsyncWriter, Untracked
 
-STOP_SECONDS = 2
-"""How long a run that was stopped waits for MLflow."""
 PASSING = ("time", "images_per_second", "data_wait_fraction")
 """What of an epoch's record is not the same when it is trained again."""
 

@@ -122,7 +122,9 @@ def _revisions() -> tuple[set[str], str | None]:
 
     Alembic would import each, and with them MLflow.
     """
-    (package,) = importlib.util.find_spec("mlflow").submodule_search_locations
+    spec = importlib.util.find_spec("mlflow")
+    assert spec and spec.submodule_search_locations  # it is required, and a package
+    (package,) = spec.submodule_search_locations
     text = "\n".join(p.read_text() for p in Path(package).glob("store/db_migrations/versions/*.py"))
     known, before = (
         set(re.findall(rf"^{name}\b[^=\n]*= *[\"'](\w+)[\"']", text, re.MULTILINE))
@@ -179,8 +181,8 @@ def _made_below(connection: sqlite3.Connection, path: Path) -> set[Path]:
     """
     found = set()
     for number, place in connection.execute("select experiment_id, artifact_location from experiments"):
-        if root := _root(place):
-            here = path.parent / Path(_local(place)).relative_to(root)
+        if (root := _root(place)) and (local := _local(place)):
+            here = path.parent / Path(local).relative_to(root)
             if number == 0 or (path.name == DATABASE and here.exists()):
                 found.add(root)
     return found

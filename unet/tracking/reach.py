@@ -41,7 +41,9 @@ def check_server(uri: str | None) -> None:
     Raises:
         InputError: with what to do.
     """
-    kind = scheme(uri or "")
+    if uri is None:
+        return
+    kind = scheme(uri)
     try:
         if kind in ("http", "https"):
             parts = urlsplit(uri)
@@ -50,9 +52,9 @@ def check_server(uri: str | None) -> None:
         elif kind in PORTS:
             from sqlalchemy import make_url
 
-            place = make_url(uri)
-            if place.host:
-                socket.create_connection((place.host, place.port or PORTS[kind]), timeout=5).close()
+            url = make_url(uri)
+            if url.host:
+                socket.create_connection((url.host, url.port or PORTS[kind]), timeout=5).close()
     except urllib.error.HTTPError:
         pass  # it answers; whether it accepts us shows later
     except (OSError, ValueError) as error:

@@ -63,14 +63,15 @@ def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
         return True, f"{new.uri} is the {CHAMPION}: the first one."
     if champion.number == new.number:
         return True, f"{new.uri} is the {CHAMPION} already."
-    unscored = " and ".join(version.uri for version in (new, champion) if version.val_mean_iou is None)
-    if unscored or not new.data_digest or new.data_digest != champion.data_digest:
-        why = f"it was validated on other data than {new.uri}, so their scores do not compare"
-        why = f"no val score is known of {unscored}" if unscored else why
+    same_data = new.data_digest and new.data_digest == champion.data_digest
+    if new.val_mean_iou is None or champion.val_mean_iou is None or not same_data:
+        unscored = " and ".join(version.uri for version in (new, champion) if version.val_mean_iou is None)
+        why = f"it was validated on different data from {new.uri}, so their scores cannot be compared"
+        why = f"there is no val score of {unscored}" if unscored else why
         return False, (
-            f"{champion.uri} stays the {CHAMPION}: {why}. Score both on one validation split: python jobs/evaluate.py "
-            f"--model {new.uri},{champion.uri} --data DATA --split val; if the new one is better, give it the alias "
-            f"{CHAMPION} in MLflow."
+            f"{champion.uri} is still the {CHAMPION}: {why}. Score both on one validation split: python "
+            f"jobs/evaluate.py --model {new.uri},{champion.uri} --data DATA --split val; if the new one is better, "
+            f"give it the alias {CHAMPION} in MLflow."
         )
     scores = f"its val mean IoU is {new.val_mean_iou:.4f} against {champion.val_mean_iou:.4f} of {champion.uri}"
     if new.val_mean_iou > champion.val_mean_iou:
@@ -127,6 +128,7 @@ def register_run(summary: dict, run: RunSettings, display: Display) -> None:
             "command with --run-name sends and registers it."
         )
     uri = run.tracking_uri or default_uri(Folder(run.storage_path))
+    assert run.register is not None  # it is asked for
     register(uri, run.register, summary["mlflow_run_id"], display)
 
 

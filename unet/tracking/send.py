@@ -20,6 +20,8 @@ from unet.tracking.writer import AsyncWriter
 
 PATIENCE = 30.0
 """Seconds after which a store that takes nothing any more is given up."""
+STOP_SECONDS = 2.0
+"""How long a job that was stopped waits for MLflow."""
 PICTURES = (".png", ".npz")
 
 
@@ -29,20 +31,20 @@ def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
     params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
     tags = {"data_digest": summary.get("data_digest"), "run_folder": str(run.folder)}
     to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
-    if (prepared := prepared or _prepared(run)) is not None:
+    if prepared := prepared or open_data(run.folder, summary["data_digest"]):
         to.data(prepared)
     to.epoch(*run.history())
     to.file(run.folder, CONFIG)
 
 
-def _prepared(run: Run) -> Prepared | None:
-    """The data of a run, if they are where they were."""
+def open_data(folder: Folder, digest: str) -> Prepared | None:
+    """The prepared data with this digest that a run's or sweep's folder names, if they are where they were."""
     try:
-        place = prepared_of(run.folder)
-        prepared = Prepared(Folder(place)) if place else None
+        uri = prepared_of(folder)
+        prepared = Prepared(Folder(uri)) if uri else None
     except (InputError, OSError):
         return None
-    return prepared if prepared and prepared.manifest.data_digest == run.summary["data_digest"] else None
+    return prepared if prepared and prepared.manifest.data_digest == digest else None
 
 
 def send(
@@ -144,6 +146,7 @@ def sync(settings: TrainSettings, display: Display) -> None:
         RunFailed: the store has not taken everything.
     """
     name, part = settings.run.sync, settings.run
+    assert name is not None  # --sync names it
     with locked(Folder(part.storage_path) / name, name):
         _sync(Run.load(name, settings), display)
 

@@ -5,7 +5,6 @@ extends or ranks a sweep reads this and the trials' run folders.
 """
 
 import json
-import threading
 from collections.abc import Iterable
 
 from unet.locks import Lock
@@ -24,11 +23,12 @@ class Ledger:
     `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
     `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
     `training_seconds` of them (without the first step, which traces), `pid` and `memory_mb` of that process,
-    `diverged`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep that writes.
+    `diverged`, `mlflow_key`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep
+    that writes.
     """
 
     def __init__(self, folder: Folder, held: Lock | None = None):
-        self._folder, self._held, self._lock = folder, held, threading.RLock()
+        self._folder, self._held = folder, held
         lines = folder.read_text(TRIALS).splitlines() if folder.exists(TRIALS) else []
         self._rows = {row["trial"]: row for row in map(json.loads, lines)}
 
@@ -40,8 +40,7 @@ class Ledger:
 
     @property
     def rows(self) -> list[dict]:
-        with self._lock:
-            return [dict(row) for row in self._rows.values()]
+        return [dict(row) for row in self._rows.values()]
 
     def under_way(self) -> list[dict]:
         """The trials that have begun and are to go on."""
@@ -49,24 +48,21 @@ class Ledger:
 
     def begin(self, settings: dict) -> dict:
         """A new trial."""
-        row = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
+        row: dict = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
         row |= {"tries": 0, "epochs": 0, "best_val_mean_iou": None, "best_epoch": None, "seconds": 0.0}
-        with self._lock:
-            self._rows[row["trial"]] = row
+        self._rows[row["trial"]] = row
         self.write()
         return row
 
     def update(self, trial: str, write: bool = True, **changes) -> None:
-        with self._lock:
-            self._rows[trial] |= changes
+        self._rows[trial] |= changes
         if write:
             self.write()
 
     def write(self) -> None:
-        with self._lock:
-            if self._held:
-                self._held.check(f"the sweep in {self._folder}")
-            self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        if self._held:
+            self._held.check(f"the sweep in {self._folder}")
+        self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
 
     def history(self, trial: str) -> list[dict]:
         """The epochs of a trial, as its run wrote them down."""
@@ -101,7 +97,8 @@ class Ledger:
             row = self[trial]
             if not summary.get("test"):  # else it was the chosen one, and is finished whatever its end
                 summary["status"] = {"pruned": "stopped"}.get(row["end"], row["end"])
-            summary |= {"end": row["end"], "reason": row["reason"], "mlflow_run_id": row.get("mlflow_run_id")}
+            summary |= {"end": row["end"], "reason": row["reason"]}
+            summary |= {name: row.get(name) for name in ("mlflow_key", "mlflow_run_id")}
             (self._folder / trial).write_text(SUMMARY, json.dumps(summary, indent=2))
 
 

@@ -2,15 +2,15 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search.sample import Categorical
 
 from unet.config import TuneSettings
 from unet.errors import InputError
 from unet.tuning.ledger import Ledger
-from unet.tuning.space import Space
+from unet.tuning.space import Space, choices, limits
 
 SCORE = "val_mean_iou"
 IN_FLIGHT = ("learning_rate", "dropout")
@@ -22,10 +22,11 @@ class Asha(ASHAScheduler):
 
     def know(self, trial_id: str, history: list[dict]) -> None:
         """Take in the epochs of a trial, as if it had run under this scheduler."""
-        trial = SimpleNamespace(trial_id=trial_id)
-        self.on_trial_add(None, trial)
+        trial: Any = SimpleNamespace(trial_id=trial_id)  # ASHA reads no more of it, and nothing of the controller
+        controller: Any = None
+        self.on_trial_add(controller, trial)
         for record in history:
-            self.on_trial_result(None, trial, record)
+            self.on_trial_result(controller, trial, record)
 
 
 def check_schedule(settings: TuneSettings, space: Space) -> None:
@@ -45,7 +46,7 @@ def check_schedule(settings: TuneSettings, space: Space) -> None:
 def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> TrialScheduler | None:
     """Tune's scheduler, told of the ended trials of the ledger; None to train every trial to its end."""
     sweep = settings.sweep
-    common = {"time_attr": "epoch", "metric": SCORE, "mode": "max"}
+    common: dict[str, Any] = {"time_attr": "epoch", "metric": SCORE, "mode": "max"}
     if sweep.scheduler == "asha":
         asha = Asha(
             **common,
@@ -65,11 +66,12 @@ def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> Tria
     def within(config: dict) -> dict:
         """Keep what a perturbation made inside the space."""
         for name, domain in space.draws.items():
-            if not isinstance(domain, Categorical):
-                config["draw"][name] = min(max(config["draw"][name], domain.lower), domain.upper)
+            if choices(domain) is None:
+                low, high = limits(domain)
+                config["draw"][name] = min(max(config["draw"][name], low), high)
         return config
 
-    mutations = {n: d.categories if isinstance(d, Categorical) else d for n, d in space.draws.items()}
+    mutations = {name: choices(domain) or domain for name, domain in space.draws.items()}
     return PopulationBasedTraining(
         **common,
         perturbation_interval=sweep.grace_epochs,

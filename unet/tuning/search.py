@@ -25,6 +25,7 @@ class Search(Searcher):
         super().__init__(metric=BEST, mode="max")
         self._ledger, self._planned, self._asha = ledger, planned, asha
         self._waiting, self._closed = ledger.under_way(), False
+        self._source: Tpe | Variants
         if kind == "tpe":
             self._source = Tpe(space, seed, ledger, planned)
         else:
@@ -122,14 +123,15 @@ class Tpe:
         at_random = min(self.RANDOM, max(3, planned // 4)) if planned else self.RANDOM
         sampler = optuna.samplers.TPESampler(seed=(seed + len(ledger)) % 2**32, n_startup_trials=at_random)
         self._optuna = OptunaSearch(space=distributions, metric=BEST, mode="max", sampler=sampler)
-        self._adopted = {}
+        self._adopted: dict[str, dict] = {}
         for row in ledger.rows:
             value = 0.0 if row.get("diverged") else row[BEST]
             if row["end"] in ("finished", "pruned", "failed") and value is not None:
                 self._optuna.add_evaluated_point(row["settings"], value)
 
-    def draw(self, trial_id: str) -> dict:
-        return _plain(self._optuna.suggest(trial_id))
+    def draw(self, trial_id: str) -> dict | None:
+        suggested = self._optuna.suggest(trial_id)
+        return suggested and _plain(suggested)
 
     def adopt(self, trial_id: str, settings: dict) -> None:
         self._adopted[trial_id] = settings

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from unet.config import AUTO, SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
 from unet.errors import InputError
@@ -48,13 +48,14 @@ class Space:
         Raises:
             InputError: a range has no grid.
         """
-        for name, domain in self.draws.items():
-            if not isinstance(domain, Categorical):
+        found = {name: choices(domain) for name, domain in self.draws.items()}
+        for name, values in found.items():
+            if values is None:
                 raise InputError(
                     f"--search grid needs choices, and {name} is drawn from a range: write "
                     f"`{name}: {{choice: [a, b]}}` in the space, or give --search random."
                 )
-        return {name: tune.grid_search(domain.categories) for name, domain in self.draws.items()}
+        return {name: tune.grid_search(values) for name, values in found.items() if values is not None}
 
     def described(self) -> str:
         return ", ".join(f"{name} {_described(domain)}" for name, domain in self.draws.items())
@@ -113,6 +114,17 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     return Space(draws, text, _settings(settings, largest, f"The space {source}, at its largest"))
 
 
+def choices(domain: Domain | None) -> list | None:
+    """What is chosen among; None where nothing is, or from a range."""
+    return list(domain.categories) if isinstance(domain, Categorical) else None
+
+
+def limits(domain: Domain) -> tuple[float, float]:
+    """The ends of a range; of whole numbers, the upper one is the first that is not drawn."""
+    assert isinstance(domain, Float | Integer)  # a space has nothing else but choices
+    return domain.lower, domain.upper
+
+
 def is_log(domain: Domain) -> bool:
     """Whether a range is drawn by its logarithm."""
     return "Log" in type(domain.get_sampler()).__name__
@@ -150,8 +162,9 @@ def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
 
 
 def _described(domain: Domain) -> str:
-    if isinstance(domain, Categorical):
-        return "{" + ", ".join(str(v) for v in domain.categories) + "}"
-    last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+    if (values := choices(domain)) is not None:
+        return "{" + ", ".join(str(v) for v in values) + "}"
+    low, high = limits(domain)
+    last = high - 1 if isinstance(domain, Integer) else high
     scale = " (log)" if is_log(domain) else ""
-    return f"{domain.lower:g}…{last:g}{scale}"
+    return f"{low:g}…{last:g}{scale}"

@@ -3,17 +3,18 @@
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
 
-import unet.data.prepare as preparing
-from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
+from unet.config import SWEEP_MAY_CHANGE, SweepSettings, TuneSettings, flat, parse_yaml, read_config
+from unet.data.sources.find import check_source
 from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
-from unet.runs.run import CONFIG, SUMMARY, locked, read_summary
+from unet.runs.run import CONFIG, SUMMARY, locked, milliseconds, read_summary
 from unet.secrets import without_passwords
 from unet.storage import Folder
 from unet.supervise.preflight import refuse_changes, with_chosen_precision
@@ -54,7 +55,10 @@ class Sweep:
     def start(self, **facts) -> None:
         """Write down that the sweep is on: its settings, its space and what is known of it."""
         self.folder.write_text(SPACE, self.space.text)
-        self.write_summary(sweep=self.name, status="running", **facts)
+        once = {"started": self.summary.get("started") or milliseconds()}
+        once["mlflow_key"] = self.summary.get("mlflow_key") or uuid.uuid4().hex
+        at_its_end = dict.fromkeys(("reason", "ended", "delivered"))
+        self.write_summary(sweep=self.name, status="running", **once, **at_its_end, **facts)
         # Last: where it is, the others are.
         self.folder.write_text(CONFIG, yaml.safe_dump(self.public_settings(), sort_keys=False))
 
@@ -62,6 +66,12 @@ class Sweep:
         """The settings as they may be saved and sent: this sweep's name, and no secret."""
         unsaved = dict.fromkeys(("resume", "sync", "config", "extend"))
         return without_passwords(flat(self.settings) | {"run_name": self.name} | unsaved)
+
+    def base(self, data: str, tracking_uri: str) -> dict:
+        """What all trials have in common: flat settings of a training, without those of the search."""
+        kept = {k: v for k, v in self.public_settings().items() if k not in SweepSettings.model_fields}
+        kept.pop("register")
+        return kept | {"data": data, "storage_path": self.folder.uri, "tracking_uri": tracking_uri}
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
@@ -99,7 +109,8 @@ def open_sweep(settings: TuneSettings) -> Sweep:
     if settings.sweep.search == "grid":
         space.grid()
     check_schedule(settings, space)
-    preparing.check_source(settings.data.data)
+    check_source(settings.data.data)
     check_database(settings.run.tracking_uri or default_uri(storage))
-    check_server(settings.run.tracking_uri)
+    if not summary:  # one that continues goes on without its tracking server
+        check_server(settings.run.tracking_uri)
     return Sweep(name, settings, folder, space, summary)

@@ -1,35 +1,29 @@
 """The trials of one start of a sweep: Ray Tune with its search, its end, and what follows the last of them."""
 
-import shlex
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray import tune
 
 from unet.cluster import planner
-from unet.cluster.placement import in_words
-from unet.config import SweepSettings
 from unet.data import ingest
-from unet.data.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import RunFailed
 from unet.runs.run import where
 from unet.secrets import without_secrets
 from unet.supervise.signals import catch_stop_signals
 from unet.terminal import Display
-from unet.tracking.registry import register
-from unet.tracking.store import code_version
-from unet.tracking.tracker import Tracker
 from unet.training.link import DriverLink
 from unet.tuning import outcome
-from unet.tuning.board import Board, epochs_saved
-from unet.tuning.children import ChildRuns
+from unet.tuning.board import Board
 from unet.tuning.ledger import Ledger
-from unet.tuning.schedule import make_scheduler
-from unet.tuning.search import BEST, Search, population
-from unet.tuning.sweep import SPACE, Sweep
+from unet.tuning.schedule import Asha, make_scheduler
+from unet.tuning.search import Search, population
+from unet.tuning.sweep import Sweep
+from unet.tuning.sweep_runs import SweepRuns
 from unet.tuning.trial import Shared, WarmTrial, group_trial
 from unet.tuning.trial_recorder import TrialRecorder
 
@@ -86,7 +80,7 @@ class Trials:
     together: int
     at_a_time: int
     planned: int | None
-    tracker: Tracker
+    runs: SweepRuns
     display: Display
     stopped: str | None = None
     stopped_at: float = 0.0
@@ -95,43 +89,33 @@ class Trials:
     search: Search | None = None
 
     def run_to_end(self) -> dict:
-        sweep, tracker, digest = self.sweep, self.tracker, self.prepared.manifest.data_digest
+        sweep, manifest, folder = self.sweep, self.prepared.manifest, self.prepared.folder.uri
         extending = bool(sweep.settings.sweep.extend) or sweep.summary.get("extending", False)
-        sweep.start(planned=self.planned, extending=extending, data_digest=digest)
-        shown = sweep.public_settings()
-        tags = {"kind": "sweep", "status": "running", "data_digest": digest, "run_folder": str(sweep.folder)}
-        # What the space draws is a parameter of the children only.
-        params = {k: v for k, v in shown.items() if k not in sweep.space.draws}
-        params["searched"] = sweep.space.described()
-        run_id = tracker.start(sweep.name, sweep.summary.get("mlflow_run_id"), params, tags)
-        sweep.write_summary(mlflow_run_id=run_id)
-        tracker.data(self.prepared)
-        tracker.artifacts("", {SPACE: sweep.space.text.encode()})
-        self.display.table(f"Sweep {sweep.name}", self._overview())
-        self.link = DriverLink.remote()
+        facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(folder)}
+        sweep.start(planned=self.planned, extending=extending, **facts)
+        base = sweep.base(folder, without_secrets(self.runs.own.uri))  # trials do not write to MLflow
+        self.runs.begin(base, self.prepared)
+        self.link = DriverLink.remote()  # type: ignore[attr-defined]  # Ray's decorator hides what it makes of a class
         with catch_stop_signals() as stop_signal:
             try:
-                return self._run(stop_signal, shown)
+                return self._run(stop_signal, self._shared(base))
             except BaseException as error:
                 status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 sweep.write_summary(status=status)
-                tracker.tags({"status": status, "reason": str(error)[:500]})
-                tracker.status(status)
+                self.runs.mark(status, str(error))
                 raise
             finally:
                 self.display.close()
+                self.runs.close()
                 if ray.is_initialized():
                     ray.kill(self.link)
 
-    def _run(self, stop_signal: threading.Event, shown: dict) -> dict:
-        shared = self._shared(shown)
-        tags = {"data_digest": shared.data_digest, "code": code_version()}
-        self.children = ChildRuns(self.tracker, self.ledger, shared.base, tags)
+    def _run(self, stop_signal: threading.Event, shared: Shared) -> dict:
         part, epochs = self.sweep.settings.sweep, self.sweep.settings.training.epochs
-        self.recorder = TrialRecorder(self.ledger, self.children, epochs, part.scheduler)
+        self.recorder = TrialRecorder(self.ledger, self.runs, epochs, part.scheduler)
         for row in self.ledger.under_way():  # the kill of an earlier start may have come before their rows were written
             self.ledger.refresh(row["trial"])
-        self.children.send_missing()
+        self.runs.send_missing()
         try:
             if self.ledger.under_way() or self.planned is None or len(self.ledger) < self.planned:
                 self._tune(shared, stop_signal)
@@ -140,22 +124,25 @@ class Trials:
                 self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
             self._forget()
-            delivered = self.children.close()
-        if not delivered:
-            self.display.say("MLflow did not take everything; the same command sends the rest.", "yellow")
+            delivered = self.runs.deliver(stopped=stop_signal.is_set())
+        concludes = self.stopped in (None, TIME_OVER) and not stop_signal.is_set()
+        if not (delivered or concludes):
+            self.display.say(f"{outcome.NOT_ALL_SENT} The same command sends the rest.", "yellow")
         if self.stopped == NO_PLACE:
             raise RunFailed(f"The sweep ended because {NO_PLACE}: see `ray status`; the same command continues it.")
         if self.stopped not in (None, BY_USER, TIME_OVER):
             raise RunFailed(f"{self.stopped} The same command continues the sweep.")
-        return self._stop() if stop_signal.is_set() else self._conclude(shared, stop_signal)
+        if not concludes:
+            return self._stop()
+        reason = self.stopped or "all trials ended"
+        args = (self.sweep, self.ledger, shared, self.runs, self.display, reason, stop_signal)
+        return outcome.conclude(*args) or self._stop()
 
-    def _shared(self, shown: dict) -> Shared:
-        settings, folder = self.sweep.settings, self.prepared.folder.uri
-        base = {k: v for k, v in shown.items() if k not in SweepSettings.model_fields and k != "register"}
-        base |= {"data": folder, "storage_path": self.sweep.folder.uri}
-        base["tracking_uri"] = without_secrets(self.tracker.uri)  # trials do not write there
+    def _shared(self, base: dict) -> Shared:
+        """What the trials have in common, with the data read once where they are kept in memory."""
+        settings, manifest = self.sweep.settings, self.prepared.manifest
         reading = ingest.Ingest(
-            folder=folder,
+            folder=self.prepared.folder.uri,
             image_size=settings.data.image_size,
             samples=self.counts,
             batch_size=settings.training.batch_size,
@@ -167,7 +154,6 @@ class Trials:
         )
         if self.plan.kept and self.plan.num_workers == 1:
             reading = ingest.keep(reading)
-        manifest = self.prepared.manifest
         return Shared(
             base=base,
             folder=self.sweep.folder.uri,
@@ -210,16 +196,17 @@ class Trials:
         """What Tune is to try, and whom to stop."""
         settings, space, ledger = self.sweep.settings, self.sweep.space, self.ledger
         seed, scheduler = settings.training.seed, make_scheduler(settings, space, ledger)
-        common = {
+        common: dict[str, Any] = {
             "scheduler": scheduler,
             "reuse_actors": reuse_actors,
             "trial_name_creator": lambda trial: trial.config["trial"],
             "trial_dirname_creator": lambda trial: trial.config["trial"],
         }
         if settings.sweep.scheduler == "pbt":  # compares all trials at the same age: they take turns
+            assert self.planned is not None  # pbt is never limited by time alone
             trials = population(space, seed, ledger, self.planned)
             return {"param_space": trials, "tune_config": tune.TuneConfig(**common)}
-        asha = scheduler if settings.sweep.scheduler == "asha" else None
+        asha = scheduler if isinstance(scheduler, Asha) else None
         self.search = Search(space, settings.sweep.search, seed, ledger, self.planned, asha)
         common |= {"search_alg": self.search, "num_samples": -1, "max_concurrent_trials": self.at_a_time}
         return {"tune_config": tune.TuneConfig(**common)}
@@ -275,66 +262,10 @@ class Trials:
 
     def _mark_stopped(self) -> None:
         self.sweep.write_summary(status="stopped")
-        self.tracker.tags({"status": "stopped", "reason": BY_USER})
-        self.tracker.status("stopped")
+        self.runs.mark("stopped", BY_USER)
 
     def _stop(self) -> dict:
         self._mark_stopped()
         name = self.sweep.name
         self.display.say(f"Stopped. Continue: python jobs/tune.py --resume {name}{where(self.sweep.settings.run)}")
         return self.sweep.summary
-
-    def _conclude(self, shared: Shared, stop_signal: threading.Event) -> dict:
-        sweep, settings, tracker = self.sweep, self.sweep.settings, self.tracker
-        rows = outcome.rank(self.ledger)
-        files = outcome.write_files(sweep.folder, rows, self.ledger, settings, sweep.space, shared)
-        best = rows[0]
-        saved = epochs_saved(rows, settings.training.epochs)
-        facts = {"trials": len(rows), "trial_epochs_saved": saved, "best_trial": best["trial"], BEST: best[BEST]}
-        self.display.waiting(f"scoring the test split with {best['trial']}")
-        self.ledger.close_run(best["trial"])  # the id of its MLflow run may have come after its end
-        run = outcome.score_best(best, shared, tracker.uri, stop_signal)
-        if run["status"] != "finished":
-            return self._stop()
-        facts |= {"model_uri": run["model_uri"], "test": run["test"]}
-        name = settings.run.register
-        if name and not run.get("delivered", True):
-            sync = f"python jobs/train.py --sync {best['trial']} --storage-path {shlex.quote(str(sweep.folder))}"
-            self.display.say(
-                f"Not registered: MLflow lacks the model. After `{sync}` the same command does it.", "yellow"
-            )
-        elif name:
-            facts["registered"] = register(tracker.uri, name, run["mlflow_run_id"], self.display)
-        self.display.close()
-        told = facts | {"status": "finished", "reason": self.stopped or "all trials ended"}
-        outcome.report_to_parent(tracker, rows, settings.training.epochs, told, files)
-        sweep.write_summary(status="finished", extending=False, **facts)
-        if not tracker.deliver():
-            self.display.say("MLflow did not take everything; the sweep's folder holds it all.", "yellow")
-        flags = where(settings.run)
-        outcome.show(sweep.name, sweep.folder, rows, sweep.summary, settings, shared.classes, flags, self.display)
-        return sweep.summary
-
-    def _overview(self) -> list[tuple[str, str]]:
-        settings, part = self.sweep.settings, self.sweep.settings.sweep
-        mode = "read once and shared" if self.plan.kept else "streamed"
-        trials = "as many as fit" if self.planned is None else str(self.planned)
-        if part.minutes:
-            trials += f", for {part.minutes:g} minutes"
-        if len(self.ledger):
-            trials += f" ({len(self.ledger)} begun before, {len(self.ledger.under_way())} of them go on)"
-        workers = (
-            f"{self.plan.num_workers} worker(s) x {self.plan.cpus_per_worker:g} CPUs, {self.plan.threads} thread(s)"
-        )
-        return [
-            ("data", f"{self.prepared.folder} ({self.plan.data_bytes / 1e6:.0f} MB, {mode})"),
-            ("splits", ", ".join(f"{name} {count:,}" for name, count in self.counts.items())),
-            *checks_row(self.prepared),
-            *([] if "precision" in self.sweep.space.draws else [("precision", settings.training.precision)]),
-            ("space", self.sweep.space.described()),
-            ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
-            ("trials", f"{trials}; {self.at_a_time} at a time, {workers} each"),
-            ("device", in_words(self.plan.use_gpu, self.plan.why_cpus)),
-            ("results", str(self.sweep.folder)),
-            ("tracking", f"{without_secrets(self.tracker.uri)}, experiment {settings.run.experiment}"),
-        ]
