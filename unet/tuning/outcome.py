@@ -171,16 +171,18 @@ def send_missing(sweep: Sweep, ledger: Ledger, display: Display) -> None:
         display.waiting(f"sending {sweep.name} to MLflow")
         runs.begin(base)
         runs.deliver()
-        if not run.summary.get("delivered", True):
-            with run.locked():
-                send_later(run, display)
-        report(runs.own, sweep.folder, rank(ledger), sweep.settings.training.epochs, summary)
-        sweep.write_summary(delivered=runs.finish(), model_uri=run.summary["model_uri"])
+        if runs.own.run_id is not None:  # else MLflow is away
+            if not run.summary.get("delivered", True):
+                with run.locked():
+                    send_later(run, display)
+            report(runs.own, sweep.folder, rank(ledger), sweep.settings.training.epochs, summary)
+            sweep.write_summary(delivered=runs.finish(), model_uri=run.summary["model_uri"])
     finally:
         runs.close()
         display.close()
     if not summary["delivered"]:
-        raise RunFailed(f"{NOT_ALL_SENT} The same command tries again ({runs.own.reason}).")
+        reason = f" ({runs.own.reason})" if runs.own.reason else ""
+        raise RunFailed(f"{NOT_ALL_SENT} The same command tries again{reason}.")
     display.say(f"MLflow at {without_secrets(runs.own.uri)} has all of the sweep {sweep.name}.")
 
 
