@@ -208,21 +208,21 @@ def test_an_older_database_follows_by_the_files_that_are_there(whole, tmp_path):
 OLDER = "update alembic_version set version_num = '89d3d66ed43f'"
 BROKEN = {
     "an older one": ([OLDER], r"python -m mlflow db upgrade sqlite:///"),
-    "a newer one": (["update alembic_version set version_num = 'f00'"], "made by a newer MLflow than"),
-    "half-made": (["delete from experiments"], "is half-made: .* holds no run. Remove it"),
+    "a newer one": (["update alembic_version set version_num = 'f00'"], "created by a newer MLflow than"),
+    "half-made": (["delete from experiments"], "is incomplete: .* holds no run. Remove it"),
     "another's": (["drop table experiments", "drop table alembic_version"], "not MLflow's"),
 }
 NOT_ONE = {
     "no database": (lambda path: path.write_bytes(b"x" * 5000), "file is not a database"),
     "a part of one": (lambda path: os.truncate(path, 200_000), "malformed"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, and no database"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, not a database"),
 }
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, *NOT_ONE])
 @pytest.mark.parametrize("job", ["train", "tune"])
 def test_what_no_waiting_mends_is_told_at_the_start(whole, tmp_path, monkeypatch, capsys, kind, job):
-    monkeypatch.setattr(database, "MAKING_SECONDS", 0)
+    monkeypatch.setattr(database, "CREATION_SECONDS", 0)
     path = Path(shutil.copy(whole[0] / "mlflow.db", tmp_path))
     change, words = (BROKEN | NOT_ONE)[kind]
     if kind in BROKEN:
@@ -273,7 +273,7 @@ def test_what_this_user_may_not_write_is_told_but_can_be_read(whole):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     params, words = done.stdout.splitlines()
     assert params == "{'a': '1'}"
-    assert words.startswith(f"MLflow's database {path} cannot be written by this user: change who"), done.stderr
+    assert words.startswith(f"This user may not write MLflow's database {path}: change its permissions"), done.stderr
 
 
 def test_what_mlflow_itself_finds_out_of_date_is_no_outage(whole, tmp_path):

@@ -99,8 +99,8 @@ def test_a_trial_is_entered_from_its_start_to_its_end(recorder, ledger, tmp_path
     ("epochs", "summary", "last", "end", "reason"),
     [
         (3, {}, {}, "pruned", "asha stopped it"),
-        (EPOCHS, {}, {}, "finished", "trained to its end"),
-        (3, {"status": "finished"}, {}, "finished", "trained to its end"),  # by its patience
+        (EPOCHS, {}, {}, "finished", "trained to the end"),
+        (3, {"status": "finished"}, {}, "finished", "trained to the end"),  # by its patience
         (3, {}, {"stopped": True}, "stopped", None),
         (3, {"status": "failed", "reason": "numbers"}, {"stopped": True}, "failed", "numbers"),
     ],

@@ -338,7 +338,7 @@ def check_synced(folder: Path, server: Server) -> dict:
     [
         ("finished", "There is no run nobody under", ["--sync=nobody"]),
         ("failed", "does not answer", ["--sync=trained", "--tracking-uri=http://127.0.0.1:9"]),
-        ("running", "has not ended: what MLflow lacks is sent as it goes on", ["--sync=trained"]),
+        ("running", "has not ended, and sends what MLflow lacks as it goes on", ["--sync=trained"]),
         ("finished", "--sync names the run itself", ["--sync=trained", "--run-name=x"]),
     ],
 )

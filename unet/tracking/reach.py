@@ -21,12 +21,12 @@ def default_uri(storage: Folder) -> str:
         InputError: there is none in an object store.
     """
     if not storage.is_local:
-        raise InputError(f"{storage} is an object store, where no database can live: give --tracking-uri.")
+        raise InputError(f"{storage} is an object store, which cannot hold a database: give --tracking-uri.")
     return sqlite_uri(f"{storage.path}/{DATABASE}")
 
 
 def is_database(uri: str) -> bool:
-    """Whether it is one, and no server of MLflow's."""
+    """Whether it is a database, not an MLflow server."""
     return scheme(uri) in ("sqlite", *PORTS)
 
 
@@ -56,7 +56,7 @@ def check_server(uri: str | None) -> None:
             if url.host:
                 socket.create_connection((url.host, url.port or PORTS[kind]), timeout=5).close()
     except urllib.error.HTTPError:
-        pass  # it answers; whether it accepts us shows later
+        pass  # it answers; whether it accepts us will show later
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(

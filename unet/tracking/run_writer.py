@@ -18,7 +18,7 @@ class Call:
         run: whose call it is.
         make: does it.
         needed: the run's other calls are of no use without it.
-        file: it steps aside when it fails: a store whose files cannot be written takes metrics all the same.
+        file: it steps aside when it fails: a store that cannot write files still accepts metrics.
     """
 
     run: "RunWriter"
@@ -44,7 +44,7 @@ class RunWriter:
 
     @property
     def taken(self) -> bool:
-        """Whether MLflow has taken all that was given."""
+        """Whether MLflow has accepted all that was given."""
         return not (self.waiting or self.refused)
 
     @property

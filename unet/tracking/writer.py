@@ -31,7 +31,7 @@ class AsyncWriter(RunWriter):
 
     Attributes:
         uri: of the store.
-        reason: why the store did not take something the last time, as text.
+        reason: why the last attempt that failed did, as text; "" before.
     """
 
     def __init__(self, storage: Folder, experiment: str, uri: str | None, say: Callable[[str], None]):
@@ -55,7 +55,7 @@ class AsyncWriter(RunWriter):
         """Begin to deliver. MLflow takes a second to load; nothing is sent before."""
         if not self._opened:
             self._opened = True
-            load_mlflow()  # not in the thread: beside other imports of the main one it might meet half-made modules
+            load_mlflow()  # not in the thread: beside other imports of the main one it might meet half-loaded modules
             threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     def child(self) -> RunWriter:
@@ -92,16 +92,16 @@ class AsyncWriter(RunWriter):
                 raise self._error
 
     def deliver(self, seconds: float, at_most: float = float("inf"), until: threading.Event | None = None) -> bool:
-        """Wait until everything is taken; whether it is.
+        """Wait until the store has accepted everything; whether it has.
 
-        Gives up when the store has taken nothing for `seconds` and attempts fail, when one hangs, after `at_most` in
-        any case, and when `until` is set.
+        Gives up when the store has accepted nothing for `seconds` and attempts fail, when one hangs, after `at_most`
+        in any case, and when `until` is set.
         """
         return self._wait(lambda: not (self._calls or self._files), seconds, at_most, until) and not self._refusals
 
     @property
     def refuses(self) -> bool:
-        """Whether all is taken but what the store refuses, and would again."""
+        """Whether the store has accepted everything but what it refuses, and would again."""
         with self._changed:
             return bool(self._refusals) and not (self._calls or self._files)
 
@@ -131,7 +131,7 @@ class AsyncWriter(RunWriter):
         return done()
 
     def receive(self) -> None:
-        """Say what there is to say of the store."""
+        """Show what the thread has to say about the store."""
         with self._changed:
             words, self._words = self._words, []
         for sentence in words:

@@ -16,7 +16,7 @@ IMPORTANCE_TRIALS = 8
 
 
 def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], path: Path) -> None:
-    """Val mean IoU of every trial by epoch, the best one drawn strong."""
+    """Val mean IoU of every trial by epoch, the best one in bold."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -34,7 +34,7 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
     handles = [axes.plot([], [], color=ENDS[e], label=e)[0] for e in ENDS if any(r["end"] == e for r in rows)]
     handles.append(axes.plot([], [], color=INK, linewidth=2.6, label=f"best, {best}")[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **LEGEND)
-    calm(axes, "Validation mean IoU by epoch, a line a trial")
+    calm(axes, "Validation mean IoU by epoch, one line per trial")
     axes.set_xlabel("epoch", fontsize=10, color=QUIET)
     axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -88,9 +88,9 @@ def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
 
 
 def parameter_importance(rows: Sequence[dict], space: Space, seed: int) -> dict[str, float]:
-    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty where too few speak.
+    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty for too few trials.
 
-    Pruned trials count with the score they had, so what mattered early weighs more.
+    Pruned trials count with the score they had, so what matters early weighs more.
     """
     import optuna
     from ray.tune.search.optuna import OptunaSearch
@@ -117,6 +117,6 @@ def importance_picture(importance: dict[str, float], path: Path) -> None:
     axes.bar_label(bars, fmt="{:.0%}", padding=5, color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08)
-    calm(axes, "Share of the score's variance that a setting explains")
+    calm(axes, "Share of the score's variance explained by each setting")
     axes.set_xticks([])
     figure.savefig(path, format="png")

@@ -32,7 +32,7 @@ from unet.tuning.sweep_runs import SweepRuns
 from unet.tuning.trial import Shared
 
 OF_THIS_PLACE = ("storage_path", "tracking_uri", "run_name", "resume", "config", "debug")
-"""Settings that best_config.yaml leaves out: it trains anywhere."""
+"""Settings that best_config.yaml leaves out, so that it trains anywhere."""
 FILES = ("sweep.csv", "best_config.yaml", "scores_over_time.png", "settings.png", "importance.png")
 NOT_ALL_SENT = "MLflow does not have all of the sweep; its folder does."
 
@@ -99,7 +99,7 @@ def _settings_of(row: dict, base: dict, tracking_uri: str, **changes) -> TrainSe
 
 
 def report(to: RunWriter, folder: Folder, rows: list[dict], epochs: int, summary: dict) -> None:
-    """The outcome into the sweep's own MLflow run."""
+    """Send the outcome to the sweep's own MLflow run."""
     best = rows[0]
     ends = {end: sum(r["end"] == end for r in rows) for end in ("finished", "pruned", "failed", "stopped")}
     metrics = {f"trials_{end}": count for end, count in ends.items()}
@@ -129,7 +129,7 @@ def conclude(
     reason: str,
     stop_signal: threading.Event,
 ) -> dict | None:
-    """All that follows the last trial; the sweep's summary, None if it was stopped before the best one was scored."""
+    """What follows the last trial; the sweep's summary, or None if it was stopped before the best was scored."""
     settings, uri = sweep.settings, runs.own.uri
     epochs, rows = settings.training.epochs, rank(ledger)
     write_files(sweep.folder, rows, ledger, settings, sweep.space, shared)
@@ -160,7 +160,7 @@ def send_missing(sweep: Sweep, ledger: Ledger, display: Display) -> None:
 
     Raises:
         InputError: MLflow can never be used.
-        RunFailed: it has not taken everything.
+        RunFailed: it has not accepted everything.
     """
     runs, summary = SweepRuns(sweep, ledger, display.say), sweep.summary
     base = sweep.base(summary["prepared"], without_secrets(runs.own.uri))

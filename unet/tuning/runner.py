@@ -50,7 +50,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     if not prepared.is_labelled("val"):
         raise InputError(
             f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "
-            "have a score to be chosen by: label val, list other samples for it, or give a larger --image-size."
+            "have a score: label val, list other samples for it, or give a larger --image-size."
         )
     plan, together = material.plan
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
@@ -76,7 +76,7 @@ def _settle_precision(sweep: Sweep, use_gpu: bool, display: Display) -> None:
 
 
 def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
-    """Answer for a finished sweep: send what MLflow lacks, and register its best model where that is asked for."""
+    """Say that a sweep is finished, send what MLflow lacks, and register its best model if that is asked for."""
     summary, run = sweep.summary, sweep.settings.run
     best = f"best {summary['best_trial']}, val mean IoU {summary[BEST]:.4f}"
     more = "" if sweep.settings.sweep.search == "grid" else " More: --extend 10."
@@ -118,7 +118,7 @@ def _overview(session: Trials) -> list[tuple[str, str]]:
     if part.minutes:
         trials += f", for {part.minutes:g} minutes"
     if len(ledger):
-        trials += f" ({len(ledger)} begun before, {len(ledger.under_way())} of them go on)"
+        trials += f" ({len(ledger)} begun earlier, {len(ledger.unfinished())} of them continue)"
     workers = f"{plan.num_workers} worker(s) x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s)"
     return [
         ("data", f"{session.prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),

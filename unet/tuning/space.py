@@ -25,7 +25,7 @@ DRAWS = {
 }
 
 COMBINATIONS = 64
-"""How many whole draws are tried against the settings before a sweep starts."""
+"""How many complete draws are checked against the settings before a sweep starts."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_space(name: str) -> str:
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}, or give a YAML file."
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(sorted(known))} or a YAML file."
         raise InputError(f"There is no space {name!r}: {hint}")
     try:
         return path.read_text("utf-8")
@@ -92,12 +92,12 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     for setting, draw in content.items():
         if setting not in SEARCHABLE:
             near = difflib.get_close_matches(str(setting), SEARCHABLE, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(SEARCHABLE))}."
+            hint = f"did you mean {near[0]}?" if near else f"it can search {', '.join(sorted(SEARCHABLE))}."
             raise InputError(f"The space {source} cannot search {setting!r}; {hint}")
         draws[setting], values[setting] = _parse_draw(source, setting, draw)
         if setting == "precision" and AUTO in values[setting]:
             raise InputError(
-                f"The space {source} draws precision {AUTO}, which no trial could be compared by: name it."
+                f"The space {source} draws precision {AUTO}, so its trials could not be compared: name the precisions."
             )
         for value in values[setting]:
             _settings(settings, {setting: value}, f"The space {source}")
@@ -105,11 +105,11 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
             values[setting] = [flat(_settings(settings, {setting: v}, source))[setting] for v in values[setting]]
             draws[setting] = tune.choice(values[setting])
         elif isinstance(base[setting], int) and not isinstance(draws[setting], Integer):
-            raise InputError(f"The space {source}: {setting} is a whole number, so draw it by randint or choice.")
+            raise InputError(f"The space {source}: {setting} is a whole number, so draw it with randint or choice.")
     random_state = np.random.RandomState(0)
     for _ in range(COMBINATIONS):
         drawn = {name: domain.sample(random_state=random_state) for name, domain in draws.items()}
-        _settings(settings, drawn, f"The space {source} draws what does not fit together")
+        _settings(settings, drawn, f"The space {source} draws settings that do not fit together")
     largest = {k: max(values[k]) for k in ("base_filters", "depth", "batch_size") if k in values}
     return Space(draws, text, _settings(settings, largest, f"The space {source}, at its largest"))
 
@@ -138,13 +138,13 @@ def _settings(settings: TrainSettings, drawn: dict, what: str) -> TrainSettings:
 
 
 def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
-    """Tune's domain, and the values that must fit the settings: the ends of a range, or every choice."""
+    """Tune's domain, and the values that the settings must accept: the ends of a range, or every choice."""
     if not isinstance(draw, dict) or len(draw) != 1:
         raise InputError(f"The space {source}: {setting} needs one draw, such as `{{uniform: [0.0, 0.5]}}`.")
     ((kind, values),) = draw.items()
     if kind not in DRAWS:
         near = difflib.get_close_matches(str(kind), DRAWS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DRAWS)}."
+        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(DRAWS)}."
         raise InputError(f"The space {source}: unknown draw {kind!r} for {setting}; {hint}")
     number = int if kind == "randint" else float
     try:

@@ -11,7 +11,7 @@ from unet.tracking.run_writer import RunWriter
 from unet.tracking.send import PATIENCE, STOP_SECONDS, open_data
 from unet.tracking.stored_run import code_version
 from unet.tracking.writer import AsyncWriter
-from unet.tuning.ledger import UNDER_WAY, Ledger
+from unet.tuning.ledger import UNFINISHED, Ledger
 from unet.tuning.sweep import SPACE, Sweep
 
 STATUS_OF_END = {"finished": "finished", "pruned": "finished", "failed": "failed", "stopped": "stopped"}
@@ -21,8 +21,8 @@ STATUS_OF_END = {"finished": "finished", "pruned": "finished", "failed": "failed
 class SweepRuns:
     """Hands a sweep's news to one queue, so that neither the sweep nor a trial waits for a store.
 
-    What a trial's run lacks is read from its `metrics.jsonl`. Its row of the ledger has `sent` when MLflow has taken
-    all of an ended trial; what an outage or a kill kept from being sent is sent by `deliver`, or at the next start.
+    What a trial's run lacks is read from its `metrics.jsonl`. Its row of the ledger has `sent` once MLflow has
+    accepted all of the ended trial; what an outage or a kill held back is sent by `deliver`, or at the next start.
 
     Attributes:
         own: the writer of the sweep's own run.
@@ -65,7 +65,7 @@ class SweepRuns:
         self.own.open()
 
     def sync(self, trial: str) -> None:
-        """Send what is new of a trial that goes on, up to the epochs in its row."""
+        """Send what is new of a running trial, up to the epochs in its row."""
         self._ended.discard(trial)
         self._send(trial)
 
@@ -94,14 +94,14 @@ class SweepRuns:
         run.epoch(*(record for record in self._ledger.history(trial) if record["epoch"] <= row["epochs"]))
         return run
 
-    def send_missing(self, but: tuple[str, ...] = UNDER_WAY) -> None:
-        """Send ended trials that MLflow does not have whole; not those that go on."""
+    def send_missing(self, but: tuple[str, ...] = UNFINISHED) -> None:
+        """Send the ended trials that MLflow does not have whole, `but` not those with these ends."""
         for row in self._ledger.rows:
             if row["end"] not in but and not row.get("sent") and row["trial"] not in self._ended:
                 self.end(row["trial"])
 
     def receive(self) -> None:
-        """Say what MLflow says, and write down which runs it has, and which whole."""
+        """Show news of MLflow, and record which runs it has, and which of them whole."""
         self.own.receive()
         if self.own.run_id not in (None, self._sweep.summary.get("mlflow_run_id")):
             self._sweep.write_summary(mlflow_run_id=self.own.run_id)
@@ -116,7 +116,7 @@ class SweepRuns:
                     self._ledger.close_run(trial)
 
     def deliver(self, stopped: bool = False) -> bool:
-        """Wait until MLflow has taken all of the ended trials, or is given up: whether it has.
+        """Wait until MLflow has accepted all of the ended trials, or is given up: whether it has.
 
         What is left is dropped, since the best trial's run is about to be continued by a writer of its own; the next
         start sends it. A sweep that was `stopped` has less patience.
@@ -139,17 +139,17 @@ class SweepRuns:
         return all(row.get("sent") for row in self._ledger.rows if row["end"] != "running")
 
     def finish(self, until: threading.Event | None = None) -> bool:
-        """Wait until MLflow has taken all of the sweep, or is given up, or `until` is set: whether it has."""
+        """Wait until MLflow has accepted all of the sweep, is given up, or `until` is set: whether it has."""
         self.own.deliver(PATIENCE, until=until)
         self.receive()
         return self.own.taken and self.has_all_trials
 
     def mark(self, status: str, reason: str) -> None:
-        """Say of the sweep's own run how it ends."""
+        """Send how the sweep ends."""
         self.own.tags({"status": status, "reason": without_secrets(reason)[:500]})
         self.own.status(status)
 
     def close(self) -> None:
-        """Let go of MLflow, with a moment for the last calls; what it has not taken is in the sweep's folder."""
+        """Close the queue after a moment for the last calls; what MLflow lacks is in the sweep's folder."""
         self.own.deliver(STOP_SECONDS, at_most=STOP_SECONDS)
         self.own.close()

@@ -45,7 +45,7 @@ class Shared:
         data_digest: of the prepared data.
         classes: of the prepared data.
         link: handle of the sweep's `DriverLink`.
-        together: for how many trials beside each other the cluster was planned.
+        together: how many trials at a time the cluster was planned for.
     """
 
     base: dict
@@ -62,8 +62,8 @@ class Shared:
         return unflat(TrainSettings, self.base | draw | {"run_name": trial})
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tells the sweep of what no trial can do anything about."""
+    def reporting(self) -> Iterator[None]:
+        """Reports to the sweep what no trial can recover from."""
         try:
             yield
         except NoGpu as error:
@@ -79,7 +79,7 @@ class WarmTrial(tune.Trainable):
         self._learners: Learners | None = None
         self._loop: Loop | None = None
         self._watch = Watch(parse_interval(shared.base["step_timeout"])[1])
-        with shared.telling():
+        with shared.reporting():
             start_tensorflow(shared.threads, shared.use_gpu, shared.base["deterministic"])
 
     def reset_config(self, config: dict) -> bool:
@@ -133,7 +133,7 @@ class WarmTrial(tune.Trainable):
     def _epoch(self) -> dict:
         loop, link = self._begin(), self._link
         before = loop.seconds
-        # It may be done: a kill can fall between its last checkpoint and the report of it.
+        # It may be done: a kill can come between its last checkpoint and the report of it.
         record = None if loop.is_done else loop.run_epoch()
         state = loop.state
         self._run.write_history(state.history)
@@ -142,7 +142,7 @@ class WarmTrial(tune.Trainable):
         status = "failed" if link.diverged else "finished" if loop.is_done else "running"
         self._run.write_summary(status=status, reason=link.diverged, **best)
         result = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
-        if link.diverged:  # the worst there is
+        if link.diverged:  # the worst score
             result = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch, "diverged": True}
         facts = {"training_seconds": loop.seconds - before, "memory_mb": psutil.Process().memory_info().rss / 1e6}
         facts["stopped"] = record is None and not loop.is_done and not link.diverged
@@ -159,7 +159,7 @@ class WarmTrial(tune.Trainable):
         Checkpoints(Folder(checkpoint_dir)).folder.commit(name, files)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # what `save_checkpoint` was given
-        """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
+        """Take over weights and optimizer; the trial keeps its own epoch, best score and history."""
         loop = self._begin()
         donated, own = Checkpoints(Folder(checkpoint_dir)), loop.state
         latest = donated.latest()
@@ -174,7 +174,7 @@ class WarmTrial(tune.Trainable):
 
 
 class _TrialLink(WorkerLink):
-    """The loop's line: where it is goes to the sweep's link, what happens stays here."""
+    """The loop's link: its progress goes to the sweep, its events stay here."""
 
     diverged: str | None = None
     moved: Callable[[], None]
@@ -228,7 +228,7 @@ def group_trial(config: dict, shared: Shared) -> None:
     run = open_run(settings, tracked=False)
     with ray_session():
         try:
-            with shared.telling():
+            with shared.reporting():
                 train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
         except Diverged as error:
             run.write_summary(reason=str(error))

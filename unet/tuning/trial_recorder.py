@@ -1,4 +1,4 @@
-"""Tune's news of the trials into the ledger, and on to their runs in MLflow."""
+"""Records what Tune reports of the trials, in the ledger and in their MLflow runs."""
 
 import time
 
@@ -10,12 +10,12 @@ from unet.tuning.sweep_runs import SweepRuns
 
 
 class TrialRecorder(tune.Callback):
-    """Enters starts, epochs and ends. `scheduler` is named where a trial was stopped early.
+    """Records starts, epochs and ends. `scheduler` is named as the reason where a trial was stopped early.
 
     Attributes:
         running: the trials that have a process now.
         idle_seconds: how long no trial has had one.
-        begun: when the first trial of this start began, of `time.monotonic`; None before.
+        begun: when the first trial of this start began, by `time.monotonic`; None before.
     """
 
     def __init__(self, ledger: Ledger, runs: SweepRuns, epochs: int, scheduler: str):
@@ -51,7 +51,7 @@ class TrialRecorder(tune.Callback):
         changes["seconds"] = row["seconds"] + result.get("time_this_iter_s", 0.0)
         changes["training_seconds"] = row.get("training_seconds", 0.0) + result.get("training_seconds", 0.0)
         changes["settings"] = dict(trial.config["draw"])  # PBT changes them
-        # On disk where a restart could not find it out from the trial's own run.
+        # On disk only what a restart could not learn from the trial's own run.
         write = row.get("pid") != result.get("pid") or row["settings"] != changes["settings"]
         self._ledger.update(name(trial), write=write, **changes)
         if not result.get("diverged"):
@@ -65,7 +65,7 @@ class TrialRecorder(tune.Callback):
         elif result.get("stopped"):
             self.end(name(trial), "stopped", None)
         elif summary.get("status") == "finished" or self._ledger[name(trial)]["epochs"] >= self._epochs:
-            self.end(name(trial), "finished", "trained to its end")
+            self.end(name(trial), "finished", "trained to the end")
         else:
             self.end(name(trial), "pruned", f"{self._scheduler} stopped it")
 

@@ -28,20 +28,20 @@ from unet.tuning.trial import Shared, WarmTrial, group_trial
 from unet.tuning.trial_recorder import TrialRecorder
 
 MAX_RETRIES = 2
-"""How often a trial whose process is lost begins again from its checkpoint."""
+"""How often a trial whose process is lost is started again from its checkpoint."""
 TUNE_STATE = ".tune"
 IDLE_SECONDS = 600
-"""How long a sweep waits for a place to run any trial, where others took what was free when it began."""
+"""How long a sweep waits for room for any trial, after other jobs took what was free when it began."""
 RECEIVE_SECONDS = 1.0
 """How often the trials are asked whether one of them has found that none can go on."""
 SAVE_SECONDS = 120
-"""How long the trials under way have to end their step and save."""
-BY_USER, TIME_OVER = "stopped by the user", "the time was over"
+"""How long running trials have to end their step and save."""
+BY_USER, TIME_OVER = "stopped by the user", "the time limit was reached"
 NO_PLACE = "no trial found free CPUs for ten minutes"
 
 
 class _Stopper(tune.Stopper):
-    """Ends Tune's part when it is to stop or the time is over: trials first, each as it has saved itself."""
+    """Ends Tune's part when the sweep is to stop, once each running trial has saved itself."""
 
     def __init__(self, session: "Trials", stop_signal: threading.Event):
         self._session, self._stop_signal = session, stop_signal
@@ -113,13 +113,13 @@ class Trials:
     def _run(self, stop_signal: threading.Event, shared: Shared) -> dict:
         part, epochs = self.sweep.settings.sweep, self.sweep.settings.training.epochs
         self.recorder = TrialRecorder(self.ledger, self.runs, epochs, part.scheduler)
-        for row in self.ledger.under_way():  # the kill of an earlier start may have come before their rows were written
+        for row in self.ledger.unfinished():  # a kill of an earlier start may have come before their rows were written
             self.ledger.refresh(row["trial"])
         self.runs.send_missing()
         try:
-            if self.ledger.under_way() or self.planned is None or len(self.ledger) < self.planned:
+            if self.ledger.unfinished() or self.planned is None or len(self.ledger) < self.planned:
                 self._tune(shared, stop_signal)
-            for row in self.ledger.under_way():  # Tune reports nothing of those that it stops when we ask
+            for row in self.ledger.unfinished():  # Tune reports nothing of those that it stops at our request
                 self.ledger.refresh(row["trial"])
                 self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
@@ -167,10 +167,10 @@ class Trials:
         )
 
     def _tune(self, shared: Shared, stop_signal: threading.Event) -> None:
-        """Tune's part: trials until none is left, the time is over or somebody stops it."""
+        """Tune's part: trials until none is left, the time is over or the sweep is stopped."""
         settings, plan = self.sweep.settings, self.plan
         warm = plan.num_workers == 1
-        # Nothing reserved for a trial of several workers itself: it only waits for them.
+        # Almost nothing for the process of a trial of several workers: it only waits for them.
         asked = {"CPU": plan.cpus_per_worker if warm else 0.001} | ({"GPU": 1} if warm and plan.use_gpu else {})
         trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
         self._forget()
@@ -185,7 +185,7 @@ class Trials:
                     verbose=0,
                     stop=_Stopper(self, stop_signal),
                     failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
-                    # The trials keep their own; only PBT asks for copies to hand on.
+                    # The trials keep their own; only PBT copies them to other trials.
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False) if warm else None,
                     callbacks=[self.recorder, board],
                 ),
@@ -193,7 +193,7 @@ class Trials:
             tuner.fit()
 
     def _search(self, reuse_actors: bool) -> dict:
-        """What Tune is to try, and whom to stop."""
+        """What Tune is to try, and which trials to stop."""
         settings, space, ledger = self.sweep.settings, self.sweep.space, self.ledger
         seed, scheduler = settings.training.seed, make_scheduler(settings, space, ledger)
         common: dict[str, Any] = {
@@ -226,7 +226,7 @@ class Trials:
         return max(0.0, 60 * minutes - (time.monotonic() - begun if begun else 0.0))
 
     def _left(self) -> float | None:
-        """An estimate of the seconds to the end of the last trial, if those under way train to their end."""
+        """An estimate of the seconds to the end of the last trial, if the running ones train to the end."""
         left, rows = [], self.ledger.rows
         if self.seconds_of_budget is not None:
             left.append(self.seconds_of_budget)
@@ -240,7 +240,7 @@ class Trials:
         return min(left, default=None)
 
     def hopeless(self) -> str | None:
-        """Why no trial can go on, as one of them has said."""
+        """Why no trial can continue, as one of them has reported."""
         if time.monotonic() - self.received_at < RECEIVE_SECONDS:
             return None
         self.received_at = time.monotonic()
@@ -248,7 +248,7 @@ class Trials:
         return next((reason for kind, reason in events if kind == "no_gpu"), None)
 
     def stop(self, reason: str) -> None:
-        """Mark the runs first, since a submitted job may have few seconds left, then tell the trials."""
+        """Mark the runs first, since a submitted job may have only seconds left, then stop the trials."""
         if self.stopped is not None:
             return
         self.stopped, self.stopped_at, self.stopping = reason, time.monotonic(), set(self.recorder.running)
@@ -258,7 +258,7 @@ class Trials:
         if reason == BY_USER:
             self._mark_stopped()
             how = "save a checkpoint" if self.plan.num_workers == 1 else "keep their last epoch's checkpoint"
-            self.display.say(f"Stopping: the trials under way {how} (again to stop at once).")
+            self.display.say(f"Stopping: the running trials {how} (Ctrl-C again stops at once).")
 
     def _mark_stopped(self) -> None:
         self.sweep.write_summary(status="stopped")
