@@ -5,6 +5,7 @@ again by a tag with a key of its own, since the answer to its creation can be lo
 """
 
 import contextlib
+import functools
 import getpass
 import json
 import subprocess
@@ -182,6 +183,7 @@ class StoredRun:
             self.client.set_terminated(self.run_id, STATUS[status], ended)
 
 
+@functools.cache
 def code_version() -> str:
     """The commit of the checkout, or the package's version where there is none."""
     try:

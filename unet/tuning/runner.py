@@ -84,10 +84,8 @@ def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
     if not summary.get("delivered", True):
         outcome.send_missing(sweep, ledger, display)
     if run.register:
-        uri, run_id = (
-            run.tracking_uri or default_uri(Folder(run.storage_path)),
-            ledger.run_summary(summary["best_trial"])["mlflow_run_id"],
-        )
+        uri = run.tracking_uri or default_uri(Folder(run.storage_path))
+        run_id = ledger.run_summary(summary["best_trial"])["mlflow_run_id"]
         sweep.write_summary(registered=register(uri, run.register, run_id, display))
     return sweep.summary
 

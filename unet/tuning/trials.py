@@ -135,8 +135,8 @@ class Trials:
         if not concludes:
             return self._stop()
         reason = self.stopped or "all trials ended"
-        args = (self.sweep, self.ledger, shared, self.runs, self.display, reason, stop_signal)
-        return outcome.conclude(*args) or self._stop()
+        done = outcome.conclude(self.sweep, self.ledger, shared, self.runs, self.display, reason, stop_signal)
+        return done or self._stop()
 
     def _shared(self, base: dict) -> Shared:
         """What the trials have in common, with the data read once where they are kept in memory."""
