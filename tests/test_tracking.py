@@ -267,7 +267,7 @@ def test_a_store_that_never_comes_back_is_given_up(unsent, writers):
     command = (
         f"python jobs/train.py --sync trained --storage-path {unsent.parent} --tracking-uri 'http://***@127.0.0.1:9'"
     )
-    assert words.endswith(command) and "its folder holds everything" in words
+    assert words.endswith(command) and "the run's folder holds everything" in words
 
 
 def test_sync_sends_all_of_a_run_once(unsent, server, packed):
