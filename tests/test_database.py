@@ -30,17 +30,18 @@ from unet.tracking.library import load_mlflow
 from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
 from unet.tracking.store import Store
+from unet.tracking.stored_run import StoredRun
 
 START = """
 import sys
 from unet.storage import Folder
 from unet.tracking.store import Store, load_mlflow
+from unet.tracking.stored_run import StoredRun
 load_mlflow()
 import mlflow.store.tracking.sqlalchemy_store
 print("ready", flush=True)
 input()
-store = Store(Folder(sys.argv[1]), "x")
-store.start("run", None, {"a": 1}, {})
+StoredRun(Store(Folder(sys.argv[1]), "x")).start("run", None, {})
 """
 
 
@@ -82,12 +83,15 @@ def test_first_runs_that_are_killed_or_start_together_leave_one_database(tmp_pat
 def whole(tmp_path_factory):
     """A store with a run of an experiment, in a folder whose name no library takes for what it is."""
     storage = tmp_path_factory.mktemp("of") / "50%20 off? (ü#1)"
-    store = Store(Folder(storage), "50% more?")
-    run_id = store.start("run", None, {"a": 1}, {"kind": "x"})
-    store.file(Folder(ROOT), "README.md", "below")
-    model = b"metadata: {checkpoint: step_00000001, run_name: run, data_digest: d, val_mean_iou: 0.5}\n"
-    store.artifacts("model", {"MLmodel": model})
-    register(store.uri, "m", run_id, Display(quiet=True))
+    run = StoredRun(Store(Folder(storage), "50% more?"))
+    run_id = run.start("run", None, {"kind": "x"})
+    run.params({"a": 1})
+    run.file(Folder(ROOT), "README.md", "below")
+    model = Folder(tmp_path_factory.mktemp("model"))
+    about = "checkpoint: step_00000001, run_name: run, data_digest: d, val_mean_iou: 0.5"
+    model.write_text("MLmodel", f"metadata: {{{about}}}\n")
+    run.file(model, "MLmodel", "model")
+    register(run.store.uri, "m", run_id, Display(quiet=True))
     return storage, run_id
 
 
@@ -109,11 +113,13 @@ import mlflow
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.registry import register
-from unet.tracking.store import Store
+from unet.tracking.stored_run import StoredRun
 storage, run_id, scratch = sys.argv[1:]
-store = Store.of_existing(Folder(storage), run_id)
+run = StoredRun.of_existing(Folder(storage), run_id)
+store = run.store
 mlflow.set_tracking_uri(store.uri)
-store.artifacts("later", {"a.txt": b"a"})
+Folder(scratch).write_text("a.txt", "a")
+run.file(Folder(scratch), "a.txt", "later")
 found = {
     "listed": sorted(file.path for file in store.client.list_artifacts(run_id)),
     "version": register(store.uri, "m", run_id, Display(quiet=True)),
@@ -202,21 +208,21 @@ def test_an_older_database_follows_by_the_files_that_are_there(whole, tmp_path):
 OLDER = "update alembic_version set version_num = '89d3d66ed43f'"
 BROKEN = {
     "an older one": ([OLDER], r"python -m mlflow db upgrade sqlite:///"),
-    "a newer one": (["update alembic_version set version_num = 'f00'"], "made by a newer MLflow than"),
-    "half-made": (["delete from experiments"], "is half-made: .* holds no run. Remove it"),
+    "a newer one": (["update alembic_version set version_num = 'f00'"], "created by a newer MLflow than"),
+    "half-made": (["delete from experiments"], "is incomplete: .* holds no run. Remove it"),
     "another's": (["drop table experiments", "drop table alembic_version"], "not MLflow's"),
 }
 NOT_ONE = {
     "no database": (lambda path: path.write_bytes(b"x" * 5000), "file is not a database"),
     "a part of one": (lambda path: os.truncate(path, 200_000), "malformed"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, and no database"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, not a database"),
 }
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, *NOT_ONE])
 @pytest.mark.parametrize("job", ["train", "tune"])
 def test_what_no_waiting_mends_is_told_at_the_start(whole, tmp_path, monkeypatch, capsys, kind, job):
-    monkeypatch.setattr(database, "MAKING_SECONDS", 0)
+    monkeypatch.setattr(database, "CREATION_SECONDS", 0)
     path = Path(shutil.copy(whole[0] / "mlflow.db", tmp_path))
     change, words = (BROKEN | NOT_ONE)[kind]
     if kind in BROKEN:
@@ -238,7 +244,7 @@ def test_one_that_is_in_use_or_empty_is_no_reason_to_refuse(whole, tmp_path):
         check_database(sqlite_uri(path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "mlflow.db").touch()
-    assert Store(Folder(tmp_path / "empty"), "x").start("run", None, {}, {})
+    assert StoredRun(Store(Folder(tmp_path / "empty"), "x")).start("run", None, {})
 
 
 READ = """
@@ -267,7 +273,7 @@ def test_what_this_user_may_not_write_is_told_but_can_be_read(whole):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     params, words = done.stdout.splitlines()
     assert params == "{'a': '1'}"
-    assert words.startswith(f"MLflow's database {path} cannot be written by this user: change who"), done.stderr
+    assert words.startswith(f"This user may not write MLflow's database {path}: change its permissions"), done.stderr
 
 
 def test_what_mlflow_itself_finds_out_of_date_is_no_outage(whole, tmp_path):

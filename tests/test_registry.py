@@ -43,9 +43,9 @@ class Said(Display):
             False,
             "--model models:/pets/2,models:/pets/1 --data DATA --split val",
         ),
-        (Version("pets", "2", None, "data"), OLD, False, "no val score is known of models:/pets/2."),
-        (OLD, Version("pets", "3", None, "data"), False, "no val score is known of models:/pets/3."),
-        (Version("pets", "2", 0.99, ""), Version("pets", "1", 0.6, ""), False, "do not compare"),
+        (Version("pets", "2", None, "data"), OLD, False, "there is no val score of models:/pets/2."),
+        (OLD, Version("pets", "3", None, "data"), False, "there is no val score of models:/pets/3."),
+        (Version("pets", "2", 0.99, ""), Version("pets", "1", 0.6, ""), False, "cannot be compared"),
         (OLD, OLD, True, "already"),
     ],
 )

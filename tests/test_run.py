@@ -183,7 +183,7 @@ def test_a_run_refuses_data_that_changed(trained, storage, archives, tmp_path):
     """Other samples have another digest; a shard that was changed behind its manifest is noticed when it is read."""
     shutil.copytree(archives, tmp_path / "pets")
     (tmp_path / "pets" / "images" / "beagle_4.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"trained on data with digest \w{12}, .* give the data of then"):
+    with pytest.raises(InputError, match=r"trained on data with digest \w{12}, .* give the original data"):
         train(storage, tmp_path / "pets", run_name="trained", epochs=11)
     _, summary = trained
     prepared = next(

@@ -45,7 +45,7 @@ def test_every_space_of_the_folder_is_valid(name):
         ("base_filters: {choice: []}", "`choice: [a, b, …]`"),
         ("depth: {choice: [3, 6]}", "--image-size 96"),  # six poolings do not divide 96 px
         ("base_filters: {uniform: [8, 16]}", "randint or choice"),
-        ("batch_size: {randint: [4, 32]}", "draws what does not fit together: --grad-shards 4"),
+        ("batch_size: {randint: [4, 32]}", "draws settings that do not fit together: --grad-shards 4"),
         ("dropout", "needs lines such as"),
         ("dropout: [", "not valid YAML"),
         (

@@ -24,7 +24,7 @@ SPACE = "dropout: {uniform: [0.0, 0.5]}\nlearning_rate: {loguniform: [0.0001, 0.
 EPOCHS = 5
 
 
-class Children:
+class Runs:
     """What would be sent to MLflow."""
 
     def __init__(self):
@@ -36,6 +36,9 @@ class Children:
     def end(self, trial):
         self.calls.append(("end", trial))
 
+    def receive(self):
+        pass
+
 
 @pytest.fixture
 def ledger(tmp_path):
@@ -44,7 +47,7 @@ def ledger(tmp_path):
 
 @pytest.fixture
 def recorder(ledger):
-    return TrialRecorder(ledger, Children(), EPOCHS, "asha")
+    return TrialRecorder(ledger, Runs(), EPOCHS, "asha")
 
 
 def trial_of(ledger, **facts):
@@ -87,7 +90,7 @@ def test_a_trial_is_entered_from_its_start_to_its_end(recorder, ledger, tmp_path
     assert (ledger[name]["end"], ledger[name]["reason"]) == ("pruned", "asha stopped it")
     told = read_json(tmp_path / name / "summary.json")
     assert (told["status"], told["end"], told["reason"]) == ("stopped", "pruned", "asha stopped it")
-    sent = recorder._children.calls
+    sent = recorder._runs.calls
     assert sent == [("sync", name)] * 5 + [("end", name)]
     assert Ledger(Folder(tmp_path)).rows == ledger.rows and row["ended"] >= row["started"]
 
@@ -96,8 +99,8 @@ def test_a_trial_is_entered_from_its_start_to_its_end(recorder, ledger, tmp_path
     ("epochs", "summary", "last", "end", "reason"),
     [
         (3, {}, {}, "pruned", "asha stopped it"),
-        (EPOCHS, {}, {}, "finished", "trained to its end"),
-        (3, {"status": "finished"}, {}, "finished", "trained to its end"),  # by its patience
+        (EPOCHS, {}, {}, "finished", "trained to the end"),
+        (3, {"status": "finished"}, {}, "finished", "trained to the end"),  # by its patience
         (3, {}, {"stopped": True}, "stopped", None),
         (3, {"status": "failed", "reason": "numbers"}, {"stopped": True}, "failed", "numbers"),
     ],
@@ -184,16 +187,18 @@ def test_the_pictures_of_a_sweep_show_each_trial_and_ring_the_best(rows, ledger,
     assert drawn[1].axes[1].get_xscale() == "log" and drawn[1].axes[0].get_xscale() == "linear"
 
 
-def test_the_parent_run_is_told_of_every_end(rows):
+def test_the_parent_run_is_told_of_every_end(rows, tmp_path):
     told = {}
 
-    class Tracker:
+    class Writer:
         def __getattr__(self, name):
             return lambda *given: told.__setitem__(name, given)
 
-    summary = {"status": "finished", "reason": "all trials ended"}
-    outcome.report_to_parent(Tracker(), rows, EPOCHS, summary, {"sweep.csv": b""})
-    counts, step, _ = told["metrics"]
+    (tmp_path / "sweep.csv").touch()
+    summary = {"status": "finished", "reason": "all trials ended", "ended": 5}
+    outcome.report(Writer(), Folder(tmp_path), rows, EPOCHS, summary)
+    counts, step, time = told["metrics"]
+    assert time == 5
     ends = {f"trials_{end}": 1 for end in ("finished", "pruned", "failed", "stopped")}
     assert counts == ends | {"trials": 4, "trial_epochs_saved": 3, "best_val_mean_iou": 0.6} and step == 0
     (tags,) = told["tags"]
@@ -205,13 +210,14 @@ def test_the_parent_run_is_told_of_every_end(rows):
         "best_dropout": 0.1,
         "best_learning_rate": 0.01,
     }
-    assert told["artifacts"] == ("", {"sweep.csv": b""}) and told["status"] == ("finished",)
+    folder, name = told["file"]
+    assert (folder.path, name) == (str(tmp_path), "sweep.csv") and told["status"] == ("finished", 5)
 
 
 def test_a_sweep_without_a_score_says_why(ledger):
     for _ in range(2):
         ledger.update(ledger.begin({})["trial"], end="failed", reason="KeyError: 'x'.")
-    with pytest.raises(RunFailed, match=r"^No trial came to a score. KeyError: 'x'.$"):
+    with pytest.raises(RunFailed, match=r"^No trial has a score. KeyError: 'x'.$"):
         outcome.rank(ledger)
 
 

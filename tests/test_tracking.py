@@ -24,7 +24,7 @@ from unet.tracking.patience import patient
 from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
 from unet.tracking.store import KEY, Store
-from unet.tracking.tracker import Tracker
+from unet.tracking.stored_run import StoredRun
 from unet.tracking.writer import AsyncWriter
 
 
@@ -122,8 +122,8 @@ def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, writers, t
     assert [p.read_text() for p in (server.folder / "artifacts").rglob("below/some.txt")] == ["text"]
     place = f"MLflow at {server.uri}"
     assert [w.partition(" (")[0] for w in words[::2]] == [f"{place} does not answer"] * 2, words
-    assert words[1::2] == [f"{place} answers again: what was kept back is being sent."] * 2
-    assert all("the training goes on, what is kept back is sent later" in w for w in words[::2])
+    assert words[1::2] == [f"{place} answers again: sending what was queued."] * 2
+    assert all(w.endswith(": the job goes on, and what it sends is queued.") for w in words[::2])
 
 
 def test_a_run_whose_creation_was_not_answered_is_made_once(server, writers):
@@ -145,11 +145,13 @@ def test_a_run_whose_creation_was_not_answered_is_made_once(server, writers):
 def test_of_two_runs_with_one_key_one_stays(server, tmp_path):
     """A frozen server may answer the first of two creations after the second."""
     store = Store(Folder(tmp_path), "doubled", server.uri)
-    own = store.start("run", None, {}, {}, key="key-3", started=5)
+    run = StoredRun(store)
+    own = run.start("run", None, {}, key="key-3", started=5)
     late = store.client.create_run(store.experiment_id, 1, {KEY: "key-3"}).info.run_id
     assert set(runs_of(server, "key-3")) == {own, late}
-    assert store.find("key-3") == own and runs_of(server, "key-3") == [own]
-    assert Store(Folder(tmp_path), "doubled", server.uri).start("run", None, {}, {}, key="key-3") == own
+    run.single("key-3")
+    assert runs_of(server, "key-3") == [own]
+    assert StoredRun(Store(Folder(tmp_path), "doubled", server.uri)).start("run", None, {}, key="key-3") == own
 
 
 def test_a_file_that_cannot_be_sent_holds_nothing_up(server, writers, tmp_path):
@@ -179,17 +181,13 @@ def test_a_file_may_take_longer_than_a_metric(server, writers, tmp_path):
         writer.file(Folder(tmp_path), "large.bin")
         writer.epoch(line(1))
         assert writer.deliver(0, at_most=60) and not words
-        tracker = Tracker(Folder(tmp_path), "slow", wire.uri)
-        tracker.start("run", None, {}, {})
-        tracker.artifacts("", {"other.bin": b"x"})
-        assert tracker.deliver()
         with patient(2**28) as seconds:
             assert seconds > 1000
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
     finally:
         wire.close()
     sent = {p.name: p.stat().st_size for p in (server.folder / "artifacts").rglob("*.bin")}
-    assert sent == {"large.bin": 100_000, "other.bin": 1}
+    assert sent == {"large.bin": 100_000}
 
 
 def test_a_run_that_was_removed_is_made_anew(server, writers):
@@ -202,7 +200,7 @@ def test_a_run_that_was_removed_is_made_anew(server, writers):
     client.delete_run(first.run_id)
     first.epoch(lines[1])
     assert not first.deliver(60), "refused, not waited for"
-    assert "refuses a part of the run" in words[0] and len(words) == 1 and first.refuses
+    assert "refuses part of the run" in words[0] and len(words) == 1 and first.refuses
     again = make(server.uri, "removed")
     again.start("run", first.run_id, {}, {}, "key-6", 1)
     again.epoch(*lines)
@@ -269,7 +267,7 @@ def test_a_store_that_never_comes_back_is_given_up(unsent, writers):
     command = (
         f"python jobs/train.py --sync trained --storage-path {unsent.parent} --tracking-uri 'http://***@127.0.0.1:9'"
     )
-    assert words.endswith(command) and "its folder holds everything" in words
+    assert words.endswith(command) and "the run's folder holds everything" in words
 
 
 def test_sync_sends_all_of_a_run_once(unsent, server, packed):
@@ -340,7 +338,7 @@ def check_synced(folder: Path, server: Server) -> dict:
     [
         ("finished", "There is no run nobody under", ["--sync=nobody"]),
         ("failed", "does not answer", ["--sync=trained", "--tracking-uri=http://127.0.0.1:9"]),
-        ("running", "has not ended: what MLflow lacks is sent as it goes on", ["--sync=trained"]),
+        ("running", "has not ended, and sends what MLflow lacks as it goes on", ["--sync=trained"]),
         ("finished", "--sync names the run itself", ["--sync=trained", "--run-name=x"]),
     ],
 )
@@ -353,33 +351,67 @@ def test_sync_of_what_cannot_be_is_one_sentence(unsent, capsys, status, words, f
     assert read_json(unsent / "summary.json") == summary
 
 
-def test_a_continued_run_of_a_sweep_gets_the_params_it_lacks(server, tmp_path):
-    tracker = Tracker(Folder(tmp_path), "params", server.uri)
-    run_id = tracker.start("run", None, {"a": 1}, {})
-    tracker.start("run", run_id, {"a": 2, "b": 3, "c": None}, {})
-    assert tracker.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
+def test_a_continued_run_gets_the_params_it_lacks(server, tmp_path):
+    run = StoredRun(Store(Folder(tmp_path), "params", server.uri))
+    run_id = run.start("run", None, {})
+    run.params({"a": 1})
+    run.start("run", run_id, {})
+    run.params({"a": 2, "b": 3, "c": None})
+    assert run.client.get_run(run_id).data.params == {"a": "1", "b": "3"}
 
 
-def test_a_sweep_keeps_back_what_the_store_refuses(server, tmp_path):
-    """A store that refuses for a while, files for good: metrics arrive, in order, once."""
-    tracker = Tracker(Folder(tmp_path), "outage", server.uri)
-    tracker.start("run", None, {"a": 1}, {})
-    whole, refusals = tracker.client.log_batch, iter(range(3))
+def test_children_share_the_queue_of_their_parent(server, writers, tmp_path):
+    """A server that is away for a while: all arrive, in their order, once, below the parent."""
+    make, _ = writers
+    server.freeze()
+    writer = make(server.uri, "family")
+    writer.start("sweep", None, {"searched": "x"}, {}, "key-8", 1)
+    children = [writer.child() for _ in range(2)]
+    for number, child in enumerate(children):
+        child.start(f"trial-{number}", None, {"a": number}, {"trial": str(number)}, f"key-8-{number}", 2)
+        child.epoch(line(1))
+        child.epoch(line(1), line(2))
+        child.status("finished", 5)
+    assert not any(child.taken for child in children) and not writer.taken
+    server.thaw()
+    assert writer.deliver(60) and writer.taken
+    for number, child in enumerate(children):
+        assert child.taken and runs_of(server, f"key-8-{number}") == [child.run_id]
+        assert metrics_of(server, child.run_id) == expected([line(1), line(2)])
+        run = mlflow.MlflowClient(server.uri).get_run(child.run_id)
+        assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 2, 5)
+        assert run.data.tags["mlflow.parentRunId"] == writer.run_id and run.data.params == {"a": str(number)}
 
-    def refusing(*args, **kwargs):
-        if next(refusals, None) is not None:
-            raise ConnectionError("away")
-        return whole(*args, **kwargs)
 
-    tracker.client.log_batch = refusing
-    tracker.client.log_artifacts = lambda *args: (_ for _ in ()).throw(OSError("read-only"))
-    tracker.artifacts("", {"some.txt": b"text"})
-    for epoch in (1, 2, 3, 4, 4):  # the last one again, as after a resume
-        tracker.epoch(line(epoch))
-    assert not tracker.deliver()  # the file is still here
-    tracker.status("finished")
-    assert metrics_of(server, tracker.run_id) == expected(list(map(line, range(1, 5))))
-    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+def test_a_child_that_is_refused_or_dropped_holds_no_other_up(server, writers, monkeypatch):
+    make, words = writers
+    whole = StoredRun.start
+
+    def refusing(run, name, *given):
+        if name == "trial-1":
+            raise mlflow.MlflowException("not this one", mlflow.protos.databricks_pb2.INVALID_PARAMETER_VALUE)
+        return whole(run, name, *given)
+
+    monkeypatch.setattr(StoredRun, "start", refusing)
+    writer = make(server.uri, "refused")
+    writer.start("sweep", None, {}, {}, "key-9", 1)
+    refused, dropped, taken = (writer.child() for _ in range(3))
+    refused.start("trial-1", None, {}, {}, "key-9-1")
+    refused.epoch(line(1))
+    taken.start("trial-3", None, {}, {}, "key-9-3")
+    taken.epoch(line(1))
+    assert not writer.deliver(60), "a part was refused"
+    assert taken.taken and not refused.taken and refused.run_id is None and "refuses part of the run" in words[0]
+    refused.epoch(line(2))
+    server.freeze()
+    dropped.start("trial-2", None, {}, {}, "key-9-2")
+    dropped.epoch(line(1))
+    writer.drop(dropped)
+    server.thaw()
+    taken.epoch(line(2))
+    writer.deliver(60)
+    assert metrics_of(server, taken.run_id) == expected([line(1), line(2)]) and len(words) == 1
+    assert dropped.run_id is None or not metrics_of(server, dropped.run_id)
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_a_stopped_sweep_goes_on_and_the_time_ends_it(ray_cluster, storage, pack
     after = epochs_now(folder)
     assert [r["trial"] for r in after] == [r["trial"] for r in before]
     assert all(a["epochs"] > b["epochs"] and a["end"] == "stopped" for a, b in zip(after, before, strict=True))
-    assert {r["reason"] for r in after} == {"the time was over"}
+    assert {r["reason"] for r in after} == {"the time limit was reached"}
     summary = read_json(folder / "summary.json")
     assert summary["status"] == "finished" and summary["test"]["images"] == 21
     for row in after:  # the chosen one is scored as it is, not trained on

@@ -143,8 +143,14 @@ class TrainSettings(SettingsGroup):
 
     def recipe(self, classes: int) -> Recipe:
         """What of these settings a training step depends on, for a number of classes."""
-        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "training": self.training}
-        return Recipe(image_size=self.data.image_size, classes=classes, **parts)
+        return Recipe(
+            image_size=self.data.image_size,
+            classes=classes,
+            model=self.model,
+            training=self.training,
+            optimizer=self.optimizer,
+            loss=self.loss,
+        )
 
     def with_precision(self, precision: str) -> Self:
         """The same in another precision."""

@@ -68,18 +68,18 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
 def _send(done: Evaluation, run_id: str, storage: Folder, uri: str | None) -> bool:
     """Whether the scores were sent: they are not if the run's own model is a different one by now."""
     from unet.tracking.reach import check_server
-    from unet.tracking.store import Store
+    from unet.tracking.stored_run import StoredRun
 
     check_server(uri)
-    store = Store.of_existing(storage, run_id, uri)
+    run = StoredRun.of_existing(storage, run_id, uri)
     # A model of a run's folder is its best by now; a registered version may be of an earlier checkpoint.
     if done.model.run is None and not re.fullmatch(r"runs:/[0-9a-f]+/model/?", done.model.name):
-        best = store.client.get_run(run_id).data.tags.get("best_checkpoint", "")
+        best = run.client.get_run(run_id).data.tags.get("best_checkpoint", "")
         if best.rpartition("/")[2] != done.model.checkpoint:
             return False
-    store.latest(tracked_metrics(done))
+    run.latest(tracked_metrics(done))
     for name in FILES:
-        store.file(done.folder, name, f"evaluation/{done.part}")
+        run.file(done.folder, name, f"evaluation/{done.part}")
     return True
 
 

@@ -4,17 +4,16 @@ import threading
 import time
 
 from unet.cluster import planner, precision
-from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import in_words
 from unet.cluster.room import take_room
 from unet.data.preparing.findings import checks_row
-from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
 from unet.runs.run import Run
 from unet.storage import Folder
-from unet.supervise.preflight import check_disk, check_samples
+from unet.supervise.preflight import check_disk
+from unet.supervise.prelude import gather
 from unet.supervise.recorder import RunRecorder
 from unet.supervise.supervisor import Supervisor
 from unet.terminal import Display
@@ -70,28 +69,20 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
         if done >= settings.training.epochs:
             display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
             return _finished(run, display, as_trial)
-    storage, nodes = Folder(settings.run.storage_path), cluster_nodes()
-    planner.plan(settings, nodes, 0, together)  # before the data are prepared for a run that cannot be
-    try:
-        prepared = resolve(settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working)
-    finally:
-        display.close()
-    digest = prepared.manifest.data_digest
-    if latest and latest[1].data_digest != digest:
-        raise InputError(
-            f"The run {run.name} was trained on data with digest {latest[1].data_digest[:12]}, {prepared.folder} has "
-            f"{digest[:12]}: give the same data, or another --run-name."
-        )
+    material = gather(
+        settings,
+        display,
+        lambda nodes, data_bytes: planner.plan(settings, nodes, data_bytes, together),
+        f"The run {run.name}",
+        latest and latest[1].data_digest,
+    )
+    prepared, counts, parameters = material.prepared, material.counts, material.parameters
     names = prepared.manifest.classes
     if latest and [c.name for c in latest[1].class_infos] != names:
         raise InputError(f"{prepared.folder} calls the classes {', '.join(names)} now: give another --run-name.")
-    counts = check_samples(settings, prepared)
-    data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
-    classes = len(prepared.manifest.classes)
-    parameters = settings.recipe(classes).network.parameters
     # The sweep of a trial has asked for its room.
-    plan = planner.plan(settings, nodes, data_bytes, together) if as_trial else take_room(settings, data_bytes)
-    check_disk(settings, storage, parameters)
+    plan = material.plan if as_trial else take_room(settings, material.data_bytes)
+    check_disk(settings, Folder(settings.run.storage_path), parameters)
     run.settings, choice = precision.settled(settings, plan.use_gpu)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice))

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -26,7 +27,7 @@ from unet.data.ingest import Ingest, shards
 from unet.progress import Live
 from unet.training.backend import TensorflowBackendConfig
 from unet.training.job import Job
-from unet.training.link import start_link
+from unet.training.link import News, start_link
 from unet.training.worker import train_worker
 
 ANSWER_SECONDS = 10
@@ -100,6 +101,7 @@ class WorkerGroup:
 
     def _trainer(self, job: Job, stream: Ingest | None, scratch: Path) -> DataParallelTrainer:
         plan, data, without = self._plan, {}, set[Needless]()
+        callbacks: list[Any] = [*self._callbacks, on_controller_start(functools.partial(_announce, self.link))]
         if stream:  # the data set is its place only: `OrderedData` gives the shards
             data = {"datasets": {"train": ray.data.range(1)}, "dataset_config": OrderedData(stream)}
         else:  # the workers have their data from the link
@@ -117,11 +119,12 @@ class WorkerGroup:
                 resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
                 placement_strategy="SPREAD",  # as planned; packed, they take a small node's reserve
             ),
-            run_config=RunConfig(
+            # Ray's types are those of the first version of Ray Train, which is not the one that runs.
+            run_config=RunConfig(  # type: ignore[call-arg]
                 name=self._name,
                 storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                callbacks=[*self._callbacks, on_controller_start(functools.partial(_announce, self.link))],
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+                callbacks=callbacks,
                 logging_config=LoggingConfig(log_level="DEBUG" if self._debug else "ERROR"),
             ),
             **data,
@@ -145,12 +148,13 @@ class WorkerGroup:
     def news(self, run: str) -> tuple[Live | None, list[tuple]]:
         """Where the run is, and what has happened since the last call."""
         try:
-            lives, events = ray.get(self.link.poll.remote(self._seen), timeout=ANSWER_SECONDS)
+            found: News = ray.get(self.link.poll.remote(self._seen), timeout=ANSWER_SECONDS)
         except RayActorError:
             return None, []  # the workers notice as well, and end
         except GetTimeoutError:
             self._silent = True
             return None, []
+        lives, events = found
         self._silent, self._seen = False, self._seen + len(events)
         for kind, content in events:
             if kind == "controller":

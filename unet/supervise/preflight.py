@@ -4,6 +4,7 @@ import shutil
 import time
 from typing import Any
 
+from unet.cluster.precision import Settings
 from unet.config import CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
 from unet.data.manifest import MANIFEST
 from unet.data.shards import Prepared
@@ -57,7 +58,7 @@ def _identify(settings: TrainSettings) -> Run:
     return run
 
 
-def with_chosen_precision(settings: TrainSettings, before: dict[str, Any]) -> TrainSettings:
+def with_chosen_precision(settings: Settings, before: dict[str, Any]) -> Settings:
     """The settings of a run or sweep that goes on, with the precision that it chose at its beginning (`auto`)."""
     chosen = before.get("precision", AUTO)
     return settings if settings.training.precision != AUTO else settings.with_precision(chosen)

@@ -16,11 +16,9 @@ from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise import results
 from unet.terminal import Display
-from unet.tracking.send import PATIENCE, begin, kept_back, restart_tags, send
+from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send
 from unet.tracking.writer import AsyncWriter, Untracked
 
-STOP_SECONDS = 2
-"""How long a run that was stopped waits for MLflow."""
 PASSING = ("time", "images_per_second", "data_wait_fraction")
 """What of an epoch's record is not the same when it is trained again."""
 
@@ -55,18 +53,18 @@ class RunRecorder:
             InputError: MLflow can never take a new run so. One that continues goes on without it.
         """
         run, manifest = self.run, self.prepared.manifest
-        if not self.as_trial:
-            self.tracker = self._writer()
+        writer = None if self.as_trial else self._writer()
+        self.tracker = writer or self.tracker
         self.written = run.history()
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
         run.start(parameters=self.parameters, **facts)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
-        if not self.as_trial:
-            begin(run, self.tracker, self.prepared)  # with the history
-            self.tracker.tags({"status": "running"})
-            self.tracker.status("running")
+        if writer:
+            begin(run, writer, self.prepared)  # with the history
+            writer.tags({"status": "running"})
+            writer.status("running")
 
     def _writer(self) -> AsyncWriter:
         part = self.run.settings.run
@@ -170,12 +168,12 @@ class RunRecorder:
             facts |= {"test": found.test, "test_time": found.tested}
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
-        if not self.as_trial:
+        if isinstance(self.tracker, AsyncWriter):
             results.show(run, self.tracker.uri, self.display)
 
     def _send(self, at_most: float, until: threading.Event | None = None) -> None:
         """Have MLflow take all of the ended run, as long as it takes anything and `until` nobody minds the wait."""
-        if self.as_trial:
+        if not isinstance(self.tracker, AsyncWriter):
             return
         self.display.waiting("sending to MLflow")
         delivered = send(self.run, self.tracker, at_most=at_most, until=until)

@@ -1,7 +1,7 @@
-"""MLflow's database in a file: made whole or not at all, refused where it can never be used, found again when moved.
+"""MLflow's database in a file: created whole or not at all, refused if unusable, and brought up to date when moved.
 
-MLflow makes a database in place, in some seventy steps: a kill, or another process that does the same, leave one that
-no MLflow can use. So it is made under another name, by one process, and appears by renaming.
+MLflow creates a database in place, in some seventy steps: a kill, or another process that does the same, leaves one
+that no MLflow can use. So it is created under another name, by one process, and renamed when it is whole.
 
 python -m unet.tracking.database       prints the URI of the default store, ready for use
 """
@@ -27,19 +27,19 @@ from unet.tracking.reach import DATABASE
 
 ARTIFACTS = "mlartifacts"
 """The folder of files beside a database."""
-MAKING_SECONDS = 5.0
-"""How long somebody else may take to make a database: the MLflow UI makes it in place."""
+CREATION_SECONDS = 5.0
+"""How long another process may take to create a database: the MLflow UI creates it in place."""
 FOR_GOOD = ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
-"""What of SQLite's errors no waiting mends."""
-PLACES = (
+"""SQLite's errors that do not pass by waiting."""
+LOCATIONS = (
     *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
     *(("model_versions", "source"), ("model_versions", "storage_location")),
 )
-"""Where MLflow keeps absolute places of files."""
+"""The columns in which MLflow keeps absolute locations of files."""
 
 
 def check_database(uri: str) -> None:
-    """Refuse a database in a file that can never be used as it is. MLflow is not loaded for it.
+    """Refuse a database in a file that can never be used as it is, without loading MLflow.
 
     Raises:
         InputError: with what to do.
@@ -48,56 +48,57 @@ def check_database(uri: str) -> None:
     if path is None:
         return
     _check_access(path)
-    deadline = time.monotonic() + MAKING_SECONDS
+    deadline = time.monotonic() + CREATION_SECONDS
     while path.exists() and (wrong := _wrong(path, uri)):
-        if time.monotonic() > deadline or "half-made" not in wrong:
+        if time.monotonic() > deadline or "is incomplete" not in wrong:
             raise InputError(wrong)
         time.sleep(0.2)
 
 
 def _check_access(path: Path) -> None:
-    """Refuse what this user may not write."""
+    """Refuse a path that this user may not write."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder, and no database: give another --tracking-uri.")
+        raise InputError(f"{path} is a folder, not a database: give another --tracking-uri.")
     if not _may_write(path):
         raise InputError(
-            f"MLflow's database {path} cannot be written by this user: change who may write there, or give another "
-            "--tracking-uri."
+            f"This user may not write MLflow's database {path}: change its permissions, or give another --tracking-uri."
         )
 
 
 def _may_write(path: Path) -> bool:
-    """Whether this user may write a file or make it; SQLite needs the folder too."""
+    """Whether this user may write a file or create it; SQLite needs the folder too."""
     above = next(p for p in path.parents if p.exists())
     files = [path] if path.exists() else []
     return above.is_dir() and all(os.access(p, os.R_OK | os.W_OK) for p in (above, *files))
 
 
 def _wrong(path: Path, uri: str) -> str | None:
-    """What is wrong with a database for good, as a sentence with what to do."""
+    """What is permanently wrong with a database, as a sentence with what to do."""
     other = "give another --tracking-uri"
     try:
         tables, version, in_use = _read(path)
     except sqlite3.Error as error:
         if not error.sqlite_errorname.startswith(FOR_GOOD):
-            return None  # it is locked, or its disk is away: both pass
-        return f"MLflow's database {path} cannot be used ({error}): bring back a copy of it, or {other}."
+            return None  # it is locked, or its disk is away: both may pass
+        return f"MLflow's database {path} cannot be used ({error}): restore a copy of it, or {other}."
     if not tables:
         return None
     if not tables & {"alembic_version", "experiments"}:
         return f"{path} is a database, but not MLflow's: {other}."
     if not in_use:
         return (
-            f"MLflow's database {path} is half-made: the start that made it was broken off, and it holds no run. "
-            f"Remove it (rm {shlex.quote(str(path))}), and the same command makes it anew."
+            f"MLflow's database {path} is incomplete: its creation was interrupted, and it holds no run. "
+            f"Remove it (rm {shlex.quote(str(path))}); the same command creates it again."
         )
     known, latest = _revisions()
     if latest and version != latest:
         mlflow = importlib.metadata.version("mlflow")
         if version not in known:
-            return f"MLflow's database {path} was made by a newer MLflow than {mlflow}: use that one, or {other}."
+            return (
+                f"MLflow's database {path} was created by a newer MLflow than {mlflow}: use that version, or {other}."
+            )
         return (
-            f"MLflow's database {path} was made by an older MLflow than {mlflow}: copy it, then bring it up to date: "
+            f"MLflow's database {path} was created by an older MLflow than {mlflow}: back it up, then upgrade it: "
             f"python -m mlflow db upgrade {shlex.quote(uri)}"
         )
     return None
@@ -105,7 +106,7 @@ def _wrong(path: Path, uri: str) -> str | None:
 
 def _read(path: Path) -> tuple[set[str], str | None, bool]:
     """The names of its tables, its version, and whether MLflow has ever used it: then it has an experiment."""
-    # Not read-only: what a kill left in the journal is to be undone first.
+    # Not read-only: SQLite may have to roll back first what a kill left in its journal.
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)) as connection:
         tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
         first = {
@@ -118,11 +119,13 @@ def _read(path: Path) -> tuple[set[str], str | None, bool]:
 
 
 def _revisions() -> tuple[set[str], str | None]:
-    """The versions of a database that the installed MLflow knows, and the latest; read from its scripts.
+    """The schema versions that the installed MLflow knows, and the latest; read from its migration scripts.
 
     Alembic would import each, and with them MLflow.
     """
-    (package,) = importlib.util.find_spec("mlflow").submodule_search_locations
+    spec = importlib.util.find_spec("mlflow")
+    assert spec and spec.submodule_search_locations  # it is required, and a package
+    (package,) = spec.submodule_search_locations
     text = "\n".join(p.read_text() for p in Path(package).glob("store/db_migrations/versions/*.py"))
     known, before = (
         set(re.findall(rf"^{name}\b[^=\n]*= *[\"'](\w+)[\"']", text, re.MULTILINE))
@@ -133,7 +136,7 @@ def _revisions() -> tuple[set[str], str | None]:
 
 
 def ready(uri: str) -> None:
-    """Make the database of a store if there is none, and have one that was moved find its files. MLflow is loaded.
+    """Create the database of a store if there is none, and update one that was moved. MLflow must be loaded.
 
     One that this user may only read stays as it is.
 
@@ -146,14 +149,14 @@ def ready(uri: str) -> None:
     check_database(uri)
     with waited_for(Folder(path.parent), f".{path.name}.lock"):
         if not path.exists() or not path.stat().st_size:
-            _make(path)
-        _follow(path)
+            _create(path)
+        _update_locations(path)
 
 
-def _make(path: Path) -> None:
+def _create(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    for torn in path.parent.glob(f".{path.name}.new-*"):  # a kill's
+    for torn in path.parent.glob(f".{path.name}.new-*"):  # left by a kill
         torn.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     store = SqlAlchemyStore(sqlite_uri(temporary), (path.parent / ARTIFACTS).as_uri())
@@ -161,55 +164,55 @@ def _make(path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _follow(path: Path) -> None:
-    """Where a storage path was moved or copied, have its database say so of its files: MLflow cannot."""
+def _update_locations(path: Path) -> None:
+    """Rewrite where files are, if the storage path was moved or copied: MLflow has no call for that."""
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:
-        before = {root for root in _made_below(connection, path) if _was(root, path)}
+        before = {root for root in _created_below(connection, path) if _has_moved(root, path)}
         if not before:
             return
-        connection.create_function("moved", 1, lambda place: _moved(place, before, path.parent))
-        for table, column in PLACES:
+        connection.create_function("moved", 1, lambda location: _moved(location, before, path.parent))
+        for table, column in LOCATIONS:
             connection.execute(f"update {table} set {column} = moved({column}) where {column} is not null")
 
 
-def _made_below(connection: sqlite3.Connection, path: Path) -> set[Path]:
-    """The storage paths that the database may have been made for: experiments of others have their files elsewhere.
+def _created_below(connection: sqlite3.Connection, path: Path) -> set[Path]:
+    """The storage paths that the database may have been created for: other experiments have their files elsewhere.
 
-    `_make` puts the first experiment's files beside the database. Older ones tell by the files that are there now.
+    `_create` puts the first experiment's files beside the database. Other databases show it by the files there now.
     """
     found = set()
-    for number, place in connection.execute("select experiment_id, artifact_location from experiments"):
-        if root := _root(place):
-            here = path.parent / Path(_local(place)).relative_to(root)
+    for number, location in connection.execute("select experiment_id, artifact_location from experiments"):
+        if (root := _root(location)) and (local := _local(location)):
+            here = path.parent / Path(local).relative_to(root)
             if number == 0 or (path.name == DATABASE and here.exists()):
                 found.add(root)
     return found
 
 
-def _was(root: Path, path: Path) -> bool:
-    """Whether what this program keeps below another folder, as the database says, is now beside the database."""
+def _has_moved(root: Path, path: Path) -> bool:
+    """Whether the files that the database looks for below another folder are now beside the database."""
     if not (root / ARTIFACTS).exists():
         return root != path.parent
     return (path.parent / ARTIFACTS).exists() and (root / path.name).exists() and not root.samefile(path.parent)
 
 
-def _root(place: str | None) -> Path | None:
-    """The storage path that a place of files is under; None where it was not chosen by this program."""
-    above, mark, _ = (_local(place) or "").rpartition(f"/{ARTIFACTS}/")
+def _root(location: str | None) -> Path | None:
+    """The storage path above a location of files; None where this program did not choose the location."""
+    above, mark, _ = (_local(location) or "").rpartition(f"/{ARTIFACTS}/")
     return Path(above) if mark else None
 
 
-def _local(place: str | None) -> str | None:
-    """The path of a place as MLflow reads it; None in any other store than this machine's disks."""
-    if place is None or re.match(r"(?!file:)[a-z][\w+.-]*:", place):
+def _local(location: str | None) -> str | None:
+    """The path of a location as MLflow reads it; None where it is not on a disk of this machine."""
+    if location is None or re.match(r"(?!file:)[a-z][\w+.-]*:", location):
         return None
-    return unquote(urlsplit(place).path if place.startswith("file:") else place)
+    return unquote(urlsplit(location).path if location.startswith("file:") else location)
 
 
-def _moved(place: str, before: set[Path], now: Path) -> str:
-    path = Path(_local(place) or "")
+def _moved(location: str, before: set[Path], now: Path) -> str:
+    path = Path(_local(location) or "")
     root = next((root for root in before if path.is_relative_to(root / ARTIFACTS)), None)
-    return place if root is None else (now / path.relative_to(root)).as_uri()
+    return location if root is None else (now / path.relative_to(root)).as_uri()
 
 
 if __name__ == "__main__":

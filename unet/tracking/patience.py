@@ -1,4 +1,4 @@
-"""How long a server may take to answer to a file: it may hand it on to another store before it does."""
+"""How long a server may take to accept a file: it may store it elsewhere before it answers."""
 
 import contextlib
 import threading
@@ -11,9 +11,9 @@ _TURN = threading.RLock()
 
 @contextlib.contextmanager
 def patient(size: int = 2**27) -> Iterator[float]:
-    """MLflow's requests, with files of so many bytes, may take longer than others; yields how long, in seconds.
+    """Raise the time limit of MLflow's requests for files of `size` bytes; yields the limit in seconds.
 
-    MLflow has one limit for all, in the environment, so one thread at a time sends files.
+    MLflow has one limit for all requests, in the environment, so one thread at a time sends files.
     """
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as LIMIT
 

@@ -21,12 +21,12 @@ def default_uri(storage: Folder) -> str:
         InputError: there is none in an object store.
     """
     if not storage.is_local:
-        raise InputError(f"{storage} is an object store, where no database can live: give --tracking-uri.")
+        raise InputError(f"{storage} is an object store, which cannot hold a database: give --tracking-uri.")
     return sqlite_uri(f"{storage.path}/{DATABASE}")
 
 
 def is_database(uri: str) -> bool:
-    """Whether it is one, and no server of MLflow's."""
+    """Whether it is a database, not an MLflow server."""
     return scheme(uri) in ("sqlite", *PORTS)
 
 
@@ -41,7 +41,9 @@ def check_server(uri: str | None) -> None:
     Raises:
         InputError: with what to do.
     """
-    kind = scheme(uri or "")
+    if uri is None:
+        return
+    kind = scheme(uri)
     try:
         if kind in ("http", "https"):
             parts = urlsplit(uri)
@@ -50,11 +52,11 @@ def check_server(uri: str | None) -> None:
         elif kind in PORTS:
             from sqlalchemy import make_url
 
-            place = make_url(uri)
-            if place.host:
-                socket.create_connection((place.host, place.port or PORTS[kind]), timeout=5).close()
+            url = make_url(uri)
+            if url.host:
+                socket.create_connection((url.host, url.port or PORTS[kind]), timeout=5).close()
     except urllib.error.HTTPError:
-        pass  # it answers; whether it accepts us shows later
+        pass  # it answers; whether it accepts us will show later
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(

@@ -1,7 +1,7 @@
 """Versions of a registered model in MLflow, and which of them is the champion.
 
-Validation chooses, test never: its score is only written beside. A version holds a copy of the packaged model, so
-that a run that is continued and packaged anew changes no version that others use.
+The val score decides, never the test score, which is only recorded. A version holds a copy of the packaged model: a
+run that is continued and packaged again changes no version that others use.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ TEST = "test_mean_iou"
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model, as its tags tell.
+    """A version of a registered model, as its tags say.
 
     Attributes:
         model, number: `models:/MODEL/NUMBER`.
-        val_mean_iou: of its weights on the validation split of its data; None where that is not known.
+        val_mean_iou: of its weights on the validation split of its data; None if unknown.
         data_digest: of those data.
     """
 
@@ -45,7 +45,7 @@ class Version:
 
     @classmethod
     def of(cls, found) -> "Version":
-        """Of what MLflow says; anybody may have made it."""
+        """From MLflow's own record, which another program may have made."""
         try:
             score = float(found.tags.get("val_mean_iou", ""))
         except ValueError:
@@ -55,45 +55,46 @@ class Version:
 
 
 def judge(new: Version, champion: Version | None) -> tuple[bool, str]:
-    """Whether the new version is to be the champion, and the sentence that says why.
+    """Whether the new version becomes the champion, and a sentence that says why.
 
     Mean IoUs are compared only on the same validation data.
     """
     if champion is None:
         return True, f"{new.uri} is the {CHAMPION}: the first one."
     if champion.number == new.number:
-        return True, f"{new.uri} is the {CHAMPION} already."
-    unscored = " and ".join(version.uri for version in (new, champion) if version.val_mean_iou is None)
-    if unscored or not new.data_digest or new.data_digest != champion.data_digest:
-        why = f"it was validated on other data than {new.uri}, so their scores do not compare"
-        why = f"no val score is known of {unscored}" if unscored else why
+        return True, f"{new.uri} is already the {CHAMPION}."
+    same_data = new.data_digest and new.data_digest == champion.data_digest
+    if new.val_mean_iou is None or champion.val_mean_iou is None or not same_data:
+        unscored = " and ".join(version.uri for version in (new, champion) if version.val_mean_iou is None)
+        why = f"it was validated on different data from {new.uri}, so their scores cannot be compared"
+        why = f"there is no val score of {unscored}" if unscored else why
         return False, (
-            f"{champion.uri} stays the {CHAMPION}: {why}. Score both on one validation split: python jobs/evaluate.py "
-            f"--model {new.uri},{champion.uri} --data DATA --split val; if the new one is better, give it the alias "
-            f"{CHAMPION} in MLflow."
+            f"{champion.uri} is still the {CHAMPION}: {why}. Score both on one validation split: python "
+            f"jobs/evaluate.py --model {new.uri},{champion.uri} --data DATA --split val; if the new one is better, "
+            f"give it the alias {CHAMPION} in MLflow."
         )
     scores = f"its val mean IoU is {new.val_mean_iou:.4f} against {champion.val_mean_iou:.4f} of {champion.uri}"
     if new.val_mean_iou > champion.val_mean_iou:
-        return True, f"{new.uri} is the {CHAMPION} now: {scores}."
+        return True, f"{new.uri} is now the {CHAMPION}: {scores}."
     return False, f"{new.uri} is not the {CHAMPION}: {scores}."
 
 
 def register(tracking_uri: str, name: str, run_id: str, display: Display, checkpoint: str | None = None) -> str:
-    """Make a run's packaged model a version of a registered one, unless it is, and the champion if it is better.
+    """Register a run's packaged model as a version, unless it is one already; the champion if it is better.
 
     Args:
         tracking_uri: of the store that has the run.
-        name: of the registered model, which is made if there is none.
+        name: of the registered model, which is created if there is none.
         run_id: of the run in MLflow.
-        display: is told what came of it.
-        checkpoint: that the packaged model is expected to be of; default: whichever it is.
+        display: shows the outcome.
+        checkpoint: the one that the packaged model must be of; default: any.
 
     Returns:
         The URI of the version.
 
     Raises:
         InputError: the packaged model is of another checkpoint.
-        RunFailed: MLflow has no such model, or does not take it.
+        RunFailed: MLflow has no such model, or does not accept it.
     """
     mlflow = load_mlflow()
     try:
@@ -119,19 +120,20 @@ def register_run(summary: dict, run: RunSettings, display: Display) -> None:
     """`--register` of a finished training, with its summary.
 
     Raises:
-        RunFailed: MLflow lacks the model, or does not take it.
+        RunFailed: MLflow lacks the model, or does not accept it.
     """
     if not summary.get("delivered", True):
         raise RunFailed(
-            f"The model is not registered as {run.register}, since MLflow lacks it: when MLflow is back, the same "
-            "command with --run-name sends and registers it."
+            f"The model is not registered as {run.register}, since MLflow lacks it: when MLflow answers again, the "
+            "same command with --run-name sends and registers it."
         )
     uri = run.tracking_uri or default_uri(Folder(run.storage_path))
+    assert run.register is not None  # it is asked for
     register(uri, run.register, summary["mlflow_run_id"], display)
 
 
 def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
-    """The version of a run's packaged model, found or made."""
+    """The version of a run's packaged model, found or created."""
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -142,7 +144,7 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
         if checkpoint not in (None, packaged):
             raise InputError(
                 f"The packaged model of the run {about['run_name']} is of its checkpoint {packaged}, not of "
-                f"{checkpoint}: only that one can be registered (--model {about['run_name']})."
+                f"{checkpoint}. Only the packaged one can be registered: give --model {about['run_name']}."
             )
         with contextlib.suppress(MlflowException):  # it is there already
             client.create_registered_model(name)
@@ -150,13 +152,13 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
             if found.run_id == run_id and found.tags.get("checkpoint") == packaged:
                 return Version.of(found)
         run = client.get_run(run_id)
-        place = f"registered/{packaged}"
+        folder = f"registered/{packaged}"
         with patient():
-            client.log_artifacts(run_id, str(package), place)
+            client.log_artifacts(run_id, str(package), folder)
         tags = {"run": about["run_name"]} | {k: about[k] for k in ("checkpoint", "data_digest", "val_mean_iou")}
-        tags[TEST] = run.data.metrics.get(TEST)  # reported, never chosen by
+        tags[TEST] = run.data.metrics.get(TEST)  # reported, never decisive
         tags = {key: str(value) for key, value in tags.items() if value is not None}
-        source = f"{run.info.artifact_uri}/{place}"
+        source = f"{run.info.artifact_uri}/{folder}"
         return Version.of(client.create_model_version(name, source, run_id, tags=tags))
 
 

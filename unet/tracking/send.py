@@ -1,6 +1,6 @@
-"""A run's folder into its MLflow run: at the start and the end of a training, and later with `--sync`.
+"""Sends a run's folder to its MLflow run: at the start and the end of a training, and later with `--sync`.
 
-The folder holds all that MLflow gets, and however often it is sent nothing is doubled.
+The folder holds all that MLflow gets, and nothing is doubled however often it is sent.
 """
 
 import threading
@@ -19,30 +19,32 @@ from unet.tracking.reach import check_server, default_uri
 from unet.tracking.writer import AsyncWriter
 
 PATIENCE = 30.0
-"""Seconds after which a store that takes nothing any more is given up."""
+"""Seconds after which a store that accepts nothing any more is given up."""
+STOP_SECONDS = 2.0
+"""How long a job that was stopped waits for MLflow."""
 PICTURES = (".png", ".npz")
 
 
 def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
-    """Send what is known of a run from its start, and the epochs it has; `prepared` are its data, if they are open."""
+    """Send what is known of a run from its start, and its epochs so far; `prepared`: its data, if they are open."""
     config, summary = read_config(run.folder), run.summary
     params = config | {name: summary.get(name) for name in ("parameters", "data_digest")}
     tags = {"data_digest": summary.get("data_digest"), "run_folder": str(run.folder)}
     to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
-    if (prepared := prepared or _prepared(run)) is not None:
+    if prepared := prepared or open_data(run.folder, summary["data_digest"]):
         to.data(prepared)
     to.epoch(*run.history())
     to.file(run.folder, CONFIG)
 
 
-def _prepared(run: Run) -> Prepared | None:
-    """The data of a run, if they are where they were."""
+def open_data(folder: Folder, digest: str) -> Prepared | None:
+    """The prepared data with this digest that a run's or sweep's folder names, if they are where they were."""
     try:
-        place = prepared_of(run.folder)
-        prepared = Prepared(Folder(place)) if place else None
+        uri = prepared_of(folder)
+        prepared = Prepared(Folder(uri)) if uri else None
     except (InputError, OSError):
         return None
-    return prepared if prepared and prepared.manifest.data_digest == run.summary["data_digest"] else None
+    return prepared if prepared and prepared.manifest.data_digest == digest else None
 
 
 def send(
@@ -52,7 +54,7 @@ def send(
     at_most: float = float("inf"),
     until: threading.Event | None = None,
 ) -> bool:
-    """Send all of an ended run; whether MLflow has taken it. Its summary then knows its MLflow run.
+    """Send all of an ended run; whether MLflow has accepted it. Its summary then names its MLflow run.
 
     Waits as `AsyncWriter.deliver` does.
     """
@@ -70,8 +72,8 @@ def send(
         for name in model.files():
             to.file(model, name, "model")
     to.tags(restart_tags(summary))
-    told = {name: summary.get(name) for name in ("status", "reason", "best_checkpoint", "model_uri")}
-    to.tags({name: value[:500] for name, value in told.items() if value})
+    facts = {name: summary.get(name) for name in ("status", "reason", "best_checkpoint", "model_uri")}
+    to.tags({name: value[:500] for name, value in facts.items() if value})
     to.file(run.folder, SUMMARY)
     to.status(summary["status"], summary.get("ended"))
     delivered = to.deliver(patience, at_most, until)
@@ -80,14 +82,14 @@ def send(
 
 
 def restart_tags(summary: dict) -> dict[str, str]:
-    """The restarts of a run's workers as tags: their number, and when and why each was."""
+    """The restarts of a run's workers as tags: their number, and when and why each happened."""
     log = summary.get("restart_log") or []
-    told = [f"{r['time']} {r['reason']}; {r['workers']} worker(s) from step {r['step']}" for r in log]
-    return {"restarts": str(len(log))} | {f"restart_{i:03d}": text[:500] for i, text in enumerate(told, 1)}
+    texts = [f"{r['time']} {r['reason']}; {r['workers']} worker(s) from step {r['step']}" for r in log]
+    return {"restarts": str(len(log))} | {f"restart_{i:03d}": text[:500] for i, text in enumerate(texts, 1)}
 
 
 def _results(run: Run, to: AsyncWriter) -> None:
-    """Test scores, pictures and the best checkpoint: all of it that evaluating and predicting read."""
+    """Test scores, pictures and the best checkpoint, as far as evaluation and prediction read it."""
     summary, last = run.summary, run.history()[-1]
     to.metrics(as_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
     for name in run.folder.names():
@@ -100,15 +102,18 @@ def _results(run: Run, to: AsyncWriter) -> None:
 
 
 def kept_back(run: Run, to: AsyncWriter) -> str:
-    """What to do about an ended run that MLflow has not taken wholly."""
-    place, again = without_secrets(to.uri), f"python jobs/train.py --sync {run.name}{where(run.settings.run)}"
+    """What to do about an ended run that MLflow does not have whole."""
+    store, again = (
+        f"MLflow at {without_secrets(to.uri)}",
+        f"python jobs/train.py --sync {run.name}{where(run.settings.run)}",
+    )
     if to.refuses:
         return (
-            f"MLflow at {place} refuses a part of the run ({to.reason}) and has the rest; its folder holds everything. "
-            f"Waiting does not help: once that store, or another, takes it: {again}"
+            f"{store} refuses part of the run ({to.reason}) and has the rest; the run's folder holds everything. "
+            f"Waiting does not help. Once that store, or another, accepts it, send it: {again}"
         )
     return (
-        f"MLflow at {place} has not taken all of the run ({to.reason or 'there was no time'}); its folder holds "
+        f"{store} does not have all of the run ({to.reason or 'there was not enough time'}); the run's folder holds "
         f"everything. Send it later: {again}"
     )
 
@@ -117,7 +122,7 @@ def send_later(run: Run, display: Display) -> None:
     """Send what MLflow lacks of an ended run.
 
     Raises:
-        RunFailed: the store has not taken everything.
+        RunFailed: the store has not accepted everything.
     """
     part = run.settings.run
     writer = AsyncWriter(Folder(part.storage_path), part.experiment, part.tracking_uri, display.say)
@@ -141,9 +146,10 @@ def sync(settings: TrainSettings, display: Display) -> None:
 
     Raises:
         InputError: the run has not ended, or the store does not answer.
-        RunFailed: the store has not taken everything.
+        RunFailed: the store has not accepted everything.
     """
     name, part = settings.run.sync, settings.run
+    assert name is not None  # --sync names it
     with locked(Folder(part.storage_path) / name, name):
         _sync(Run.load(name, settings), display)
 
@@ -152,7 +158,7 @@ def _sync(run: Run, display: Display) -> None:
     part = run.settings.run
     if run.summary.get("status") not in ("finished", "stopped", "failed"):
         raise InputError(
-            f"The run {run.name} has not ended: what MLflow lacks is sent as it goes on. If it was killed, continue "
+            f"The run {run.name} has not ended, and sends what MLflow lacks as it goes on. If it was killed, continue "
             f"it: python jobs/train.py --resume {run.name}{where(part)}"
         )
     check_database(part.tracking_uri or default_uri(Folder(part.storage_path)))

@@ -9,6 +9,8 @@ import ray
 from unet.progress import Live
 
 LIVE_SECONDS = 0.5
+News = tuple[dict[str, Live], list[tuple[str, Any]]]
+"""Where each run is, by its folder, and events: their kind and content."""
 
 
 class DriverLink:
@@ -49,7 +51,7 @@ class DriverLink:
         await self._given.wait()
         return self._reading
 
-    async def poll(self, seen: int = 0) -> tuple[dict[str, Live], list[tuple]]:
+    async def poll(self, seen: int = 0) -> "News":
         """Where each run is, and the events after the first `seen`, which are kept no longer."""
         del self._events[: max(0, seen - self._seen)]
         self._seen = max(seen, self._seen)

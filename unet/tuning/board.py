@@ -21,12 +21,12 @@ from unet.tuning.trial_recorder import name
 
 REFRESH_SECONDS = 0.5
 SHOWN = 12
-"""Ended trials in the live table; the rest is a number."""
+"""Ended trials in the live table; the others are counted."""
 STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red", "stopped": "yellow"}
 
 
 class Board(tune.Callback):
-    """Shows the ledger and where the running trials are. `left` estimates the seconds that are left, if it can."""
+    """Shows the ledger and where the running trials are. `left` estimates the remaining seconds, if it can."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Board(tune.Callback):
         self._begun: set[str] = set()
 
     def __getstate__(self):
-        return {}  # Tune pickles its callbacks for a restore, which a terminal has no part in
+        return {}  # Tune pickles its callbacks for a restore that a sweep does not use
 
     def __enter__(self):
         if self._display.redraws:
@@ -64,7 +64,7 @@ class Board(tune.Callback):
         self._say(f"{name(trial)} starts  {drawn(trial.config['draw'])}", "dim")
 
     def on_trial_recover(self, iteration, trials, trial, **info):
-        self._display.say(f"{name(trial)} failed and goes on from its checkpoint", "yellow")
+        self._display.say(f"{name(trial)} failed and continues from its checkpoint", "yellow")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         self._ended(name(trial))
@@ -82,7 +82,7 @@ class Board(tune.Callback):
             self._say(text)
 
     def _say(self, text: str, style: str | None = None) -> None:
-        """What the live table shows anyway is a line only where there is none."""
+        """A line, unless the live table shows the same."""
         if not self._view:
             self._printed = time.monotonic()
             self._display.say(text, style)
@@ -101,8 +101,8 @@ class Board(tune.Callback):
             return
         self._printed = now
         running = [r for r in self._ledger.rows if r["end"] == "running"]
-        under_way = ", ".join(f"{r['trial']} at {self._progress(r)}" for r in running)
-        self._display.say(f"  {self._status()}" + (f" · {under_way}" if under_way else ""))
+        progress = ", ".join(f"{r['trial']} at {self._progress(r)}" for r in running)
+        self._display.say(f"  {self._status()}" + (f" · {progress}" if progress else ""))
 
     def _table(self) -> Table:
         rows = self._ledger.rows
@@ -111,7 +111,7 @@ class Board(tune.Callback):
         shown = running + ended[:SHOWN]
         table = trial_table(shown, self._progress, self._classes, self._display.console.width)
         if len(ended) > SHOWN:
-            table.caption = f"and {len(ended) - SHOWN} more that ended"
+            table.caption = f"and {len(ended) - SHOWN} more that have ended"
         return table
 
     def _progress(self, row: dict) -> str:
@@ -137,7 +137,7 @@ class Board(tune.Callback):
 def trial_table(
     rows: list[dict], progress: Callable[[dict], str], classes: Classes, width: int, title: str | None = None
 ) -> Table:
-    """Trials with their settings, state, epochs and IoU; by class of the best epoch where there is room for them."""
+    """Trials with their settings, state, epochs and IoU; by class, of the best epoch, where there is room."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
     names = list(rows[0]["settings"]) if rows else []
     by_class = names_in_line(classes)

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-
-from ray.tune.search.sample import Categorical
+from typing import Any
 
 from unet.pages.figures import DPI, INK, LEGEND, QUIET, calm
 from unet.tuning.search import BEST
-from unet.tuning.space import Space, is_log
+from unet.tuning.space import Space, choices, is_log, limits
 
 ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b"}
 FAILED = "#b3412f"
@@ -17,7 +16,7 @@ IMPORTANCE_TRIALS = 8
 
 
 def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], path: Path) -> None:
-    """Val mean IoU of every trial by epoch, the best one drawn strong."""
+    """Val mean IoU of every trial by epoch, the best one in bold."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -27,7 +26,7 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
     for row in reversed(rows):
         records = histories[row["trial"]]
         strong = row["trial"] == best
-        line = {"linewidth": 2.6, "zorder": 3} if strong else {"linewidth": 1.2, "alpha": 0.75}
+        line: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if strong else {"linewidth": 1.2, "alpha": 0.75}
         points = [(r["epoch"], r["val_mean_iou"]) for r in records if "val_mean_iou" in r]
         if points:
             colour = INK if strong else ENDS.get(row["end"], FAILED)
@@ -35,7 +34,7 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
     handles = [axes.plot([], [], color=ENDS[e], label=e)[0] for e in ENDS if any(r["end"] == e for r in rows)]
     handles.append(axes.plot([], [], color=INK, linewidth=2.6, label=f"best, {best}")[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **LEGEND)
-    calm(axes, "Validation mean IoU by epoch, a line a trial")
+    calm(axes, "Validation mean IoU by epoch, one line per trial")
     axes.set_xlabel("epoch", fontsize=10, color=QUIET)
     axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -45,34 +44,36 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
 def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
     """Each searched setting against the best val mean IoU of its trials, the best one ringed."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     scored, names = [r for r in rows if r[BEST] is not None], list(space.draws)
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4.4 * columns, 3.9 * lines + 0.4), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
+    figure = Figure(figsize=(4.4 * columns, 3.9 * lines + 0.4), dpi=DPI, layout=layout)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for axes, name in zip(panels, names, strict=False):
         domain = space.draws[name]
-        choices = domain.categories if isinstance(domain, Categorical) else None
+        values = choices(domain)
 
-        def place(row, name=name, choices=choices):
+        def across(row, name=name, values=values):
             value = row["settings"][name]
-            return value if choices is None else choices.index(value)
+            return value if values is None else values.index(value)
 
         for end in sorted({r["end"] for r in scored}):
             of_end = [r for r in scored if r["end"] == end]
             style = {"s": 42, "color": ENDS.get(end, FAILED), "alpha": 0.85, "linewidths": 0}
-            axes.scatter([place(r) for r in of_end], [r[BEST] for r in of_end], label=end, **style)
+            axes.scatter([across(r) for r in of_end], [r[BEST] for r in of_end], label=end, **style)
         ring = {"s": 150, "facecolors": "none", "edgecolors": INK, "linewidths": 1.8}
-        axes.scatter([place(scored[0])], [scored[0][BEST]], **ring)
-        if choices is not None:
-            axes.set_xticks(range(len(choices)), [str(c) for c in choices])
-            axes.set_xlim(-0.6, len(choices) - 0.4)
+        axes.scatter([across(scored[0])], [scored[0][BEST]], **ring)
+        if values is not None:
+            axes.set_xticks(range(len(values)), [str(v) for v in values])
+            axes.set_xlim(-0.6, len(values) - 0.4)
         elif is_log(domain):
+            low, high = limits(domain)
             axes.set_xscale("log")
-            axes.set_xlim(domain.lower / 1.15, domain.upper * 1.15)
+            axes.set_xlim(low / 1.15, high * 1.15)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
@@ -87,9 +88,9 @@ def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
 
 
 def parameter_importance(rows: Sequence[dict], space: Space, seed: int) -> dict[str, float]:
-    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty where too few speak.
+    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty for too few trials.
 
-    Pruned trials count with the score they had, so what mattered early weighs more.
+    Pruned trials count with the score they had, so what matters early weighs more.
     """
     import optuna
     from ray.tune.search.optuna import OptunaSearch
@@ -116,6 +117,6 @@ def importance_picture(importance: dict[str, float], path: Path) -> None:
     axes.bar_label(bars, fmt="{:.0%}", padding=5, color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08)
-    calm(axes, "Share of the score's variance that a setting explains")
+    calm(axes, "Share of the score's variance explained by each setting")
     axes.set_xticks([])
     figure.savefig(path, format="png")

@@ -1,11 +1,10 @@
-"""A sweep's own memory, `trials.jsonl`: a line a trial, in the order of their starts.
+"""A sweep's own record, `trials.jsonl`: one line per trial, in the order of their starts.
 
 The file is replaced whole at each change, so no kill tears it. Tune's own state is disposable: whatever continues,
 extends or ranks a sweep reads this and the trials' run folders.
 """
 
 import json
-import threading
 from collections.abc import Iterable
 
 from unet.locks import Lock
@@ -14,21 +13,22 @@ from unet.runs.run import METRICS, SUMMARY
 from unet.storage import Folder
 
 TRIALS = "trials.jsonl"
-UNDER_WAY = ("running", "stopped")
+UNFINISHED = ("running", "stopped")
 
 
 class Ledger:
-    """The trials of a sweep's folder: what they draw, how far they came, why they ended.
+    """The trials of a sweep's folder: what they draw, how far they got, why they ended.
 
     A row holds `trial` (its name and the name of its run), `end` (running, finished, pruned, failed, stopped),
     `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
     `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
     `training_seconds` of them (without the first step, which traces), `pid` and `memory_mb` of that process,
-    `diverged`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep that writes.
+    `diverged`, `mlflow_key`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep
+    that writes.
     """
 
     def __init__(self, folder: Folder, held: Lock | None = None):
-        self._folder, self._held, self._lock = folder, held, threading.RLock()
+        self._folder, self._held = folder, held
         lines = folder.read_text(TRIALS).splitlines() if folder.exists(TRIALS) else []
         self._rows = {row["trial"]: row for row in map(json.loads, lines)}
 
@@ -40,46 +40,42 @@ class Ledger:
 
     @property
     def rows(self) -> list[dict]:
-        with self._lock:
-            return [dict(row) for row in self._rows.values()]
+        return [dict(row) for row in self._rows.values()]
 
-    def under_way(self) -> list[dict]:
-        """The trials that have begun and are to go on."""
-        return [row for row in self.rows if row["end"] in UNDER_WAY]
+    def unfinished(self) -> list[dict]:
+        """The trials that have begun and have not ended for good."""
+        return [row for row in self.rows if row["end"] in UNFINISHED]
 
     def begin(self, settings: dict) -> dict:
         """A new trial."""
-        row = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
+        row: dict = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
         row |= {"tries": 0, "epochs": 0, "best_val_mean_iou": None, "best_epoch": None, "seconds": 0.0}
-        with self._lock:
-            self._rows[row["trial"]] = row
+        self._rows[row["trial"]] = row
         self.write()
         return row
 
     def update(self, trial: str, write: bool = True, **changes) -> None:
-        with self._lock:
-            self._rows[trial] |= changes
+        self._rows[trial] |= changes
         if write:
             self.write()
 
     def write(self) -> None:
-        with self._lock:
-            if self._held:
-                self._held.check(f"the sweep in {self._folder}")
-            self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        if self._held:
+            self._held.check(f"the sweep in {self._folder}")
+        self._folder.write_text(TRIALS, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
 
     def history(self, trial: str) -> list[dict]:
-        """The epochs of a trial, as its run wrote them down."""
+        """The epochs of a trial, as its run recorded them."""
         run = self._folder / trial
         return [json.loads(line) for line in run.read_text(METRICS).splitlines()] if run.exists(METRICS) else []
 
     def continued(self, trial: str) -> list[dict]:
-        """The epochs that a trial under way has behind it when it goes on: its latest checkpoint knows."""
+        """The epochs that an unfinished trial need not train again, by its latest checkpoint."""
         latest = Checkpoints(self._folder / trial).latest()
         return latest[1].history if latest else []
 
     def refresh(self, trial: str, epochs: int | None = None) -> None:
-        """Bring a row up to date with its run, up to an epoch; in memory, since the run is on disk."""
+        """Update a row from its trial's run, up to an epoch; in memory only, since the run is on disk."""
         history = self.continued(trial) if epochs is None else self.history(trial)
         records = [r for r in history if epochs is None or r["epoch"] <= epochs]
         scored = [r for r in records if "val_mean_iou" in r]
@@ -91,17 +87,18 @@ class Ledger:
         self.update(trial, write=False, **facts)
 
     def run_summary(self, trial: str) -> dict:
-        """What a trial's run says of itself."""
+        """The `summary.json` of a trial's run; empty if there is none."""
         run = self._folder / trial
         return json.loads(run.read_text(SUMMARY)) if run.exists(SUMMARY) else {}
 
     def close_run(self, trial: str) -> None:
-        """Write into a trial's run how it ended (a pruned run was stopped) and which MLflow run is its own."""
+        """Record in a trial's run how it ended (a pruned run was stopped) and which MLflow run it has."""
         if summary := self.run_summary(trial):
             row = self[trial]
-            if not summary.get("test"):  # else it was the chosen one, and is finished whatever its end
+            if not summary.get("test"):  # else it was chosen, and is finished whatever its end
                 summary["status"] = {"pruned": "stopped"}.get(row["end"], row["end"])
-            summary |= {"end": row["end"], "reason": row["reason"], "mlflow_run_id": row.get("mlflow_run_id")}
+            summary |= {"end": row["end"], "reason": row["reason"]}
+            summary |= {name: row.get(name) for name in ("mlflow_key", "mlflow_run_id")}
             (self._folder / trial).write_text(SUMMARY, json.dumps(summary, indent=2))
 
 

@@ -5,7 +5,6 @@ import io
 import shlex
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import yaml
@@ -14,36 +13,46 @@ from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metrics import as_metrics
-from unet.secrets import without_passwords
+from unet.runs.run import Run, milliseconds, where
+from unet.secrets import without_passwords, without_secrets
+from unet.storage import Folder
 from unet.supervise.driver import train
 from unet.supervise.preflight import open_run
 from unet.terminal import Display, score_table
-from unet.tracking.tracker import Tracker
+from unet.tracking.registry import register
+from unet.tracking.run_writer import RunWriter
+from unet.tracking.send import send_later
 from unet.tuning import figures
 from unet.tuning.board import epochs_saved, trial_table
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.search import BEST
 from unet.tuning.space import Space
+from unet.tuning.sweep import Sweep
+from unet.tuning.sweep_runs import SweepRuns
 from unet.tuning.trial import Shared
 
 OF_THIS_PLACE = ("storage_path", "tracking_uri", "run_name", "resume", "config", "debug")
-"""Settings that best_config.yaml leaves out: it trains anywhere."""
+"""Settings that best_config.yaml leaves out, so that it trains anywhere."""
+FILES = ("sweep.csv", "best_config.yaml", "scores_over_time.png", "settings.png", "importance.png")
+NOT_ALL_SENT = "MLflow does not have all of the sweep; its folder does."
 
 
 def rank(ledger: Ledger) -> list[dict]:
     """The trials, best first.
 
     Raises:
-        RunFailed: none came to a score.
+        RunFailed: none has a score.
     """
     rows = ranked(ledger.rows)
     if not rows or rows[0][BEST] is None:
         reasons = {row["reason"] for row in rows if row["reason"]}
-        raise RunFailed(f"No trial came to a score. {' '.join(sorted(reasons)[:2])}".strip())
+        raise RunFailed(f"No trial has a score. {' '.join(sorted(reasons)[:2])}".strip())
     return rows
 
 
-def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings, space: Space, shared: Shared) -> dict:
+def write_files(
+    folder: Folder, rows: list[dict], ledger: Ledger, settings: TuneSettings, space: Space, shared: Shared
+) -> dict:
     """`sweep.csv`, `best_config.yaml` and the pictures into the sweep's folder; their content by name."""
     table = io.StringIO()
     by_class = [f"val_iou_{c.name}" for c in shared.classes]
@@ -72,50 +81,114 @@ def write_files(folder, rows: list[dict], ledger: Ledger, settings: TuneSettings
     return files
 
 
-def score_best(best: dict, shared: Shared, tracking_uri: str, stop_signal: threading.Event) -> dict:
+def score_best(best: dict, base: dict, tracking_uri: str, stop_signal: threading.Event) -> dict:
     """Score the test split with the best trial's best weights, once, and package them; the summary of its run.
 
     The run is continued with no epoch left to train, so what follows is what follows every training.
     """
-    values = shared.base | best["settings"] | {"run_name": best["trial"], "tracking_uri": tracking_uri}
-    settings = unflat(TrainSettings, values | {"epochs": best["epochs"]})
+    settings = _settings_of(best, base, tracking_uri, epochs=best["epochs"])
     try:
         return train(open_run(settings), Display(quiet=True), stop_signal=stop_signal)
-    except InputError as error:  # the sweep has run: it is no matter of its input any more
+    except InputError as error:  # the sweep has run: its input is not to blame
         raise RunFailed(f"The best trial could not be scored: {error} The same command tries again.") from error
 
 
-def report_to_parent(tracker: Tracker, rows: list[dict], epochs: int, summary: dict, files: dict[str, bytes]) -> None:
-    """The outcome into the sweep's own MLflow run."""
+def _settings_of(row: dict, base: dict, tracking_uri: str, **changes) -> TrainSettings:
+    values = base | row["settings"] | {"run_name": row["trial"], "tracking_uri": tracking_uri}
+    return unflat(TrainSettings, values | changes)
+
+
+def report(to: RunWriter, folder: Folder, rows: list[dict], epochs: int, summary: dict) -> None:
+    """Send the outcome to the sweep's own MLflow run."""
     best = rows[0]
     ends = {end: sum(r["end"] == end for r in rows) for end in ("finished", "pruned", "failed", "stopped")}
     metrics = {f"trials_{end}": count for end, count in ends.items()}
     metrics |= {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), BEST: best[BEST]}
     if summary.get("test"):
         metrics |= as_metrics("test", summary["test"])
-    tracker.metrics(metrics, 0, int(time.time() * 1000))
+    to.metrics(metrics, 0, summary["ended"])
     tags = {
         "status": summary["status"],
         "reason": summary["reason"],
         "best_trial": best["trial"],
         "best_run_id": best.get("mlflow_run_id"),
     }
-    tracker.tags(tags | {f"best_{k}": v for k, v in best["settings"].items()})
-    tracker.artifacts("", files)
-    tracker.status(summary["status"])
+    to.tags(tags | {f"best_{k}": v for k, v in best["settings"].items()})
+    for name in FILES:
+        if folder.exists(name):
+            to.file(folder, name)
+    to.status(summary["status"], summary["ended"])
 
 
-def show(
-    name: str,
-    folder,
-    rows: list[dict],
-    summary: dict,
-    settings: TuneSettings,
-    classes: Classes,
-    where: str,
+def conclude(
+    sweep: Sweep,
+    ledger: Ledger,
+    shared: Shared,
+    runs: SweepRuns,
     display: Display,
-) -> None:
+    reason: str,
+    stop_signal: threading.Event,
+) -> dict | None:
+    """What follows the last trial; the sweep's summary, or None if it was stopped before the best was scored."""
+    settings, uri = sweep.settings, runs.own.uri
+    epochs, rows = settings.training.epochs, rank(ledger)
+    write_files(sweep.folder, rows, ledger, settings, sweep.space, shared)
+    best = rows[0]
+    display.waiting(f"scoring the test split with {best['trial']}")
+    ledger.close_run(best["trial"])  # the id of its MLflow run may have come after its end
+    run = score_best(best, shared.base, uri, stop_signal)
+    display.close()
+    if run["status"] != "finished":
+        return None
+    facts = {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), "best_trial": best["trial"]}
+    facts |= {BEST: best[BEST], "model_uri": run["model_uri"], "test": run["test"], "reason": reason}
+    sent = run.get("delivered", True)
+    if settings.run.register and sent:
+        facts["registered"] = register(uri, settings.run.register, run["mlflow_run_id"], display)
+    sweep.write_summary(status="finished", extending=False, ended=milliseconds(), delivered=False, **facts)
+    report(runs.own, sweep.folder, rows, epochs, sweep.summary)
+    sweep.write_summary(delivered=runs.finish(until=stop_signal) and sent)
+    if not sweep.summary["delivered"]:
+        model = " and registers the model" if settings.run.register and not sent else ""
+        display.say(f"{NOT_ALL_SENT} The same command sends the rest{model}.", "yellow")
+    show(sweep, rows, shared.classes, display)
+    return sweep.summary
+
+
+def send_missing(sweep: Sweep, ledger: Ledger, display: Display) -> None:
+    """Send what MLflow lacks of a finished sweep.
+
+    Raises:
+        InputError: MLflow can never be used.
+        RunFailed: it has not accepted everything.
+    """
+    runs, summary = SweepRuns(sweep, ledger, display.say), sweep.summary
+    base = sweep.base(summary["prepared"], without_secrets(runs.own.uri))
+    rows = rank(ledger)
+    run = Run.load(rows[0]["trial"], _settings_of(rows[0], base, runs.own.uri))
+    runs.check()
+    try:
+        display.waiting(f"sending {sweep.name} to MLflow")
+        runs.begin(base)
+        runs.deliver()
+        if runs.own.run_id is not None:  # else MLflow is away
+            if not run.summary.get("delivered", True):
+                with run.locked():
+                    send_later(run, display)
+            report(runs.own, sweep.folder, rank(ledger), sweep.settings.training.epochs, summary)
+            sweep.write_summary(delivered=runs.finish(), model_uri=run.summary["model_uri"])
+    finally:
+        runs.close()
+        display.close()
+    if not summary["delivered"]:
+        reason = f" ({runs.own.reason})" if runs.own.reason else ""
+        raise RunFailed(f"{NOT_ALL_SENT} The same command tries again{reason}.")
+    display.say(f"MLflow at {without_secrets(runs.own.uri)} has all of the sweep {sweep.name}.")
+
+
+def show(sweep: Sweep, rows: list[dict], classes: Classes, display: Display) -> None:
     """The ranked table, the best trial's test score, and the commands that follow."""
+    settings, summary, folder, name = sweep.settings, sweep.summary, sweep.folder, sweep.name
     epochs = settings.training.epochs
     width, title = display.console.width, "Trials, best first"
     display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", classes, width, title))
@@ -131,7 +204,7 @@ def show(
             "train it",
             f"python jobs/train.py --config {shlex.quote(f'{folder}/best_config.yaml')} --epochs {3 * epochs}",
         ),
-        ("more trials", f"python jobs/tune.py --resume {name} --extend 10{where}"),
+        ("more trials", f"python jobs/tune.py --resume {name} --extend 10{where(settings.run)}"),
     ]
     if summary.get("model_uri"):
         lines.insert(1, ("model", summary["model_uri"]))

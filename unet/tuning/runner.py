@@ -1,19 +1,23 @@
 """A sweep from its opened folder to its end: everything that can be refused, then its trials."""
 
 from unet.cluster import planner, precision
-from unet.cluster.nodes import cluster_nodes
+from unet.cluster.placement import in_words
 from unet.cluster.room import take_places
-from unet.data.preparing.resolve import resolve
+from unet.data.preparing.findings import checks_row
 from unet.errors import InputError
+from unet.secrets import without_secrets
 from unet.storage import Folder
-from unet.supervise.preflight import check_disk, check_samples
+from unet.supervise.preflight import check_disk
+from unet.supervise.prelude import gather
 from unet.terminal import Display
 from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
-from unet.tracking.tracker import Tracker
+from unet.tuning import outcome
 from unet.tuning.ledger import Ledger
 from unet.tuning.search import BEST, variants
+from unet.tuning.space import choices
 from unet.tuning.sweep import Sweep
+from unet.tuning.sweep_runs import SweepRuns
 from unet.tuning.trials import Trials
 
 DEFAULT_TRIALS = 10
@@ -24,7 +28,7 @@ def run_sweep(sweep: Sweep, display: Display) -> dict:
 
     Raises:
         InputError: before anything started.
-        RunFailed: no trial came to a score.
+        RunFailed: no trial has a score.
     """
     with sweep.locked():
         return _run_sweep(sweep, display)
@@ -34,62 +38,62 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     settings, ledger = sweep.settings, Ledger(sweep.folder, sweep.lock)
     if sweep.summary.get("status") == "finished" and not settings.sweep.extend:
         return _finished(sweep, ledger, display)
-    planned = _planned(sweep, len(ledger))
-    nodes, storage, largest = cluster_nodes(), Folder(settings.run.storage_path), sweep.space.largest
-    planner.plan_trials(largest, nodes, 0, planned)  # before the data are prepared
-    try:
-        prepared = resolve(settings.data.data, settings.data.image_size, settings.data.resize, storage, display.working)
-    finally:
-        display.close()
-    digest = prepared.manifest.data_digest
-    if sweep.summary.get("data_digest", digest) != digest:
-        raise InputError(f"The sweep {sweep.name} was begun with other data: give those, or another --run-name.")
-    counts = check_samples(settings, prepared)
+    planned, largest = _planned(sweep, len(ledger)), sweep.space.largest
+    material = gather(
+        largest,
+        display,
+        lambda nodes, data_bytes: planner.plan_trials(largest, nodes, data_bytes, planned),
+        f"The sweep {sweep.name}",
+        sweep.summary.get("data_digest"),
+    )
+    prepared = material.prepared
     if not prepared.is_labelled("val"):
         raise InputError(
             f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "
-            "have a score to be chosen by: label val, list other samples for it, or give a larger --image-size."
+            "have a score: label val, list other samples for it, or give a larger --image-size."
         )
-    data_bytes = sum(prepared.bytes_in_memory(s, counts[s]) for s in ("train", "val"))
-    plan, together = planner.plan_trials(largest, nodes, data_bytes, planned)
+    plan, together = material.plan
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
-    classes = len(prepared.manifest.classes)
-    parameters = largest.recipe(classes).network.parameters
-    check_disk(settings, storage, parameters, (planned or at_a_time) - len(ledger))
+    runs = (planned or at_a_time) - len(ledger)
+    check_disk(settings, Folder(settings.run.storage_path), material.parameters, runs)
     _settle_precision(sweep, plan.use_gpu, display)
-    tracker = Tracker(storage, settings.run.experiment, settings.run.tracking_uri)
-    session = Trials(sweep, ledger, prepared, counts, plan, together, at_a_time, planned, tracker, display)
+    writer = SweepRuns(sweep, ledger, lambda words: display.say(words, "yellow"))
+    if not sweep.summary:  # one that continues goes on without MLflow
+        writer.check()
+    session = Trials(sweep, ledger, prepared, material.counts, plan, together, at_a_time, planned, writer, display)
+    display.table(f"Sweep {sweep.name}", _overview(session))
     return session.run_to_end()
 
 
 def _settle_precision(sweep: Sweep, use_gpu: bool, display: Display) -> None:
     """Choose the precision of all trials, or warn about slow ones that the space draws."""
     sweep.settings, choice = precision.settled(sweep.settings, use_gpu)
-    choices = [choice]
-    if drawn := sweep.space.draws.get("precision"):
-        choices = [precision.settled(sweep.settings.with_precision(p), use_gpu)[1] for p in drawn.categories]
-    for warning in filter(None, (choice.warning for choice in choices)):
+    found = [choice]
+    if drawn := choices(sweep.space.draws.get("precision")):
+        found = [precision.settled(sweep.settings.with_precision(p), use_gpu)[1] for p in drawn]
+    for warning in filter(None, (choice.warning for choice in found)):
         display.say(warning, "yellow")
 
 
 def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:
-    """Answer for a finished sweep, and register its best model where that is asked for."""
-    summary, model = sweep.summary, sweep.settings.run.register
+    """Say that a sweep is finished, send what MLflow lacks, and register its best model if that is asked for."""
+    summary, run = sweep.summary, sweep.settings.run
     best = f"best {summary['best_trial']}, val mean IoU {summary[BEST]:.4f}"
     more = "" if sweep.settings.sweep.search == "grid" else " More: --extend 10."
     display.say(f"The sweep {sweep.name} is finished ({len(ledger)} trials, {best}).{more}")
-    if model:
-        run = sweep.settings.run
+    if not summary.get("delivered", True):
+        outcome.send_missing(sweep, ledger, display)
+    if run.register:
         uri = run.tracking_uri or default_uri(Folder(run.storage_path))
         run_id = ledger.run_summary(summary["best_trial"])["mlflow_run_id"]
-        sweep.write_summary(registered=register(uri, model, run_id, display))
+        sweep.write_summary(registered=register(uri, run.register, run_id, display))
     return sweep.summary
 
 
 def _planned(sweep: Sweep, begun: int) -> int | None:
     """How many trials the sweep has when it is finished; None where only the time limits it.
 
-    An extension that was broken off is continued by the same command, not extended again.
+    An extension that was interrupted is continued by the same command, not extended again.
     """
     part, before = sweep.settings.sweep, sweep.summary
     if part.extend:
@@ -102,3 +106,27 @@ def _planned(sweep: Sweep, begun: int) -> int | None:
         return sum(1 for _ in variants(sweep.space, "grid", 0))
     # PBT needs its whole population at once.
     return part.num_samples or (None if part.minutes and part.scheduler != "pbt" else DEFAULT_TRIALS)
+
+
+def _overview(session: Trials) -> list[tuple[str, str]]:
+    sweep, ledger, plan = session.sweep, session.ledger, session.plan
+    settings, part = sweep.settings, sweep.settings.sweep
+    mode = "read once and shared" if plan.kept else "streamed"
+    trials = "as many as fit" if session.planned is None else str(session.planned)
+    if part.minutes:
+        trials += f", for {part.minutes:g} minutes"
+    if len(ledger):
+        trials += f" ({len(ledger)} begun earlier, {len(ledger.unfinished())} of them continue)"
+    workers = f"{plan.num_workers} worker(s) x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s)"
+    return [
+        ("data", f"{session.prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
+        ("splits", ", ".join(f"{name} {count:,}" for name, count in session.counts.items())),
+        *checks_row(session.prepared),
+        *([] if "precision" in sweep.space.draws else [("precision", settings.training.precision)]),
+        ("space", sweep.space.described()),
+        ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
+        ("trials", f"{trials}; {session.at_a_time} at a time, {workers} each"),
+        ("device", in_words(plan.use_gpu, plan.why_cpus)),
+        ("results", str(sweep.folder)),
+        ("tracking", f"{without_secrets(session.runs.own.uri)}, experiment {settings.run.experiment}"),
+    ]

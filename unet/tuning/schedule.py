@@ -1,35 +1,36 @@
-"""What happens to a trial after an epoch: ASHA stops the bad ones, PBT lets them take over from good ones."""
+"""What happens to a trial after an epoch: ASHA stops the bad ones, PBT has them copy good ones."""
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search.sample import Categorical
 
 from unet.config import TuneSettings
 from unet.errors import InputError
 from unet.tuning.ledger import Ledger
-from unet.tuning.space import Space
+from unet.tuning.space import Space, choices, limits
 
 SCORE = "val_mean_iou"
 IN_FLIGHT = ("learning_rate", "dropout")
-"""What can change in a training under way: variables of the traced step."""
+"""What can change during a training: variables of the traced step."""
 
 
 class Asha(ASHAScheduler):
-    """Asynchronous successive halving (Li et al., 2020) that can be told of trials of an earlier start."""
+    """Asynchronous successive halving (Li et al., 2020) that can learn of the trials of an earlier start."""
 
     def know(self, trial_id: str, history: list[dict]) -> None:
         """Take in the epochs of a trial, as if it had run under this scheduler."""
-        trial = SimpleNamespace(trial_id=trial_id)
-        self.on_trial_add(None, trial)
+        trial: Any = SimpleNamespace(trial_id=trial_id)  # ASHA reads no more of it, and nothing of the controller
+        controller: Any = None
+        self.on_trial_add(controller, trial)
         for record in history:
-            self.on_trial_result(None, trial, record)
+            self.on_trial_result(controller, trial, record)
 
 
 def check_schedule(settings: TuneSettings, space: Space) -> None:
-    """Refuse a space whose settings PBT cannot change in flight.
+    """Refuse a space whose settings PBT cannot change during a training.
 
     Raises:
         InputError: with what to do.
@@ -37,15 +38,15 @@ def check_schedule(settings: TuneSettings, space: Space) -> None:
     fixed = [name for name in space.draws if name not in IN_FLIGHT]
     if settings.sweep.scheduler == "pbt" and fixed:
         raise InputError(
-            f"--scheduler pbt changes {' and '.join(IN_FLIGHT)} in flight, and the space also draws "
-            f"{', '.join(fixed)}, which a trained network cannot change: give --space pbt, or --scheduler asha."
+            f"--scheduler pbt changes settings during a training, which works for {' and '.join(IN_FLIGHT)} only, but "
+            f"the space also draws {', '.join(fixed)}: give --space pbt, or --scheduler asha."
         )
 
 
 def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> TrialScheduler | None:
-    """Tune's scheduler, told of the ended trials of the ledger; None to train every trial to its end."""
+    """Tune's scheduler, which has learned of the ledger's ended trials; None to train every trial to the end."""
     sweep = settings.sweep
-    common = {"time_attr": "epoch", "metric": SCORE, "mode": "max"}
+    common: dict[str, Any] = {"time_attr": "epoch", "metric": SCORE, "mode": "max"}
     if sweep.scheduler == "asha":
         asha = Asha(
             **common,
@@ -59,17 +60,18 @@ def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> Tria
         return asha
     if sweep.scheduler == "none":
         return None
-    random.seed(settings.training.seed)  # whom a trial copies, and where to it moves
+    random.seed(settings.training.seed)  # which trial another copies, and where its settings move
     np.random.seed(settings.training.seed)
 
     def within(config: dict) -> dict:
         """Keep what a perturbation made inside the space."""
         for name, domain in space.draws.items():
-            if not isinstance(domain, Categorical):
-                config["draw"][name] = min(max(config["draw"][name], domain.lower), domain.upper)
+            if choices(domain) is None:
+                low, high = limits(domain)
+                config["draw"][name] = min(max(config["draw"][name], low), high)
         return config
 
-    mutations = {n: d.categories if isinstance(d, Categorical) else d for n, d in space.draws.items()}
+    mutations = {name: choices(domain) or domain for name, domain in space.draws.items()}
     return PopulationBasedTraining(
         **common,
         perturbation_interval=sweep.grace_epochs,

@@ -1,4 +1,4 @@
-"""Which settings the next trial gets: trials that were under way first, then new draws, up to a number."""
+"""Which settings the next trial gets: unfinished trials first, then new draws, up to a number."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ BEST = "best_val_mean_iou"
 class Search(Searcher):
     """Suggests `{"trial": name, "draw": settings}` and enters new trials into the ledger.
 
-    `planned` trials in all, None for no limit. `asha`, where given, is told the past of trials that go on.
+    `planned` trials in all, None for no limit. `asha`, if given, learns the past epochs of trials that continue.
     """
 
     def __init__(self, space: Space, kind: str, seed: int, ledger: Ledger, planned: int | None, asha: Asha | None):
         super().__init__(metric=BEST, mode="max")
         self._ledger, self._planned, self._asha = ledger, planned, asha
-        self._waiting, self._closed = ledger.under_way(), False
+        self._waiting, self._closed = ledger.unfinished(), False
+        self._source: Tpe | Variants
         if kind == "tpe":
             self._source = Tpe(space, seed, ledger, planned)
         else:
@@ -57,7 +58,7 @@ class Search(Searcher):
         return {"trial": self._ledger.begin(draw)["trial"], "draw": draw}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        pass  # only ends teach: a value in between would be forgotten by a restart
+        pass  # only final scores count: a restart would forget any other
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self._source.learn(trial_id, (result or {}).get(BEST))
@@ -71,7 +72,7 @@ class Search(Searcher):
 
 def population(space: Space, seed: int, ledger: Ledger, planned: int) -> dict:
     """Tune's parameter space of all trials at once, for PBT, which refuses a search algorithm."""
-    rows = ledger.under_way()
+    rows = ledger.unfinished()
     for draw in itertools.islice(variants(space, "random", seed), len(ledger), planned):
         rows.append(ledger.begin(draw))
     draws = {row["trial"]: row["settings"] for row in rows}
@@ -107,7 +108,7 @@ def variants(space: Space, kind: str, seed: int) -> Iterator[dict]:
 
 
 class Tpe:
-    """Optuna's tree-structured Parzen estimator, as Tune integrates it, told the sweep's past."""
+    """Optuna's tree-structured Parzen estimator, as Tune integrates it, given the sweep's past."""
 
     RANDOM = 10
     """Trials drawn at random before it models, Optuna's own number; a short sweep has fewer."""
@@ -122,14 +123,15 @@ class Tpe:
         at_random = min(self.RANDOM, max(3, planned // 4)) if planned else self.RANDOM
         sampler = optuna.samplers.TPESampler(seed=(seed + len(ledger)) % 2**32, n_startup_trials=at_random)
         self._optuna = OptunaSearch(space=distributions, metric=BEST, mode="max", sampler=sampler)
-        self._adopted = {}
+        self._adopted: dict[str, dict] = {}
         for row in ledger.rows:
             value = 0.0 if row.get("diverged") else row[BEST]
             if row["end"] in ("finished", "pruned", "failed") and value is not None:
                 self._optuna.add_evaluated_point(row["settings"], value)
 
-    def draw(self, trial_id: str) -> dict:
-        return _plain(self._optuna.suggest(trial_id))
+    def draw(self, trial_id: str) -> dict | None:
+        suggested = self._optuna.suggest(trial_id)
+        return suggested and _plain(suggested)
 
     def adopt(self, trial_id: str, settings: dict) -> None:
         self._adopted[trial_id] = settings

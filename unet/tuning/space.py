@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
 from unet.errors import InputError
@@ -26,7 +26,7 @@ DRAWS = {
 }
 
 COMBINATIONS = 64
-"""How many whole draws are tried against the settings before a sweep starts."""
+"""How many complete draws are checked against the settings before a sweep starts."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ class Space:
         Raises:
             InputError: a range has no grid.
         """
-        for name, domain in self.draws.items():
-            if not isinstance(domain, Categorical):
+        found = {name: choices(domain) for name, domain in self.draws.items()}
+        for name, values in found.items():
+            if values is None:
                 raise InputError(
                     f"--search grid needs choices, and {name} is drawn from a range: write "
                     f"`{name}: {{choice: [a, b]}}` in the space, or give --search random."
                 )
-        return {name: tune.grid_search(domain.categories) for name, domain in self.draws.items()}
+        return {name: tune.grid_search(values) for name, values in found.items() if values is not None}
 
     def described(self) -> str:
         return ", ".join(f"{name} {_described(domain)}" for name, domain in self.draws.items())
@@ -71,7 +72,7 @@ def read_space(name: str) -> str:
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}, or give a YAML file."
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(sorted(known))} or a YAML file."
         raise InputError(f"There is no space {name!r}: {hint}")
     try:
         return path.read_text("utf-8")
@@ -92,12 +93,12 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     for setting, draw in content.items():
         if setting not in SEARCHABLE:
             near = difflib.get_close_matches(str(setting), SEARCHABLE, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(SEARCHABLE))}."
+            hint = f"did you mean {near[0]}?" if near else f"it can search {', '.join(sorted(SEARCHABLE))}."
             raise InputError(f"The space {source} cannot search {setting!r}; {hint}")
         draws[setting], values[setting] = _parse_draw(source, setting, draw)
         if setting == "precision" and AUTO in values[setting]:
             raise InputError(
-                f"The space {source} draws precision {AUTO}, which no trial could be compared by: name it."
+                f"The space {source} draws precision {AUTO}, so its trials could not be compared: name the precisions."
             )
         for value in values[setting]:
             _settings(settings, {setting: value}, f"The space {source}")
@@ -105,13 +106,24 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
             values[setting] = [flat(_settings(settings, {setting: v}, source))[setting] for v in values[setting]]
             draws[setting] = tune.choice(values[setting])
         elif isinstance(base[setting], int) and not isinstance(draws[setting], Integer):
-            raise InputError(f"The space {source}: {setting} is a whole number, so draw it by randint or choice.")
+            raise InputError(f"The space {source}: {setting} is a whole number, so draw it with randint or choice.")
     random_state = np.random.RandomState(0)
     for _ in range(COMBINATIONS):
         drawn = {name: domain.sample(random_state=random_state) for name, domain in draws.items()}
-        _settings(settings, drawn, f"The space {source} draws what does not fit together")
+        _settings(settings, drawn, f"The space {source} draws settings that do not fit together")
     largest = {k: max(values[k]) for k in ("base_filters", "depth", "batch_size") if k in values}
     return Space(draws, text, _settings(settings, largest, f"The space {source}, at its largest"))
+
+
+def choices(domain: Domain | None) -> list | None:
+    """What is chosen among; None where nothing is, or from a range."""
+    return list(domain.categories) if isinstance(domain, Categorical) else None
+
+
+def limits(domain: Domain) -> tuple[float, float]:
+    """The ends of a range; of whole numbers, the upper one is the first that is not drawn."""
+    assert isinstance(domain, Float | Integer)  # a space has nothing else but choices
+    return domain.lower, domain.upper
 
 
 def is_log(domain: Domain) -> bool:
@@ -127,13 +139,13 @@ def _settings(settings: TrainSettings, drawn: dict, what: str) -> TrainSettings:
 
 
 def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
-    """Tune's domain, and the values that must fit the settings: the ends of a range, or every choice."""
+    """Tune's domain, and the values that the settings must accept: the ends of a range, or every choice."""
     if not isinstance(draw, dict) or len(draw) != 1:
         raise InputError(f"The space {source}: {setting} needs one draw, such as `{{uniform: [0.0, 0.5]}}`.")
     ((kind, values),) = draw.items()
     if kind not in DRAWS:
         near = difflib.get_close_matches(str(kind), DRAWS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DRAWS)}."
+        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(DRAWS)}."
         raise InputError(f"The space {source}: unknown draw {kind!r} for {setting}; {hint}")
     number = int if kind == "randint" else float
     try:
@@ -151,8 +163,9 @@ def _parse_draw(source: str, setting: str, draw: Any) -> tuple[Domain, list]:
 
 
 def _described(domain: Domain) -> str:
-    if isinstance(domain, Categorical):
-        return "{" + ", ".join(str(v) for v in domain.categories) + "}"
-    last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+    if (values := choices(domain)) is not None:
+        return "{" + ", ".join(str(v) for v in values) + "}"
+    low, high = limits(domain)
+    last = high - 1 if isinstance(domain, Integer) else high
     scale = " (log)" if is_log(domain) else ""
-    return f"{domain.lower:g}…{last:g}{scale}"
+    return f"{low:g}…{last:g}{scale}"

@@ -1,19 +1,20 @@
-"""A sweep's folder: which sweep the settings mean, and what it says about itself."""
+"""A sweep's folder: which sweep the settings mean, and its record of itself."""
 
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
 
-from unet.config import SWEEP_MAY_CHANGE, TuneSettings, flat, parse_yaml, read_config
+from unet.config import SWEEP_MAY_CHANGE, SweepSettings, TuneSettings, flat, parse_yaml, read_config
 from unet.data.sources.find import check_source
 from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
-from unet.runs.run import CONFIG, SUMMARY, locked, read_summary
+from unet.runs.run import CONFIG, SUMMARY, locked, milliseconds, read_summary
 from unet.secrets import without_passwords
 from unet.storage import Folder
 from unet.supervise.preflight import refuse_changes, with_chosen_precision
@@ -27,7 +28,7 @@ SPACE = "space.yaml"
 
 @dataclass
 class Sweep:
-    """A sweep's folder and what it says about itself.
+    """A sweep's folder and its record of itself.
 
     Attributes:
         name: of the sweep, its folder and its MLflow run.
@@ -46,22 +47,31 @@ class Sweep:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """This sweep, for this process alone, with what it says about itself now. Raises InputError."""
+        """This sweep, for this process alone, with its present summary. Raises InputError."""
         with locked(self.folder, self.name) as self.lock:
             self.summary = read_summary(self.folder)  # another driver may have had it until now
             yield
 
     def start(self, **facts) -> None:
-        """Write down that the sweep is on: its settings, its space and what is known of it."""
+        """Record that the sweep is running: its settings, its space and what is known of it."""
         self.folder.write_text(SPACE, self.space.text)
-        self.write_summary(sweep=self.name, status="running", **facts)
-        # Last: where it is, the others are.
+        once = {"started": self.summary.get("started") or milliseconds()}
+        once["mlflow_key"] = self.summary.get("mlflow_key") or uuid.uuid4().hex
+        at_its_end = dict.fromkeys(("reason", "ended", "delivered"))
+        self.write_summary(sweep=self.name, status="running", **once, **at_its_end, **facts)
+        # Last: where this file is, the others are.
         self.folder.write_text(CONFIG, yaml.safe_dump(self.public_settings(), sort_keys=False))
 
     def public_settings(self) -> dict:
         """The settings as they may be saved and sent: this sweep's name, and no secret."""
         unsaved = dict.fromkeys(("resume", "sync", "config", "extend"))
         return without_passwords(flat(self.settings) | {"run_name": self.name} | unsaved)
+
+    def base(self, data: str, tracking_uri: str) -> dict:
+        """What all trials have in common: flat settings of a training, without those of the search."""
+        kept = {k: v for k, v in self.public_settings().items() if k not in SweepSettings.model_fields}
+        kept.pop("register")
+        return kept | {"data": data, "storage_path": self.folder.uri, "tracking_uri": tracking_uri}
 
     def write_summary(self, **changes) -> None:
         self.summary |= changes
@@ -85,11 +95,11 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         if "space" not in before:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
         settings = with_chosen_precision(settings, before)
-        # The space may have moved: what it holds is compared.
+        # The space may have moved: its content is compared.
         refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
         saved, summary = folder.read_text(SPACE), read_summary(folder)
     elif [n for n in folder.names() if n not in (SPACE, SUMMARY) and not n.startswith(".")]:
-        raise InputError(f"{folder} is no sweep: give another --run-name.")
+        raise InputError(f"{folder} is not a sweep: give another --run-name.")
     elif settings.sweep.extend:
         raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")
     text = saved if saved is not None and settings.run.resume else read_space(settings.sweep.space)
@@ -101,5 +111,6 @@ def open_sweep(settings: TuneSettings) -> Sweep:
     check_schedule(settings, space)
     check_source(settings.data.data)
     check_database(settings.run.tracking_uri or default_uri(storage))
-    check_server(settings.run.tracking_uri)
+    if not summary:  # one that continues goes on without its tracking server
+        check_server(settings.run.tracking_uri)
     return Sweep(name, settings, folder, space, summary)

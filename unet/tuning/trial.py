@@ -50,7 +50,7 @@ class Shared:
         data_digest: of the prepared data.
         classes: of the prepared data.
         link: handle of the sweep's `DriverLink`.
-        together: for how many trials beside each other the cluster was planned.
+        together: how many trials at a time the cluster was planned for.
     """
 
     base: dict
@@ -67,8 +67,8 @@ class Shared:
         return unflat(TrainSettings, self.base | draw | {"run_name": trial})
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tells the sweep of what no trial can do anything about."""
+    def reporting(self) -> Iterator[None]:
+        """Reports to the sweep what no trial can recover from."""
         try:
             yield
         except NoGpu as error:
@@ -79,10 +79,12 @@ class Shared:
 class WarmTrial(tune.Trainable):
     """A trial of one worker in a process that outlives it."""
 
-    def setup(self, config: dict, shared: Shared) -> None:
-        self._shared, self._learners, self._loop = shared, None, None
+    def setup(self, config: dict, shared: Shared) -> None:  # type: ignore[override]  # `tune.with_parameters` adds it
+        self._shared = shared
+        self._learners: Learners | None = None
+        self._loop: Loop | None = None
         self._watch = Watch(parse_interval(shared.base["step_timeout"])[1])
-        with shared.telling():
+        with shared.reporting():
             start_tensorflow(shared.threads, shared.use_gpu, shared.base["deterministic"])
 
     def reset_config(self, config: dict) -> bool:
@@ -90,10 +92,10 @@ class WarmTrial(tune.Trainable):
         self._loop = None
         return True
 
-    def _begin(self) -> None:
+    def _begin(self) -> Loop:
         """Open the trial's run, or continue it at its latest checkpoint."""
         if self._loop is not None:
-            return
+            return self._loop
         shared, name = self._shared, self.trial_name  # Tune's name stays when PBT copies another's config
         settings = shared.settings(name, self.config["draw"])
         self._run = Run.load(name, settings)
@@ -126,6 +128,7 @@ class WarmTrial(tune.Trainable):
         )
         self._loop = Loop(job, learner, shards(reading, 1)[0].reader(), self._link, 0, 1)
         self._run.write_history(self._loop.state.history)
+        return self._loop
 
     def step(self) -> dict:
         """An epoch; its record with `done`, and `training_seconds` and memory of this process."""
@@ -133,19 +136,18 @@ class WarmTrial(tune.Trainable):
             return self._epoch()
 
     def _epoch(self) -> dict:
-        self._begin()
-        loop, link = self._loop, self._link
+        loop, link = self._begin(), self._link
         before = loop.seconds
-        # It may be done: a kill can fall between its last checkpoint and the report of it.
+        # It may be done: a kill can come between its last checkpoint and the report of it.
         record = None if loop.is_done else loop.run_epoch()
         state = loop.state
         self._run.write_history(state.history)
-        best = {"best_epoch": state.best_epoch, "val": state.validation}
+        best: dict = {"best_epoch": state.best_epoch, "val": state.validation}
         best["best_checkpoint"] = state.best_checkpoint and f"checkpoints/{state.best_checkpoint}"
         status = "failed" if link.diverged else "finished" if loop.is_done else "running"
         self._run.write_summary(status=status, reason=link.diverged, **best)
         result = state.history[-1] if state.history else {SCORE: 0.0, BEST: 0.0, "epoch": 0}
-        if link.diverged:  # the worst there is
+        if link.diverged:  # the worst score
             result = {SCORE: 0.0, BEST: 0.0, "epoch": state.epoch, "diverged": True}
         facts = {"training_seconds": loop.seconds - before, "memory_mb": psutil.Process().memory_info().rss / 1e6}
         facts["stopped"] = record is None and not loop.is_done and not link.diverged
@@ -155,24 +157,28 @@ class WarmTrial(tune.Trainable):
         """For PBT: this trial's latest checkpoint, which another may take over."""
         self._begin()
         own = self._run.checkpoints
-        name, _ = own.latest()
-        files = {file: own.folder.read_committed(name, file) for file in FILES}
+        latest = own.latest()
+        assert latest is not None  # it has trained an epoch, whose end is saved
+        name, _ = latest
+        files: dict = {file: own.folder.read_committed(name, file) for file in FILES}
         Checkpoints(Folder(checkpoint_dir)).folder.commit(name, files)
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Take over weights and optimizer; the trial keeps its own place in time, best score and history."""
-        self._begin()
-        donated, own = Checkpoints(Folder(checkpoint_dir)), self._loop.state
-        name, state = donated.latest()
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # what `save_checkpoint` was given
+        """Take over weights and optimizer; the trial keeps its own epoch, best score and history."""
+        loop = self._begin()
+        donated, own = Checkpoints(Folder(checkpoint_dir)), loop.state
+        latest = donated.latest()
+        assert latest is not None  # `save_checkpoint` wrote one there
+        name, state = latest
         gift = f"{state.settings['run_name']}/{name}"
         # Its own state was restored when it began, and what it took before is part of that: Tune may give it again.
         if state.settings["run_name"] != self._run.name and gift != own.taken_over:
-            donated.load(name, self._loop.learner)
+            donated.load(name, loop.learner)
             own.taken_over = gift
 
 
 class _TrialLink(WorkerLink):
-    """The loop's line: where it is goes to the sweep's link, what happens stays here."""
+    """The loop's link: its progress goes to the sweep, its events stay here."""
 
     diverged: str | None = None
     moved: Callable[[], None]
@@ -225,7 +231,7 @@ def group_trial(config: dict, shared: Shared) -> None:
     run = open_run(settings, tracked=False)
     with ray_session():
         try:
-            with shared.telling():
+            with shared.reporting():
                 train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
         except Diverged as error:
             run.write_summary(reason=str(error))

@@ -1,25 +1,25 @@
-"""Tune's news of the trials into the ledger, and on to their runs in MLflow."""
+"""Records what Tune reports of the trials, in the ledger and in their MLflow runs."""
 
 import time
 
 from ray import tune
 
 from unet.secrets import without_secrets
-from unet.tuning.children import ChildRuns
 from unet.tuning.ledger import Ledger
+from unet.tuning.sweep_runs import SweepRuns
 
 
 class TrialRecorder(tune.Callback):
-    """Enters starts, epochs and ends. `scheduler` is named where a trial was stopped early.
+    """Records starts, epochs and ends. `scheduler` is named as the reason where a trial was stopped early.
 
     Attributes:
         running: the trials that have a process now.
         idle_seconds: how long no trial has had one.
-        begun: when the first trial of this start began, of `time.monotonic`; None before.
+        begun: when the first trial of this start began, by `time.monotonic`; None before.
     """
 
-    def __init__(self, ledger: Ledger, children: ChildRuns, epochs: int, scheduler: str):
-        self._ledger, self._children, self._epochs, self._scheduler = ledger, children, epochs, scheduler
+    def __init__(self, ledger: Ledger, runs: SweepRuns, epochs: int, scheduler: str):
+        self._ledger, self._runs, self._epochs, self._scheduler = ledger, runs, epochs, scheduler
         self._lively = time.monotonic()
         self.running: set[str] = set()
         self.idle_seconds = 0.0
@@ -33,13 +33,14 @@ class TrialRecorder(tune.Callback):
         self.running = {name(trial) for trial in trials if trial.status == "RUNNING"}
         self._lively = now if self.running else self._lively
         self.idle_seconds = now - self._lively
+        self._runs.receive()
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.begun = self.begun or time.monotonic()
         row = self._ledger[name(trial)]
         first = {"started": row.get("started") or round(time.time(), 1), "tries": max(1, row["tries"])}
         self._ledger.update(name(trial), end="running", reason=None, sent=False, **first)
-        self._children.sync(name(trial))
+        self._runs.sync(name(trial))
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         self._ledger.update(name(trial), tries=self._ledger[name(trial)]["tries"] + 1)
@@ -50,12 +51,12 @@ class TrialRecorder(tune.Callback):
         changes["seconds"] = row["seconds"] + result.get("time_this_iter_s", 0.0)
         changes["training_seconds"] = row.get("training_seconds", 0.0) + result.get("training_seconds", 0.0)
         changes["settings"] = dict(trial.config["draw"])  # PBT changes them
-        # On disk where a restart could not find it out from the trial's own run.
+        # On disk only what a restart could not learn from the trial's own run.
         write = row.get("pid") != result.get("pid") or row["settings"] != changes["settings"]
         self._ledger.update(name(trial), write=write, **changes)
         if not result.get("diverged"):
             self._ledger.refresh(name(trial), result["epoch"])
-        self._children.sync(name(trial))
+        self._runs.sync(name(trial))
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         summary, result = self._ledger.run_summary(name(trial)), trial.last_result or {}
@@ -64,7 +65,7 @@ class TrialRecorder(tune.Callback):
         elif result.get("stopped"):
             self.end(name(trial), "stopped", None)
         elif summary.get("status") == "finished" or self._ledger[name(trial)]["epochs"] >= self._epochs:
-            self.end(name(trial), "finished", "trained to its end")
+            self.end(name(trial), "finished", "trained to the end")
         else:
             self.end(name(trial), "pruned", f"{self._scheduler} stopped it")
 
@@ -77,7 +78,7 @@ class TrialRecorder(tune.Callback):
         reason = reason and without_secrets(reason)
         self._ledger.update(trial, end=end, reason=reason, ended=round(time.time(), 1), **facts)
         self._ledger.close_run(trial)
-        self._children.end(trial)
+        self._runs.end(trial)
 
 
 def name(trial) -> str:

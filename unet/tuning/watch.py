@@ -8,19 +8,19 @@ from collections.abc import Iterator
 
 LOOK_SECONDS = 1.0
 HUNG = 75
-"""Exit code of a process that was ended so."""
+"""Exit code of a process that ended this way."""
 
 
 class Watch:
-    """A watch over work in steps: when none has ended for so many seconds, this process ends.
+    """A watch over work in steps: when none has ended for `seconds`, this process ends.
 
-    It runs in a thread of the process itself. So it notices a step that never returns, but not that the whole process
+    It runs in a thread of the process itself, so it notices a step that never returns, but not that the whole process
     is stopped.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._moved: float | None = None  # None: nobody works
+        self._moved: float | None = None  # None: no work in progress
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def moved(self) -> None:
@@ -30,7 +30,7 @@ class Watch:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Watch for the time of the block."""
+        """Watch during the block."""
         self._moved = time.monotonic()
         try:
             yield
@@ -42,4 +42,4 @@ class Watch:
             time.sleep(LOOK_SECONDS)
             moved = self._moved
             if moved is not None and time.monotonic() - moved > self.seconds:
-                os._exit(HUNG)  # no clean end: whatever hangs would keep it from ending
+                os._exit(HUNG)  # not a clean exit: whatever hangs would prevent it
