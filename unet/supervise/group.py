@@ -148,13 +148,13 @@ class WorkerGroup:
     def news(self, run: str) -> tuple[Live | None, list[tuple]]:
         """Where the run is, and what has happened since the last call."""
         try:
-            found: News = ray.get(self.link.poll.remote(self._seen), timeout=ANSWER_SECONDS)
+            answer: ray.ObjectRef[News] = self.link.poll.remote(self._seen)
+            lives, events = ray.get(answer, timeout=ANSWER_SECONDS)
         except RayActorError:
             return None, []  # the workers notice as well, and end
         except GetTimeoutError:
             self._silent = True
             return None, []
-        lives, events = found
         self._silent, self._seen = False, self._seen + len(events)
         for kind, content in events:
             if kind == "controller":

@@ -244,8 +244,8 @@ class Trials:
         if time.monotonic() - self.received_at < RECEIVE_SECONDS:
             return None
         self.received_at = time.monotonic()
-        found: News = ray.get(self.link.poll.remote())
-        return next((reason for kind, reason in found[1] if kind == "no_gpu"), None)
+        answer: ray.ObjectRef[News] = self.link.poll.remote()
+        return next((reason for kind, reason in ray.get(answer)[1] if kind == "no_gpu"), None)
 
     def stop(self, reason: str) -> None:
         """Mark the runs first, since a submitted job may have only seconds left, then stop the trials."""
