@@ -32,6 +32,10 @@ MAILBOX = RuntimeError("The actor died unexpectedly.\n\tclass_name: DriverLink\n
 NODE = RuntimeError("The actor died because its node has died. Node Id: 4e")
 WRAPPED = RuntimeError("a page of Ray's\nKeyError: 'another line'")
 WRAPPED.cause = KeyError("width")
+OF_KERAS = TypeError(
+    "Exception encountered when calling Norm.call().\n\n\x1b[1mmust be float32\x1b[0m\n\n"
+    "Arguments received by Norm.call():\n  • training=True"
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ WRAPPED.cause = KeyError("width")
         ({0: MAILBOX}, "lost", "the link between driver and workers was lost"),
         ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
+        ({0: OF_KERAS}, "raised", "worker 0: TypeError: must be float32"),
         ({0: ValueError("")}, "raised", "worker 0: ValueError"),
         ({0: WRAPPED}, "raised", "worker 0: KeyError: 'width'"),
         ({0: ValueError("no such layer"), 1: BROKEN}, "raised", "worker 0: ValueError: no such layer"),

@@ -13,6 +13,7 @@ from unet.cluster.placement import Node, Placement, check_enough, most_workers, 
 from unet.config import Device, TrainSettings, parse_bytes
 from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
 from unet.errors import InputError
+from unet.recipe.network import describe
 
 READERS = 2
 """Reading tasks on a node at a time."""
@@ -134,12 +135,10 @@ def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> 
 
     On a GPU the activations are in the GPU's own memory, of which Ray knows nothing.
     """
-    model, side = settings.model, settings.data.image_size
-    filters = [model.base_filters * 2**level for level in range(model.depth + 1)]
-    weights = sum(27 * f * f for f in filters) * 4  # both paths of a level hold about 27 f² numbers
-    # About 12 maps of a level's size and filters live until the backward pass (measured at 16 and 64 filters).
-    activations = sum(12 * f * (side / 2**level) ** 2 for level, f in enumerate(filters)) * 4
-    return WORKER_BYTES + 4 * weights + (0 if use_gpu else share * activations)
+    network = describe(settings.model, 1)  # the classes are not known before the data, and hardly count
+    # What all layers give lives until the backward pass, and some of it twice (measured at 16 and 64 filters).
+    activations = 1.3 * network.activations * settings.data.image_size**2 * 4
+    return WORKER_BYTES + 4 * network.parameters * 4 + (0 if use_gpu else share * activations)
 
 
 def plan_trials(

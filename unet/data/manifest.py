@@ -58,7 +58,7 @@ class Manifest:
         repaired: samples that were repaired: {name, repair}.
         warnings: what looks wrong but was kept: {name, problem, detail}; an empty name concerns the whole set.
         totals: of these three, how many there are of each problem or repair. The lists hold the first of each
-            (`unet.data.preparing.findings`); empty where older preparations listed all.
+            (`unet.data.preparing.findings`); empty where the lists hold all.
     """
 
     image_size: int

@@ -67,7 +67,8 @@ class Split:
 
 def batch_size(models: Sequence[TrainedModel]) -> int:
     """How many images the networks take at a time."""
-    image = max(6 * m.network.base_filters * m.image_size**2 * 4 for m in models)
+    widest = [max(layer.channels / layer.stride**2 for layer in m.description.layers) for m in models]
+    image = max(3 * channels * m.image_size**2 * 4 for channels, m in zip(widest, models, strict=True))
     return max(1, min(BATCH, int(BATCH_BYTES / image)))
 
 

@@ -71,9 +71,12 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
 
 
 def _last_line(error: BaseException) -> str:
+    """What went wrong, which Python says last; Keras says it in bold, before the arguments of the layer's call."""
     cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[-1]}" if lines else first_line(cause)
+    text = str(cause).strip()
+    bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text)
+    line = bold[1] if bold else text.rpartition("\n")[2]
+    return f"{type(cause).__name__}: {line}" if line else first_line(cause)
 
 
 class Tries:

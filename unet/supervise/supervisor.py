@@ -141,7 +141,7 @@ class Supervisor:
         """Take the last one that verifies; whether the run can go on."""
         try:
             with reported(self.run.checkpoints.folder, "use"):
-                # First, so that all that the workers of before have written is seen, and they write nothing after.
+                # First, so that everything earlier workers wrote is seen, and they write nothing after it.
                 self.run.take_over()
                 self.latest, passed_over = self.run.checkpoints.resume(self.settings)
         except InputError as error:

@@ -81,8 +81,7 @@ class Loop:
             self.state = self.checkpoints.state(job.checkpoint)
             self.checkpoints.load(job.checkpoint, self.learner)
             self.state.score = None  # of that step only
-            # Older checkpoints do not have all of the keys, and so say nothing about them.
-            changed = [key for key, value in equality.items() if self.state.equality.get(key, value) != value]
+            changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
             self.state.equality, self.state.settings = equality, job.public_settings
             if changed and not self.is_done:
                 self.link.event("changed", changed)
