@@ -45,6 +45,22 @@ def test_every_fault_says_which_target_runs_its_test(row):
             )
 
 
+def headings(page) -> list[str]:
+    """As links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_decisions_that_code_points_to_are_there():
+    pointers = [
+        (file.name, heading)
+        for file in (ROOT / "unet").rglob("*.py")
+        for heading in re.findall(r"docs/decisions\.md#([\w-]+)", file.read_text())
+    ]
+    known = headings(ROOT / "docs" / "decisions.md")
+    assert len(pointers) > 15 and not [pointer for pointer in pointers if pointer[1] not in known]
+
+
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Links within the documents, with their headings."""
@@ -53,9 +69,7 @@ def test_links_lead_somewhere(page):
         path, _, heading = target.partition("#")
         linked = (page.parent / path) if path else page
         assert linked.exists(), target
-        if heading:
-            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
-            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+        assert not heading or heading in headings(linked), target
 
 
 def test_the_files_that_documents_name_are_there():

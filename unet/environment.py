@@ -4,6 +4,8 @@ Libraries obey variables and files in the home directory that were meant for oth
 numbers of a run, or where they are delivered, is pinned in every process of a job, whatever the shell says. The rest
 is the user's: credentials, certificates, proxies, how much of the processor may be used, `RAY_ADDRESS`. In somebody
 else's program (`unet.load`) nothing is changed: there the network is built so that it is right, or refused.
+
+Why: docs/decisions.md#the-environment-is-pinned-not-read
 """
 
 import os

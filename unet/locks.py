@@ -4,6 +4,8 @@ On a disk the system keeps the lock, and releases it when its holder is killed. 
 each process that wants the folder writes an object of its own, checks that it is the only one, and writes it again
 every few seconds. An object that has not been renewed for a minute no longer counts. The clock of the store decides,
 not that of a machine.
+
+Why: docs/decisions.md#a-lock-in-an-object-store-is-a-set-of-heartbeats
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an object
 is completed here before it is sent. A set of files (a checkpoint) carries a marker written last, with the size and
 digest of each, so that it is noticed when they are no longer what was written.
+
+Why: docs/decisions.md#an-object-is-made-here-then-sent
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 bfloat16 is several times faster than float32 where oneDNN has instructions for it, and several times slower where it
 does not, so the default (`--precision auto`) checks first. Tensor cores compute float16 from compute capability 7.0 on
 and bfloat16 from 8.0 on (NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities").
+
+Why: docs/decisions.md#precision-follows-the-machines
 """
 
 import os

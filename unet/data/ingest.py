@@ -3,6 +3,8 @@
 Data that fit the memory budget are read once into the object store, where the workers of a node share them. Data
 that do not fit are streamed by one execution of Ray Data for the whole run, training and validation in turn. Both
 ways give the same samples in the same order; a streamed block says where it belongs, and the worker checks it.
+
+Why: docs/decisions.md#kept-chunks-or-one-stream
 """
 
 from collections.abc import Iterable, Iterator

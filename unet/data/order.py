@@ -4,6 +4,8 @@ The canonical order of a split is by the hash of the sample's name; a chunk is 2
 group. An epoch shuffles the chunks, then the samples inside windows of as many chunks as `WINDOW_BYTES` hold, so the
 same order can be held in memory or streamed from disk with one window in hand. A global batch is a slice of the order;
 worker r takes its consecutive share of it. Nothing here knows of files, Ray or TensorFlow.
+
+Why: docs/decisions.md#a-window-of-268-mb
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,8 @@
 Tasks read chunks of the shards and check them; processes with one TensorFlow thread each score them in batches of one
 size, so that an image's numbers depend neither on the rest of its batch nor on the number of processes: the kernels
 that TensorFlow takes, and with them the last bits, may depend on threads and batch size.
+
+Why: docs/decisions.md#batches-of-one-size-one-tensorflow-thread-a-process
 """
 
 import io

@@ -4,6 +4,8 @@ Every worker holds plain variables with equal values. A step adds up gradients, 
 and a control code over the workers in one collective; finiteness, norm, clipping and the loss scale act on the sum,
 so all workers decide alike and apply the same update. Evaluation runs the float32 graph over the float32 weights
 whatever the step's precision.
+
+Why: docs/decisions.md#plain-variables-one-collective-a-step
 """
 
 import math

@@ -2,6 +2,8 @@
 
 `checkpoints/step_00000200/{model.weights.h5, optimizer.npz, state.json, COMMIT}`; `COMMIT` holds the size and sha256 of
 the others. Whatever is read is compared with it first. Ray's own snapshot is not used.
+
+Why: docs/decisions.md#a-checkpoint-carries-its-epochs
 """
 
 import re

@@ -1,4 +1,7 @@
-"""A run's folder: which run the settings mean, and what it says about itself."""
+"""A run's folder: which run the settings mean, and what it says about itself.
+
+Why: docs/decisions.md#the-runs-folder-is-the-truth
+"""
 
 import contextlib
 import json

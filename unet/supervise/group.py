@@ -2,6 +2,8 @@
 
 Ray Train is told to restart nothing: a group that ends in any other way than by itself is replaced by a new one, by
 `unet.supervise.supervisor`, which so decides alike about workers, controller, nodes and hangs.
+
+Why: docs/decisions.md#few-processes-to-start
 """
 
 import contextlib

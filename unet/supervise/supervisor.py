@@ -2,6 +2,8 @@
 
 A group is replaced by a new one, at the last checkpoint, when it is lost or hangs, when one of its nodes is called
 back, or when an elastic run can grow.
+
+Why: docs/decisions.md#the-driver-restarts-groups
 """
 
 import contextlib

@@ -4,6 +4,8 @@ MLflow creates a database in place, in some seventy steps: a kill, or another pr
 that no MLflow can use. So it is created under another name, by one process, and renamed when it is whole.
 
 python -m unet.tracking.database       prints the URI of the default store, ready for use
+
+Why: docs/decisions.md#mlflows-database-is-made-under-another-name
 """
 
 import contextlib

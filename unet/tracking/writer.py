@@ -1,4 +1,7 @@
-"""The one queue of calls to MLflow: they return at once, and a thread makes them when the store answers."""
+"""The one queue of calls to MLflow: they return at once, and a thread makes them when the store answers.
+
+Why: docs/decisions.md#an-asynchronous-writer-for-mlflow
+"""
 
 import logging
 import threading

@@ -2,6 +2,8 @@
 
 Ray's own `TensorflowConfig` does the same, but imports TensorFlow in the driver and in the controller (5-9 s each
 before the first step) and sets TF_USE_LEGACY_KERAS, with which anything that touches `tf.keras` fails.
+
+Why: docs/decisions.md#own-backend-instead-of-tensorflowtrainer
 """
 
 import json

@@ -2,6 +2,8 @@
 
 All workers run this; what one of them decides (stopping, leaving, saving by the clock) is decided on rank 0 and
 travels with the sum of a step or with a batch of validation, so nobody waits for another for ever.
+
+Why: docs/decisions.md#control-travels-with-the-step
 """
 
 import math

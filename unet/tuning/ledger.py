@@ -2,6 +2,8 @@
 
 The file is replaced whole at each change, so no kill tears it. Tune's own state is disposable: whatever continues,
 extends or ranks a sweep reads this and the trials' run folders.
+
+Why: docs/decisions.md#own-ledger-instead-of-tunerrestore
 """
 
 import json

@@ -2,6 +2,8 @@
 
 Trials of one worker run in warm processes: TensorFlow is imported once, a traced step serves every trial it was
 traced for, and the data are mapped from the object store. Trials of several workers go through Ray Train.
+
+Why: docs/decisions.md#trials-in-warm-processes-an-epoch-a-step
 """
 
 import contextlib
