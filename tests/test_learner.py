@@ -159,7 +159,7 @@ def test_only_float16_scales_its_loss(pets):
 
 def test_a_loss_scale_is_to_blame_only_for_gradients_and_only_above_the_least(pets):
     one = learner(precision="mixed_float16")
-    one._unscaled = lambda gradients, sums: [gradient * np.inf for gradient in gradients]
+    one.batch._unscaled = lambda gradients, sums: [gradient * np.inf for gradient in gradients]
     one.loss_scale.assign(4.0)
     steps = [one.train_step(*pets, step) for step in (1, 2, 3)]
     assert [(result.finite, result.overflowed) for result in steps] == [(False, True), (False, True), (False, False)]

@@ -92,6 +92,10 @@ class MovingAverage:
     count: tf.Tensor
     momentum: float
 
+    def move(self) -> None:
+        mean = self.total / tf.maximum(self.count, 1.0)
+        self.variable.assign(self.momentum * self.variable + (1 - self.momentum) * mean)
+
 
 _passes: list[TrainingPass] = []
 

@@ -1,9 +1,8 @@
-"""The training step: what a worker computes, and the sums over workers.
+"""The training step: what a worker holds, and how it changes that.
 
-Every worker holds plain variables with equal values. A step adds up gradients, the sums of the loss, moving averages
-and a control code over the workers in one collective; finiteness, norm, clipping and the loss scale act on the sum,
-so all workers decide alike and apply the same update. Evaluation runs the float32 graph over the float32 weights
-whatever the step's precision.
+Every worker holds plain variables with equal values. Finiteness, norm, clipping and the loss scale act on the gradient
+of the global batch (`unet.recipe.batch`), so all workers decide alike and apply the same update. Evaluation runs the
+float32 graph over the float32 weights whatever the step's precision.
 
 Why: docs/decisions.md#plain-variables-one-collective-a-step
 """
@@ -16,8 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from unet.classes import IGNORE
-from unet.recipe.layers import TrainingPass, build, training_pass
+from unet.recipe.batch import GlobalBatch, as_input
+from unet.recipe.layers import build
 from unet.recipe.loss import Loss, Pixels
 from unet.recipe.optimizer import Optimizer, learning_rate
 from unet.recipe.recipe import WEIGHTS, Recipe
@@ -73,14 +72,14 @@ class Learner:
         is_float32 = training.precision == "float32"
         self.float32_model = self.model if is_float32 else build(recipe.network, recipe.image_size)
         self._initial = {name: _compact(variable.numpy()) for name, variable in self.variables().items()}
-        # A share holds equal micro-shards; with more workers than shards (always 1 then) it is one.
-        self.micro_shards = max(1, training.grad_shards // world_size)
         self.share = -(-training.batch_size // world_size)
+        self.batch = GlobalBatch(
+            recipe, self.model, self.loss, self.loss_scale, rank, world_size, self._sum_over_workers
+        )
         images = tf.TensorSpec((self.share, self.image_size, self.image_size, 3), tf.uint8)
         masks = tf.TensorSpec((self.share, self.image_size, self.image_size), tf.uint8)
         step, control = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.float32)
         rate, dropout = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.float64)
-        self._moved: list[tuple[keras.Variable, float]] = []  # as tracing finds them
         self._step = _graph(self._step_graph, [images, masks, step, control, rate, dropout])
         self._evaluate = _graph(self._evaluate_graph, [images, masks])
         self._predict = _graph(self._predict_graph, [images])
@@ -136,12 +135,13 @@ class Learner:
         @tf.function
         def compute(images, masks, step):
             dropout = tf.constant(self.recipe.model.dropout, tf.float64)
-            return self._global_gradients(images, masks, step, tf.constant(0.0), dropout)[0]
+            return self.batch.gradients(images, masks, step, tf.constant(0.0), dropout).gradients
 
         return [g.numpy() for g in compute(images, masks, tf.constant(step, tf.int64))]
 
     def _step_graph(self, images, masks, step, control, rate, dropout):
-        gradients, sums, moved, control = self._global_gradients(images, masks, step, control, dropout)
+        found = self.batch.gradients(images, masks, step, control, dropout)
+        gradients, sums = found.gradients, found.sums
         loss = self.loss.value(tf.unstack(sums))
         scale = tf.identity(self.loss_scale)  # before the step changes it
         norm = tf.linalg.global_norm(gradients)
@@ -152,8 +152,8 @@ class Learner:
 
         def update():
             self.optimizer.apply(gradients, rate)
-            for variable, momentum, total, count in moved:
-                variable.assign(momentum * variable + (1 - momentum) * total / tf.maximum(count, 1.0))
+            for average in found.averages:
+                average.move()
             if self.scales_loss:
                 grown = (self.good_steps + 1) // LOSS_SCALE_STEPS
                 self.loss_scale.assign(self.loss_scale * tf.where(grown > 0, 2.0, 1.0))
@@ -167,90 +167,7 @@ class Learner:
             return finite
 
         finite = tf.cond(finite, update, pass_over)
-        return tf.concat([sums, tf.stack([loss, norm, tf.cast(finite, tf.float32), control, scale])], 0)
-
-    def _global_gradients(self, images, masks, step, control, dropout):
-        """Gradients of the loss of the global batch, the sums of its terms, moving averages, and the control sum."""
-        shards = self._shards(images, masks, step, dropout)
-        if self.loss.is_mean:
-            # The constant keeps numbers near one (for float16); the true count is known only after the sum.
-            constant = self.loss_scale / self._nominal_pixels
-            slopes = lambda sums: tf.stack([constant, *[tf.zeros(())] * (self.loss.size - 1)])  # noqa: E731
-        elif len(shards) == 1:
-            slopes = lambda sums: self._slopes(self._sum_over_workers(sums))  # noqa: E731
-        else:
-            # The sums of the whole batch are made by a pass of their own: to keep what several micro-shards need for
-            # their backward pass would take the memory that micro-shards are to save.
-            whole = self._slopes(self._sum_over_workers(_tree_sum(_in_turn(shards, self._local_sums))[0]))
-            slopes = lambda sums: whole  # noqa: E731
-        own = _in_turn(shards, lambda *shard: self._local_gradients(*shard, slopes))
-        *gradients, sums, moved = _tree_sum(own)
-        flat = tf.concat([tf.reshape(g, [-1]) for g in gradients] + [sums, moved, [control]], 0)
-        flat = self._sum_over_workers(flat)
-        weights = self.model.trainable_variables
-        sizes = [int(np.prod(v.shape)) for v in weights]
-        *gradients, sums, moved, control = tf.split(flat, [*sizes, self.loss.size, int(moved.shape[0]), 1])
-        gradients = [tf.reshape(g, v.shape) for g, v in zip(gradients, weights, strict=True)]
-        return self._unscaled(gradients, sums), sums, self._averages(moved), control[0]
-
-    def _shards(self, images, masks, step, dropout) -> list[tuple]:
-        """The micro-shards of this worker's share: what `_forward` takes."""
-        rows, shards = self.share // self.micro_shards, []
-        for i in range(self.micro_shards):
-            place = slice(i * rows, (i + 1) * rows if i + 1 < self.micro_shards else None)
-            position = tf.constant(self.rank * self.share + i * rows, tf.int64)
-            shards.append((images[place], masks[place], step, position, dropout))
-        return shards
-
-    def _forward(self, images, masks, step, position, dropout) -> tuple[tf.Tensor, TrainingPass]:
-        """The sums of the loss' terms over a micro-shard, and what its layers left behind."""
-        samples = tf.reduce_any(masks != IGNORE, (1, 2))
-        current = TrainingPass(self.recipe.training.seed, step, position, dropout, samples)
-        with training_pass(current):
-            logits = self.model(_as_input(images), training=True)
-        return self.loss.sums(Pixels.of(logits, masks, tf.reduce_sum)), current
-
-    def _local_sums(self, *shard):
-        return [self._forward(*shard)[0]]
-
-    def _local_gradients(self, *shard_and_slopes):
-        """Scaled gradients over a micro-shard, then the sums of the loss' terms, then those of moving averages.
-
-        `slopes` gives the scaled derivatives of the loss by its sums, from this micro-shard's own.
-        """
-        *shard, slopes = shard_and_slopes
-        with tf.GradientTape() as tape:
-            sums, current = self._forward(*shard)
-        gradients = tape.gradient(sums, self.model.trainable_variables, output_gradients=slopes(sums))
-        averages = list(current.moved.values())
-        self._moved = [(average.variable, average.momentum) for average in averages]
-        moved = [tf.reshape(t, [-1]) for average in averages for t in (average.total, average.count)]
-        return [*gradients, sums, tf.concat(moved, 0) if moved else tf.zeros([0])]
-
-    def _slopes(self, sums: tf.Tensor) -> tf.Tensor:
-        """The derivatives of the loss by each of its sums over the global batch, times the loss scale."""
-        with tf.GradientTape() as tape:
-            tape.watch(sums)
-            value = self.loss.value(tf.unstack(sums))
-        return tape.gradient(value, sums) * self.loss_scale
-
-    def _unscaled(self, gradients, sums):
-        if self.loss.is_mean:
-            (weight, _), count = self.loss.terms[0], sums[1]
-            factor = weight * self._nominal_pixels / (tf.maximum(count, 1.0) * self.loss_scale)
-        else:
-            factor = 1.0 / self.loss_scale
-        return [g * factor for g in gradients]
-
-    @property
-    def _nominal_pixels(self) -> float:
-        return float(self.recipe.training.batch_size * self.image_size**2)
-
-    def _averages(self, flat) -> list[tuple]:
-        """(variable, momentum, total, count) of each moving average, over the global batch."""
-        sizes = [size for variable, _ in self._moved for size in (int(np.prod(variable.shape)), 1)]
-        parts = iter(tf.split(flat, sizes) if sizes else [])
-        return [(v, momentum, tf.reshape(next(parts), v.shape), next(parts)[0]) for v, momentum in self._moved]
+        return tf.concat([sums, tf.stack([loss, norm, tf.cast(finite, tf.float32), found.control, scale])], 0)
 
     def refresh_float32(self) -> None:
         """Bring the weights of the evaluated float32 model up to date; call before evaluating."""
@@ -264,7 +181,7 @@ class Learner:
         return confusion.numpy(), sums.numpy().astype(np.float64)
 
     def _evaluate_graph(self, images, masks):
-        logits = self.float32_model(_as_input(images), training=False)
+        logits = self.float32_model(as_input(images), training=False)
         pixels = Pixels.of(logits, masks, tf.reduce_sum)
         classes = self.classes
         cells = tf.cast(masks, tf.int32) * classes + tf.argmax(logits, -1, tf.int32)
@@ -279,7 +196,7 @@ class Learner:
         return self._predict(padded).numpy()[: len(images)]
 
     def _predict_graph(self, images):
-        return tf.cast(tf.argmax(self.float32_model(_as_input(images), training=False), -1), tf.uint8)
+        return tf.cast(tf.argmax(self.float32_model(as_input(images), training=False), -1), tf.uint8)
 
     def sum_over_workers(self, values: np.ndarray) -> np.ndarray:
         """The elementwise sum of an array over all workers, in its own dtype (int64 stays exact)."""
@@ -300,28 +217,6 @@ def _graph(function, signature=None):
     return tf.function(function, input_signature=signature, autograph=False)
 
 
-def _as_input(images):
-    """uint8 pixels to float32 in [0, 1]."""
-    return tf.cast(images, tf.float32) / 255.0
-
-
 def _compact(value: np.ndarray) -> np.ndarray:
     """The same, without memory for zeros: most of what a new optimizer holds."""
     return value if value.any() else np.broadcast_to(np.zeros((), value.dtype), value.shape)
-
-
-def _in_turn(shards: list[tuple], compute) -> list[list[tf.Tensor]]:
-    """What `compute` makes of each micro-shard, one after another: one's activations are in memory at a time."""
-    found: list[list[tf.Tensor]] = []
-    for images, *rest in shards:
-        with tf.control_dependencies(found[-1] if found else []):
-            found.append(compute(tf.identity(images), *rest))
-    return found
-
-
-def _tree_sum(parts):
-    """Sum lists of tensors pairwise: two halves summed apart give the same bits as here."""
-    while len(parts) > 1:
-        pairs = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + (parts[-1:] if len(parts) % 2 else [])
-    return parts[0]
