@@ -133,7 +133,7 @@ def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
     assert "no room for the workers" in failure and "2 workers need 0.75 free CPUs each" in failure
     assert "--resume crowded; --num-workers 1:2 goes on" in failure
     elastic = find_room("1:2")
-    assert elastic.failure is None and elastic.plan.num_workers == 1
+    assert elastic.reports.failure is None and elastic.plan.num_workers == 1
 
 
 def stop_processes(folder, kind: str) -> None:
