@@ -31,7 +31,7 @@ def bare(precision: str, started: float) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
     import keras
 
-    from unet.recipe.layers import DropoutKey, build_unet, dropout_key
+    from unet.recipe.layers import TrainingPass, build_unet, training_pass
 
     keras.config.set_dtype_policy(precision)
     model = build_unet(SIZE, FILTERS)
@@ -40,7 +40,7 @@ def bare(precision: str, started: float) -> None:
 
     @tf.function(autograph=False)
     def step(images, masks, number):
-        with tf.GradientTape() as tape, dropout_key(DropoutKey(0, number, tf.constant(0, tf.int64))):
+        with tf.GradientTape() as tape, training_pass(TrainingPass(0, number, tf.constant(0, tf.int64))):
             logits = model(tf.cast(images, tf.float32) / 255.0, training=True)
             loss = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(masks, tf.int32), logits)
             loss = tf.reduce_mean(loss)

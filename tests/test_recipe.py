@@ -3,10 +3,24 @@
 import numpy as np
 import pytest
 import toys
+from conftest import state_of
 
-from unet.config import SEARCHABLE, TrainSettings, flat, unflat
+from unet.config import (
+    SEARCHABLE,
+    EvaluateSettings,
+    ExportSettings,
+    PredictSettings,
+    PrepareSettings,
+    TrainSettings,
+    TuneSettings,
+    flat,
+    unflat,
+)
 from unet.data.synthetic import draw_pet
-from unet.recipe import recipe
+from unet.errors import RunFailed
+from unet.models.trained import TrainedModel
+from unet.recipe import network, recipe
+from unet.recipe.network import Kind
 from unet.recipe.recipe import PARTS, traced_key
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
@@ -55,8 +69,6 @@ def test_a_moving_average_follows_the_mean_of_the_whole_batch(centred, pets, sha
 
 def test_it_is_saved_restored_and_scored_like_every_weight(centred, pets, tmp_path):
     settings = unflat(TrainSettings, SMALL | {"precision": "mixed_float16"})
-    from conftest import state_of
-
     one, other = (Learner(settings.recipe(3)) for _ in range(2))
     one.train_step(*pets, 1)
     Folder(tmp_path).write_text("config.yaml", "")
@@ -80,6 +92,45 @@ def test_a_step_that_is_passed_over_moves_nothing(centred, pets):
 def test_a_layer_asks_for_its_pass_in_words(centred):
     with pytest.raises(RuntimeError, match=r"call the model inside `training_pass"):
         learner().model(np.zeros((1, 16, 16, 3), np.float32), training=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_averages_are_scored_packaged_and_continued_with(pets, tmp_path, monkeypatch, precision):
+    """Where a recipe says that they stand for the weights: nothing outside of it is told."""
+    toys.add_average(monkeypatch)
+    settings = unflat(TrainSettings, SMALL | {"precision": precision, "learning_rate": 0.01})
+    one, other = (Learner(settings.recipe(3)) for _ in range(2))
+    kernel, expected = one.variables()["weights/head/kernel"], one.variables()["weights/head/kernel"].numpy()
+    for number in (1, 2, 3):
+        assert one.train_step(*pets, number).finite
+        expected = (expected + kernel.numpy()) / 2
+    one.refresh_float32()
+    scored = {weight.path: weight.numpy() for weight in one.float32_model.weights}
+    np.testing.assert_allclose(scored["head/kernel"], expected, atol=1e-6)
+    assert not np.array_equal(scored["head/kernel"], kernel.numpy())
+    Folder(tmp_path).write_text("config.yaml", "")
+    checkpoints = Checkpoints(Folder(tmp_path))
+    name = checkpoints.save(one, state_of(settings, step=3))
+    packaged = TrainedModel.of_checkpoint(Folder(tmp_path), name).weights
+    assert packaged.keys() == scored.keys()
+    assert all(np.array_equal(packaged[key], scored[key]) for key in scored)
+    checkpoints.load(name, other)
+    assert one.train_step(*pets, 4).finite and other.train_step(*pets, 4).finite
+    for key, variable in other.variables().items():
+        np.testing.assert_array_equal(variable.numpy(), one.variables()[key].numpy())
+
+
+def test_variables_that_are_not_described_are_refused_before_the_first_step(centred, monkeypatch):
+    monkeypatch.setitem(network.KINDS, "centring", Kind("centring"))
+    with pytest.raises(RunFailed, match="weights/centre/moving_mean as absent, but model or optimizer have it as"):
+        learner()
+
+
+def test_no_setting_has_the_name_of_another():
+    """The command line, files and spaces know settings by name alone."""
+    for settings in (TuneSettings, PrepareSettings, EvaluateSettings, PredictSettings, ExportSettings):
+        names = [name for part in settings.model_fields.values() for name in part.annotation.model_fields]
+        assert len(names) == len(set(names))
 
 
 OTHER = {

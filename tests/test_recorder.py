@@ -8,7 +8,7 @@ import pytest
 from conftest import listening, read_json, state_of, tiny_settings, words_of
 
 from unet.classes import PETS
-from unet.config import TrainSettings
+from unet.config import TrainSettings, flat, unflat
 from unet.errors import InputError
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
@@ -16,7 +16,7 @@ from unet.runs.run import Run
 from unet.runs.state import State
 from unet.storage import Folder
 from unet.supervise import driver
-from unet.supervise.preflight import refuse_changes
+from unet.supervise.preflight import open_run, refuse_changes
 from unet.supervise.recorder import RunRecorder
 
 
@@ -145,10 +145,21 @@ def test_a_run_that_ends_before_its_first_checkpoint_says_so(recorder):
 
 def test_other_settings_are_refused_by_name_but_for_those_that_may_change():
     before = {"epochs": 1, "dropout": 0.1, "base_filters": 8, "gone": 3}
-    refuse_changes("told", before, {"epochs": 2, "dropout": 0.1, "base_filters": 8, "new": 1}, frozenset({"epochs"}))
+    refuse_changes("told", before, {"epochs": 2, "dropout": 0.1, "base_filters": 8}, frozenset({"epochs"}))
     with pytest.raises(InputError) as refused:
         refuse_changes("told", before, {"epochs": 2, "dropout": 0.2, "base_filters": 4}, frozenset({"epochs"}))
     assert "settings: --base-filters (was 8, is 4), --dropout (was 0.1, is 0.2). Give" in str(refused.value)
+
+
+def test_a_setting_that_a_run_does_not_know_had_its_default(tmp_path):
+    settings = unflat(TrainSettings, flat(settings_of(tmp_path)) | {"data": "synthetic"})
+    Run.load("told", settings).start()
+    config = tmp_path / "told" / "config.yaml"
+    kept = [line for line in config.read_text().splitlines() if not line.startswith(("loss:", "grad_shards:"))]
+    config.write_text("\n".join(kept))
+    assert open_run(settings).name == "told"
+    with pytest.raises(InputError, match=r"--grad-shards \(was 1, is 2\), --loss \(was cross_entropy, is 2\*cross_en"):
+        open_run(unflat(TrainSettings, flat(settings) | {"grad_shards": 2, "loss": "2*cross_entropy"}))
 
 
 @pytest.mark.parametrize(

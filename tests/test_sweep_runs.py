@@ -1,6 +1,7 @@
 """A sweep in MLflow without any training: outages and kills lose and double nothing of it or of its trials."""
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -98,8 +99,10 @@ def test_what_an_outage_keeps_back_is_sent_by_the_next_start(sweep, server):
     runs = runs_of(sweep, words)
     try:
         runs.send_missing()
+        stop = threading.Event()
+        stop.set()
         while not words:
-            assert not runs.deliver(stopped=True)
+            assert not runs.deliver(stop)
         assert not any(row.get("sent") for row in Ledger(sweep.folder).rows)
         assert "does not answer" in words[0] and words[0].endswith("the job goes on, and what it sends is queued.")
     finally:

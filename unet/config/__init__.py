@@ -3,22 +3,11 @@
 from unet.config.common import StoreSettings
 from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
+from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config
 from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
-from unet.settings import (
-    CONFIG,
-    Device,
-    SettingsGroup,
-    flat,
-    load_yaml,
-    moved_with,
-    parse_bytes,
-    parse_interval,
-    parse_yaml,
-    read_config,
-    unflat,
-)
+from unet.settings import Device, SettingsGroup, flat, parse_bytes, parse_interval, unflat
 
 __all__ = [
     "CONFIG",

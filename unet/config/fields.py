@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from unet.settings import absolute, parse_bytes
+from unet.config.files import absolute
+from unet.settings import parse_bytes
 from unet.storage import Folder
 
 SOURCES = ("synthetic", "oxford_iiit_pet")

@@ -16,13 +16,10 @@ from unet.classes import Classes, ClassInfo
 from unet.cluster.session import cause_of
 from unet.config import (
     CONFIG,
-    MAY_CHANGE,
     DataSettings,
     Resize,
-    TrainSettings,
     parse_yaml,
     read_config,
-    unflat,
 )
 from unet.errors import Damaged, InputError, first_line
 from unet.recipe.loss import LossSettings
@@ -107,15 +104,15 @@ class TrainedModel:
         """The model of a checkpoint of the run in this folder. Raises Damaged."""
         checkpoints = Checkpoints(run)
         state = checkpoints.state(checkpoint)
-        settings = unflat(TrainSettings, {k: v for k, v in state.settings.items() if k not in MAY_CHANGE})
+        recipe, resize = state.recipe(), state.settings.get("resize")
         run_name = run.path.rstrip("/").rpartition("/")[2]
         is_best = checkpoint == state.best_checkpoint
         return cls(
             name=name or run_name,
-            network=settings.model,
-            loss=settings.loss.loss,
-            image_size=settings.data.image_size,
-            resize=settings.data.resize,
+            network=recipe.model,
+            loss=recipe.loss.loss,
+            image_size=recipe.image_size,
+            resize=DataSettings.model_validate({"resize": resize}).resize,
             classes=state.class_infos,
             weights=checkpoints.weights(checkpoint),
             data_digest=state.data_digest,

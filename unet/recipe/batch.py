@@ -119,7 +119,7 @@ class GlobalBatch:
         """The derivatives of the loss by each of its sums over the global batch, times the loss scale."""
         with tf.GradientTape() as tape:
             tape.watch(sums)
-            value = self._loss.value(tf.unstack(sums))
+            value = self._loss.value(self._loss.counted(tf.unstack(sums)))
         return tape.gradient(value, sums) * self._loss_scale
 
     def _unscaled(self, gradients, sums):

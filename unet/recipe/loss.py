@@ -53,7 +53,8 @@ class Term(Protocol):
 
     Attributes:
         is_mean: whether its two sums are a total and a count that does not depend on the logits. Such a term alone
-            needs no sums of others before its gradient, which saves a step one of its two collectives.
+            needs no sums of others before its gradient, which saves a step one of its two collectives. Any other term
+            must have a finite slope where nothing is counted: a batch may have no label.
     """
 
     is_mean: bool
@@ -102,7 +103,7 @@ class LossSettings(SettingsGroup):
     """What is minimised."""
 
     loss: str = "cross_entropy"
-    """Terms and their weights, as in cross_entropy or 0.5*cross_entropy."""
+    """Terms, each with a weight if it has one, joined by +: such as cross_entropy, or 0.5*cross_entropy."""
 
     @field_validator("loss")
     @classmethod
@@ -120,10 +121,13 @@ def parse(text: str) -> list[tuple[float, str]]:
     found = []
     for part in text.split("+"):
         match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(\w+)\s*", part)
-        if not match or match[2] not in TERMS or (match[1] and not float(match[1])):
-            known = ", ".join(TERMS)
-            raise ValueError(f"--loss {text}: {part.strip()!r} is not a term, or one with a weight; known are {known}")
-        found.append((float(match[1] or 1), match[2]))
+        weight = float(match[1] or 1) if match else 0.0
+        if not match or match[2] not in TERMS or not 0 < weight < math.inf:
+            raise ValueError(
+                f"--loss {text}: {part.strip()!r} is not a term: write NAME or 0.5*NAME, joined by +, where the names "
+                f"are {', '.join(TERMS)}"
+            )
+        found.append((weight, match[2]))
     return found
 
 
@@ -142,7 +146,11 @@ class Loss:
         """All sums of all terms: (size,), or (size, N) where each image is added up by itself."""
         import tensorflow as tf
 
-        return tf.stack([total for _, term in self.terms for total in term.sums(pixels)])
+        found = [term.sums(pixels) for _, term in self.terms]
+        for (_, term), sums, size in zip(self.terms, found, self._sizes, strict=True):
+            if len(sums) != size:
+                raise ValueError(f"{type(term).__name__} gives {len(sums)} sums, and says that it has {size}.")
+        return tf.stack([total for sums in found for total in sums])
 
     def value(self, sums: Sequence[Any]) -> Any:
         """The loss, from its sums over a global batch or a whole split."""
@@ -152,6 +160,17 @@ class Loss:
             values.append(value if weight == 1 else weight * value)
             first += size
         return sum(values[1:], values[0])
+
+    def counted(self, sums: "Sequence[tf.Tensor]") -> "list[tf.Tensor]":
+        """The same sums where a mean of nothing is 0 and has no slope: what a step differentiates."""
+        import tensorflow as tf
+
+        found, first = list(sums), 0
+        for (_, term), size in zip(self.terms, self._sizes, strict=True):
+            if term.is_mean:
+                found[first + 1] = tf.maximum(found[first + 1], 1.0)
+            first += size
+        return found
 
     def mean_of(self, sums: Sequence[float]) -> float | None:
         """The loss of a split or an epoch; None where nothing was counted, or where it is not finite."""

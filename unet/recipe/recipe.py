@@ -1,5 +1,6 @@
 """Everything that a training step depends on, and what follows from it without TensorFlow."""
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -87,17 +88,28 @@ class Recipe(SettingsGroup):
         """
         weights = {f"{WEIGHTS}{name}": shape for name, shape in self.network.variables.items()}
         slots = optimizer.variable_shapes(self.network.trainable)
-        return (
-            weights
-            | {f"optimizer/{name}": shape for name, shape in slots.items()}
-            | {
-                "loss_scale": (),
-                "good_steps": (),
-            }
-        )
+        found = weights | {f"optimizer/{name}": shape for name, shape in slots.items()}
+        return found | {"loss_scale": (), "good_steps": ()}
+
+    @cached_property
+    def scored(self) -> dict[str, str]:
+        """The variable that is scored, packaged and predicted with in the place of each weight, by their names.
+
+        Here the weight itself; a recipe that averages weights names the averages.
+        """
+        return {name: f"{WEIGHTS}{name}" for name in self.network.variables}
+
+    @property
+    def scores_its_weights(self) -> bool:
+        return all(variable == f"{WEIGHTS}{name}" for name, variable in self.scored.items())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What its variables take in a file."""
+        return 4 * sum(map(math.prod, self.variables.values()))
 
 
-GIVEN_TO_EACH_STEP = {"optimizer": {"learning_rate"}, "model": {"dropout"}}
+GIVEN_TO_EACH_STEP: dict[str, set[str]] = {"optimizer": {"learning_rate"}, "model": {"dropout"}}
 """Settings that a traced step does not hold, since they come with its arguments."""
 
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from unet.errors import RunFailed
 from unet.recipe.batch import GlobalBatch, as_input
 from unet.recipe.layers import build
 from unet.recipe.loss import Loss, Pixels
@@ -53,7 +54,7 @@ class Learner:
 
     Attributes:
         model: in the precision of the steps.
-        float32_model: the same weights in float32, once `refresh_float32` was called.
+        float32_model: in float32, with the weights that are scored, once `refresh_float32` was called.
     """
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, strategy=None):
@@ -69,8 +70,9 @@ class Learner:
         self.loss_scale = tf.Variable(INITIAL_LOSS_SCALE if self.scales_loss else 1.0, trainable=False)
         self.good_steps = tf.Variable(0, dtype=tf.int64, trainable=False)
         keras.config.set_dtype_policy("float32")
-        is_float32 = training.precision == "float32"
-        self.float32_model = self.model if is_float32 else build(recipe.network, recipe.image_size)
+        is_scored = training.precision == "float32" and recipe.scores_its_weights
+        self.float32_model = self.model if is_scored else build(recipe.network, recipe.image_size)
+        self._check_variables()
         self._initial = {name: _compact(variable.numpy()) for name, variable in self.variables().items()}
         self.share = -(-training.batch_size // world_size)
         self.batch = GlobalBatch(
@@ -90,6 +92,20 @@ class Learner:
         weights = {f"{WEIGHTS}{variable.path}": variable for variable in self.model.weights}
         slots = {f"optimizer/{name}": variable for name, variable in self.optimizer.variables().items()}
         return weights | slots | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
+
+    def _check_variables(self) -> None:
+        """Refuse to train what no checkpoint could hold.
+
+        Raises:
+            RunFailed: with a variable that the recipe describes otherwise.
+        """
+        own, described = {k: tuple(v.shape) for k, v in self.variables().items()}, self.recipe.variables
+        for name in sorted(own.keys() | described.keys()):
+            if own.get(name) != described.get(name):
+                raise RunFailed(
+                    f"The recipe describes {name} as {described.get(name, 'absent')}, but model or optimizer have it "
+                    f"as {own.get(name, 'absent')}: correct unet/recipe/network.py or unet/recipe/optimizer.py."
+                )
 
     def restart(self, recipe: Recipe) -> None:
         """Begin anew with a recipe of the same `traced_key`: equal, bit for bit, to a new learner."""
@@ -123,7 +139,7 @@ class Learner:
         `step` counts from 1 over the whole run, which is to have `steps`; it keys the dropout and gives the learning
         rate.
         """
-        rate = learning_rate(self.recipe.optimizer, step, steps)
+        rate = learning_rate(self.recipe.optimizer, step, max(step, steps))
         found = self._step(images, masks, step, float(control), rate, self.recipe.model.dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
         overflowed = not finite and math.isfinite(loss) and scale > MIN_LOSS_SCALE
@@ -172,8 +188,9 @@ class Learner:
     def refresh_float32(self) -> None:
         """Bring the weights of the evaluated float32 model up to date; call before evaluating."""
         if self.float32_model is not self.model:
-            for target, weight in zip(self.float32_model.weights, self.model.weights, strict=True):
-                target.assign(weight)
+            variables = self.variables()
+            for weight in self.float32_model.weights:
+                weight.assign(variables[self.recipe.scored[weight.path]])
 
     def evaluate(self, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 (C, C) confusion of this worker's share (row = truth), and float64 (`loss.size`,) sums of its loss."""

@@ -14,22 +14,22 @@ import numpy as np
 from unet.recipe.network import Shapes
 
 
-def weights_file(arrays: Mapping[str, np.ndarray], keras_paths: Mapping[str, str]) -> memoryview:
+def weights_file(arrays: Mapping[str, np.ndarray], keras_paths: Mapping[str, str]) -> io.BytesIO:
     """Arrays by name as an HDF5 file; each has a second name, by which Keras' `load_weights` finds it."""
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         for name, array in arrays.items():
             file[keras_paths[name]] = file.create_dataset(name, data=array)
-    return image.getbuffer()
+    return image
 
 
-def read_weights(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+def read_weights(content: io.BytesIO, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of these names, in their order.
 
     Raises:
         ValueError: what is there is something else. Damaged bytes make HDF5 raise almost anything.
     """
-    with h5py.File(io.BytesIO(content), "r") as file:
+    with h5py.File(content, "r") as file:
         # Follows no link that leads out of the file; gives the first that is not a plain one.
         link = file.id.links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True)
         if link is not None:
@@ -48,20 +48,20 @@ def read_weights(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[
             yield name, found[()]
 
 
-def arrays_file(arrays: Mapping[str, np.ndarray]) -> memoryview:
+def arrays_file(arrays: Mapping[str, np.ndarray]) -> io.BytesIO:
     """Arrays by name as an NPZ file."""
     image = io.BytesIO()
     np.savez(image, **dict(arrays))  # type: ignore[arg-type]  # its types take every keyword for allow_pickle
-    return image.getbuffer()
+    return image
 
 
-def read_arrays(content: bytes | memoryview, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+def read_arrays(content: io.BytesIO, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of these names, which must be all there are.
 
     Raises:
         ValueError: what is there is something else. Damaged bytes make `zipfile` raise almost anything.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with zipfile.ZipFile(content) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         if differing := sorted(members.keys() ^ shapes.keys()):
             raise ValueError(f"{'lacks' if differing[0] in shapes else 'also holds'} {differing[0]}")

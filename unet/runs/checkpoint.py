@@ -6,14 +6,15 @@ the others. Whatever is read is compared with it first. Ray's own snapshot is no
 Why: docs/decisions.md#a-checkpoint-carries-its-epochs
 """
 
+import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unet.config import CONFIG, TrainSettings
-from unet.errors import Damaged, InputError, first_line
+from unet.errors import Damaged, InputError, RunFailed, first_line
 from unet.recipe.recipe import WEIGHTS as PREFIX
 from unet.runs.arrays import arrays_file, read_arrays, read_weights, weights_file
 from unet.runs.state import NAME, STATE, State, damaged, name_of, parsed, to_json
@@ -69,20 +70,25 @@ class Checkpoints:
         return parsed(name, self.folder.read_committed(name, STATE))
 
     def arrays(self, name: str, state: State | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Everything that a step changes, by the names of `Recipe.variables`. Raises Damaged."""
-        yield from _arrays(name, state or self.state(name), lambda file: self.folder.read_committed(name, file))
+        """Everything that a step changes, by the names of `Recipe.variables`. Raises Damaged, InputError."""
+        yield from _arrays(name, state or self.state(name), self._content(name))
 
     def weights(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of the network's weights, by name. Raises Damaged."""
+        """The weights that are scored, by the names of the network's. Raises Damaged, InputError."""
         state = self.state(name)
-        found = _arrays(name, state, lambda file: self.folder.read_committed(name, file), only=WEIGHTS)
-        return {key.removeprefix(PREFIX): array for key, array in found}
+        scored = state.recipe().scored
+        found = dict(_arrays(name, state, self._content(name), set(scored.values())))
+        return {weight: found[variable] for weight, variable in scored.items()}
+
+    def _content(self, name: str) -> Callable[[str], io.BytesIO]:
+        return lambda file: io.BytesIO(self.folder.read_committed(name, file))
 
     def verify(self, name: str, settings: TrainSettings | None = None) -> State:
         """Read all of it, as a start from it would: its state.
 
         Raises:
             Damaged: it is not what was written, or a training with these settings has other variables.
+            InputError: the code of then described other variables.
         """
         state = self.state(name)
         if settings and settings.recipe(len(state.classes)).variables != state.recipe().variables:
@@ -180,41 +186,33 @@ class Checkpoints:
 
         Raises:
             StorageFailed: it cannot be written, or the run's folder is gone. Nothing has changed then.
-            RuntimeError: nothing could go on from it, since the recipe describes other variables than its steps have.
+            RunFailed: nothing could continue from it, since the recipe describes other variables than its steps have.
         """
         self.run.require(CONFIG)
-        name, recipe = name_of(state.step), state.recipe()
-        values = {key: variable.numpy() for key, variable in learner.variables().items()}
-        weights = {key.removeprefix(PREFIX): array for key, array in values.items() if key.startswith(PREFIX)}
-        others = {key: array for key, array in values.items() if not key.startswith(PREFIX)}
-        files: dict[str, bytes | memoryview] = {
-            WEIGHTS: weights_file(weights, recipe.network.keras_paths),
-            OPTIMIZER: arrays_file(others),
-            STATE: to_json(state),
-        }
-        try:  # what a start from it will do
-            for _ in _arrays(name, parsed(name, files[STATE]), files.__getitem__):
+        name, recipe, variables = name_of(state.step), state.recipe(), learner.variables()
+        state.variables = {key: list(variable.shape) for key, variable in variables.items()}
+        weights = {k.removeprefix(PREFIX): v.numpy() for k, v in variables.items() if k.startswith(PREFIX)}
+        try:
+            made = {WEIGHTS: weights_file(weights, recipe.network.keras_paths)}
+            made[OPTIMIZER] = arrays_file({k: v.numpy() for k, v in variables.items() if not k.startswith(PREFIX)})
+            # What a start from it will do.
+            for _ in _arrays(name, parsed(name, to_json(state)), made.__getitem__):
                 pass
-        except Damaged as error:
-            raise RuntimeError(
-                f"No training could go on from this checkpoint, so it is not written: {error}."
+        except (Damaged, InputError, KeyError) as error:
+            raise RunFailed(
+                f"Nothing could continue from checkpoint {name}, so it was not written: {str(error).rstrip('.')}."
             ) from error
-        self.folder.commit(name, files)
+        files = {file: stream.getbuffer() for file, stream in made.items()}
+        self.folder.commit(name, files | {STATE: to_json(state)})
         self._saved.add(name)
         return name
 
     def load(self, name: str, learner: "Learner") -> None:
-        """Everything that a step changes into a learner. Raises Damaged."""
-        self._load(name, learner, self.arrays(name))
-
-    def load_weights(self, name: str, learner: "Learner") -> None:
-        """The network's weights into a learner. Raises Damaged."""
-        self._load(name, learner, ((f"{PREFIX}{key}", array) for key, array in self.weights(name).items()))
-
-    def _load(self, name: str, learner: "Learner", arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-        if self.state(name).recipe().variables != learner.recipe.variables:
+        """Everything that a step changes into a learner. Raises Damaged, InputError."""
+        state = self.state(name)
+        if state.recipe().variables != learner.recipe.variables:
             raise damaged(name, STATE, "is of another network")
-        learner.load(arrays)
+        learner.load(self.arrays(name, state))
 
     def prune(self, keep_best: int) -> None:
         """Keep the `keep_best` best by score and always the last that verifies; remove the rest, torn ones too."""
@@ -230,16 +228,30 @@ class Checkpoints:
 
 
 def _arrays(
-    name: str, state: State, content: Callable[[str], bytes | memoryview], only: str | None = None
+    name: str, state: State, content: Callable[[str], io.BytesIO], only: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """What the files of a checkpoint hold, compared with what the recipe of its state describes. Raises Damaged."""
+    """What the files of a checkpoint hold, compared with what the recipe of its state describes.
+
+    Of `only` some variables the files that hold none of them are not read.
+
+    Raises:
+        Damaged: they hold something else.
+        InputError: when it was written, other variables were described.
+    """
     variables = state.recipe().variables
+    then = {key: tuple(shape) for key, shape in state.variables.items()}
+    for key in sorted(then.keys() | variables.keys()):
+        if then.get(key) != variables.get(key):
+            raise InputError(
+                f"Checkpoint {name} has {key} as {then.get(key, 'absent')}, and this version of the code has it as "
+                f"{variables.get(key, 'absent')}: continue with the version that wrote it, or give another --run-name."
+            )
     weights = {key.removeprefix(PREFIX): shape for key, shape in variables.items() if key.startswith(PREFIX)}
     others = {key: shape for key, shape in variables.items() if not key.startswith(PREFIX)}
     for file, prefix, read, shapes in ((WEIGHTS, PREFIX, read_weights, weights), (OPTIMIZER, "", read_arrays, others)):
-        if only in (None, file):
-            data = content(file)
+        if only is None or any(prefix + key in only for key in shapes):
+            stream = content(file)
             try:
-                yield from ((prefix + key, array) for key, array in read(data, shapes))
+                yield from ((prefix + key, array) for key, array in read(stream, shapes))
             except Exception as error:  # whatever its damaged bytes lead HDF5 or zipfile to
                 raise damaged(name, file, first_line(error)) from error

@@ -38,6 +38,7 @@ class State:
         seed, data_digest, settings: what the run is.
         classes: what the network's outputs mean, as [name, [red, green, blue]].
         window: chunks of a window of the order of its samples (`unet.data.order`).
+        variables: the shapes of all that its steps change, as they were when it was written.
         equality: what bit-equal continuation depends on (workers, threads, precision, device, versions, …).
     """
 
@@ -60,6 +61,7 @@ class State:
     validation: dict | None = None
     taken_over: str | None = None
     history: list[dict] = field(default_factory=list)
+    variables: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def chosen(self) -> str:

@@ -11,8 +11,9 @@ from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
 from unet.disk import _existing, check_writable
 from unet.errors import InputError
-from unet.recipe.recipe import AUTO
+from unet.recipe.recipe import AUTO, Recipe
 from unet.runs.run import SUMMARY, Run
+from unet.settings import defaults
 from unet.storage import Folder
 from unet.tracking.database import check_database
 from unet.tracking.reach import check_server, default_uri
@@ -53,7 +54,7 @@ def _identify(settings: TrainSettings) -> Run:
     run.settings = with_chosen_precision(settings, before)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
-    refuse_changes(name, before, flat(settings), MAY_CHANGE)
+    refuse_changes(name, defaults(TrainSettings) | before, flat(settings), MAY_CHANGE)
     run.summary.setdefault("run_name", name)
     return run
 
@@ -65,18 +66,18 @@ def with_chosen_precision(settings: Settings, before: dict[str, Any]) -> Setting
 
 
 def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:
-    """Refuse to continue under a name with other settings than it was started with.
+    """Refuse to continue under a name with other settings than it was started with, of which `before` holds all.
 
     Raises:
         InputError: with the settings that differ.
     """
-    changed = sorted(k for k in now.keys() - may_change if before.get(k, now[k]) != now[k])
+    changed = sorted(k for k in now.keys() - may_change if before.get(k) != now[k])
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
         raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")
 
 
-def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: int = 1) -> None:
+def check_disk(settings: TrainSettings, storage: Folder, recipe: Recipe, runs: int = 1) -> None:
     """Refuse runs whose checkpoints would not fit on a local disk.
 
     Raises:
@@ -85,8 +86,9 @@ def check_disk(settings: TrainSettings, storage: Folder, parameters: int, runs: 
     place = _existing(storage)
     if place is None:
         return
-    # Weights and two moments of Adam; the best, the last, and the one being written; the packaged model.
-    need, free = runs * parameters * 12 * (settings.run.keep_checkpoints + 2) + 100e6, shutil.disk_usage(place).free
+    # The best, the last, and the one being written; the rest is pictures and the packaged model.
+    kept = runs * (settings.run.keep_checkpoints + 2)
+    need, free = kept * recipe.checkpoint_bytes + 100e6, shutil.disk_usage(place).free
     if need > free:
         raise InputError(
             f"The checkpoints need about {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "

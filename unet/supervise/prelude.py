@@ -10,6 +10,7 @@ from unet.config import TrainSettings
 from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.errors import InputError
+from unet.recipe.recipe import Recipe
 from unet.storage import Folder
 from unet.supervise.preflight import check_samples
 from unet.terminal import Display
@@ -24,14 +25,14 @@ class Material(Generic[Plan]):
     Attributes:
         counts: samples used of each split.
         data_bytes: size of training and validation in memory.
-        parameters: of the network.
+        recipe: of the training, for the classes of the data.
         plan: how the cluster would hold it.
     """
 
     prepared: Prepared
     counts: dict[str, int]
     data_bytes: int
-    parameters: int
+    recipe: Recipe
     plan: Plan
 
 
@@ -68,5 +69,5 @@ def gather(
         )
     counts = check_samples(settings, prepared)
     data_bytes = sum(prepared.bytes_in_memory(split, counts[split]) for split in ("train", "val"))
-    parameters = settings.recipe(len(manifest.classes)).network.parameters
-    return Material(prepared, counts, data_bytes, parameters, plan(nodes, data_bytes))
+    recipe = settings.recipe(len(manifest.classes))
+    return Material(prepared, counts, data_bytes, recipe, plan(nodes, data_bytes))

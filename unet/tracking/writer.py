@@ -187,7 +187,7 @@ class AsyncWriter(RunWriter):
             self._attempts, self._error = self._attempts + 1, error
             self.reason = without_secrets(first_line(_root(error)))[:300]
             # Without the first run there is nothing to do but try again; without a child, all the rest.
-            if refused(error) and not (call.needed and call.run is self):
+            if (refused(error) or _is_ours(error)) and not (call.needed and call.run is self):
                 self._refuse(call)
             else:
                 self._hold_back(call, seconds)
@@ -227,6 +227,11 @@ class AsyncWriter(RunWriter):
                 calls.popleft()
                 return True
         return False
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this program has made a mistake, which it would make again: it must not hold up what else there is."""
+    return isinstance(error, TypeError | AssertionError)
 
 
 def _root(error: BaseException) -> BaseException:

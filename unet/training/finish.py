@@ -15,7 +15,7 @@ GALLERY = 8
 def finish(loop: Loop) -> None:
     """Score the test split once with the chosen weights, show what they do on validation photos, package them."""
     chosen = loop.state.chosen
-    loop.checkpoints.load_weights(chosen, loop.learner)
+    loop.checkpoints.load(chosen, loop.learner)
     result = loop.evaluate("test", loop.reader.direct("test"))
     if loop.rank == 0:
         loop.link.event("test", result)

@@ -55,7 +55,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     plan, together = material.plan
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
     runs = (planned or at_a_time) - len(ledger)
-    check_disk(settings, Folder(settings.run.storage_path), material.parameters, runs)
+    check_disk(settings, Folder(settings.run.storage_path), material.recipe, runs)
     _settle_precision(sweep, plan.use_gpu, display)
     writer = SweepRuns(sweep, ledger, lambda words: display.say(words, "yellow"))
     if not sweep.summary:  # one that continues goes on without MLflow

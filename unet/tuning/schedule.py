@@ -9,12 +9,13 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 
 from unet.config import TuneSettings
 from unet.errors import InputError
+from unet.recipe.recipe import GIVEN_TO_EACH_STEP
 from unet.tuning.ledger import Ledger
 from unet.tuning.space import Space, choices, limits
 
 SCORE = "val_mean_iou"
-IN_FLIGHT = ("learning_rate", "dropout")
-"""What can change during a training: variables of the traced step."""
+IN_FLIGHT = tuple(name for names in GIVEN_TO_EACH_STEP.values() for name in sorted(names))
+"""Settings that can change during a training."""
 
 
 class Asha(ASHAScheduler):

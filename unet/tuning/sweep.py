@@ -16,6 +16,7 @@ from unet.errors import InputError
 from unet.locks import Lock
 from unet.runs.run import CONFIG, SUMMARY, locked, milliseconds, read_summary
 from unet.secrets import without_passwords
+from unet.settings import defaults
 from unet.storage import Folder
 from unet.supervise.preflight import refuse_changes, with_chosen_precision
 from unet.tracking.database import check_database
@@ -96,7 +97,8 @@ def open_sweep(settings: TuneSettings) -> Sweep:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
         settings = with_chosen_precision(settings, before)
         # The space may have moved: its content is compared.
-        refuse_changes(name, before | {"space": None}, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
+        saved_settings = defaults(TuneSettings) | before | {"space": None}
+        refuse_changes(name, saved_settings, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
         saved, summary = folder.read_text(SPACE), read_summary(folder)
     elif [n for n in folder.names() if n not in (SPACE, SUMMARY) and not n.startswith(".")]:
         raise InputError(f"{folder} is not a sweep: give another --run-name.")

@@ -115,17 +115,17 @@ class SweepRuns:
                 if ended:
                     self._ledger.close_run(trial)
 
-    def deliver(self, stopped: bool = False) -> bool:
+    def deliver(self, stop_signal: threading.Event | None = None) -> bool:
         """Wait until MLflow has accepted all of the ended trials, or is given up: whether it has.
 
         What is left is dropped, since the best trial's run is about to be continued by a writer of its own; the next
-        start sends it. A sweep that was `stopped` has less patience.
+        start sends it. A sweep that is to stop has less patience.
         """
         self.send_missing(but=("running",))
-        if stopped:
+        if not (stop_signal and stop_signal.is_set()):
+            self.own.deliver(PATIENCE, until=stop_signal)
+        if stop_signal and stop_signal.is_set():
             self.own.deliver(STOP_SECONDS, at_most=PATIENCE)
-        else:
-            self.own.deliver(PATIENCE)
         self.receive()
         for run in self._trials.values():
             if not run.taken:

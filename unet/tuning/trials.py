@@ -124,7 +124,7 @@ class Trials:
                 self.recorder.end(row["trial"], "stopped", self.stopped)
         finally:
             self._forget()
-            delivered = self.runs.deliver(stopped=stop_signal.is_set())
+            delivered = self.runs.deliver(stop_signal)
         concludes = self.stopped in (None, TIME_OVER) and not stop_signal.is_set()
         if not (delivered or concludes):
             self.display.say(f"{outcome.NOT_ALL_SENT} The same command sends the rest.", "yellow")
