@@ -60,6 +60,10 @@ def main() -> int:
         losses = (str(numbers[key]) for key in ("train_loss", "val_loss", "val_mean_iou"))
         table.add_row(name, numbers["weights"][:16], *losses, verdict)
     Console(width=160).print(table)
+    if not expected:
+        print(
+            "Nothing is recorded for this kind of processor and these versions: --record, before a change, does that."
+        )
     if options.record:
         known[machine] = expected | found
         RECORD.write_text(json.dumps(known, indent=2) + "\n")
@@ -70,7 +74,7 @@ def main() -> int:
 def train(storage: Path, name: str, settings: dict) -> tuple[str, dict]:
     """A training by the job itself: what its bits depend on, and what it came to."""
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, ROOT / "jobs" / "train.py", *flags, f"--storage-path={storage}", f"--run-name={name}"]
+    command = [sys.executable, f"{ROOT}/jobs/train.py", *flags, f"--storage-path={storage}", f"--run-name={name}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -1,6 +1,7 @@
 """Imports run one way: a folder knows those below it, and none above."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def imports(file: Path) -> set[str]:
     """The folders and top modules of the package that a file imports, in functions too."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: imports name what they mean in full"
+        if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -69,10 +71,28 @@ def test_no_import_points_up(name):
 
 
 def test_what_a_researcher_edits_knows_neither_ray_nor_mlflow_nor_files():
-    """`recipe/` computes: whatever stores, sends, schedules or shows stands above it."""
-    forbidden = {"ray", "mlflow", "h5py", "pathlib", "os", "io", "rich", "pyarrow"}
-    for file in (PACKAGE / "recipe").glob("*.py"):
+    """`recipe/` computes: whatever stores, sends, schedules or shows stands above it. What it imports, too."""
+    forbidden = {"ray", "mlflow", "h5py", "pathlib", "os", "io", "rich", "pyarrow", "yaml"}
+    below = {"recipe"}
+    while grown := {other for file in FILES if home(file) in below for other in imports(file)} - below:
+        below |= grown
+    for file in (file for file in FILES if home(file) in below):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not forbidden & {name.split(".")[0] for name in names}, file.name
+
+
+SCRIPTS = sorted((PACKAGE.parent / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_what_a_benchmark_imports_is_there(file):
+    """In functions too, which nothing but a long measurement would call."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unet"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )

@@ -131,7 +131,7 @@ def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
 
     failure = str(find_room(2).reports.failure)
     assert "no room for the workers" in failure and "2 workers need 0.75 free CPUs each" in failure
-    assert "--resume crowded; --num-workers 1:2 goes on" in failure
+    assert "--resume crowded; --num-workers 1:2 continues" in failure
     elastic = find_room("1:2")
     assert elastic.reports.failure is None and elastic.plan.num_workers == 1
 

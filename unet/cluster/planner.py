@@ -131,14 +131,16 @@ def _check_memory(settings: TrainSettings, on_host: dict[Node, int], each: float
 
 
 def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> float:
-    """An estimate of a worker's peak memory: TensorFlow, four copies of the weights, activations of its share.
+    """An estimate of a worker's peak memory: TensorFlow, copies of the weights, activations of its share.
 
     On a GPU the activations are in the GPU's own memory, of which Ray knows nothing.
     """
     network = describe(settings.model, 1)  # the classes are not known before the data, and hardly count
     # What all layers give lives until the backward pass, and some of it twice (measured at 16 and 64 filters).
     activations = 1.3 * network.activations * settings.data.image_size**2 * 4
-    return WORKER_BYTES + 4 * network.parameters * 4 + (0 if use_gpu else share * activations)
+    # Weights, gradients and what the optimizer remembers; a checkpoint is made in memory beside them.
+    copies = 7 * network.parameters * 4
+    return WORKER_BYTES + copies + (0 if use_gpu else share * activations)
 
 
 def plan_trials(

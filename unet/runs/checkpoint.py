@@ -134,7 +134,7 @@ class Checkpoints:
         start = f"continuing from {found[0]}" if found else "starting from the beginning"
         passed = damages | unfinished
         sentences = [f"{passed[name]}: {start}" for name in sorted(passed, reverse=True)]
-        return found, sentences + (self._mend_best(*found) if found else [])
+        return found, sentences + (self._repair_best(*found) if found else [])
 
     def _finish_replacing(self) -> None:
         """Where a kill fell between the two renamings that replace a checkpoint, both copies have other names."""
@@ -146,7 +146,7 @@ class Checkpoints:
             if len(both) > 1 and not self.folder.exists(name):
                 (self.folder / both[-1]).rename(self.folder / name)
 
-    def _mend_best(self, name: str, state: State) -> list[str]:
+    def _repair_best(self, name: str, state: State) -> list[str]:
         """Where the best one's weights are damaged, make the best that is left the best: a sentence that says so."""
         lost = state.best_checkpoint
         if lost in (None, name):

@@ -79,7 +79,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     prepared, counts, parameters = material.prepared, material.counts, material.recipe.network.parameters
     names = prepared.manifest.classes
     if latest and [c.name for c in latest[1].class_infos] != names:
-        raise InputError(f"{prepared.folder} calls the classes {', '.join(names)} now: give another --run-name.")
+        raise InputError(f"{prepared.folder} has other classes now ({', '.join(names)}): give another --run-name.")
     # The sweep of a trial has asked for its room.
     plan = material.plan if as_trial else take_room(settings, material.data_bytes)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe)

@@ -50,7 +50,7 @@ class RunRecorder:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
 
         Raises:
-            InputError: MLflow can never take a new run so. One that continues goes on without it.
+            InputError: MLflow can never accept a new run this way. A run that continues does so without it.
         """
         run, manifest = self.run, self.prepared.manifest
         writer = None if self.as_trial else self._writer()
@@ -79,7 +79,7 @@ class RunRecorder:
         return writer
 
     def close(self) -> None:
-        """Let go of MLflow; what it has not taken is in the run's folder."""
+        """Let go of MLflow; what it has not accepted is in the run's folder."""
         self.tracker.close()
 
     def receive(self) -> None:
@@ -103,7 +103,7 @@ class RunRecorder:
         self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
 
     def catch_up(self, state: State | None) -> None:
-        """The epochs whose checkpoint was written, but whose workers were lost before they told of it."""
+        """The epochs whose checkpoint was written, but whose workers were lost before they reported it."""
         told = self.history[-1]["epoch"] if self.history else 0
         for record in state.history if state else []:
             if record["epoch"] > told:
@@ -111,7 +111,7 @@ class RunRecorder:
         self._best_of(state)
 
     def _best_of(self, state: State | None) -> None:
-        """Write down the best epoch of a checkpoint, where it is another than what was told: that one may be lost."""
+        """Write down the best epoch of a checkpoint, if it differs from the one that was reported: that one may be lost."""
         if state and (state.best_epoch, state.validation) != (self.run.summary["best_epoch"], self.run.summary["val"]):
             self.run.write_summary(best_epoch=state.best_epoch, val=state.validation)
 
@@ -172,7 +172,7 @@ class RunRecorder:
             results.show(run, self.tracker.uri, self.display)
 
     def _send(self, at_most: float, until: threading.Event | None = None) -> None:
-        """Have MLflow take all of the ended run, as long as it takes anything and `until` nobody minds the wait."""
+        """Send all of the ended run to MLflow, while it accepts anything and until `until` is set."""
         if not isinstance(self.tracker, AsyncWriter):
             return
         self.display.waiting("sending to MLflow")

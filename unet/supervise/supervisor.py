@@ -39,7 +39,7 @@ GROW_SECONDS = 60.0
 ABORT_SECONDS = 10
 """How long an aborted group has to end."""
 SETTLE_SECONDS = 5.0
-"""How long an elastic run waits for as many workers as before, until it goes on with fewer."""
+"""How long an elastic run waits for as many workers as before, until it continues with fewer."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Supervisor:
             if waited > ROOM_SECONDS:
                 self.reports.failure = RunFailed(
                     f"The cluster had no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, "
-                    f"continue with --resume {run.name}; --num-workers 1:{before} goes on with what there is."
+                    f"continue with --resume {run.name}; --num-workers 1:{before} continues with what there is."
                 )
                 return
             if waited > SETTLE_SECONDS:

@@ -80,7 +80,7 @@ def prepare(
                 return preparation.run(strict, source_dir, cache)
             except ray.exceptions.RayError as error:
                 cause = first_line(getattr(error, "cause", None) or error)
-                raise RunFailed(f"Preparing the data failed: {cause}. The same command goes on from here.") from error
+                raise RunFailed(f"Preparing the data failed: {cause}. The same command continues from here.") from error
 
 
 def _existing(output: OutputFolder, recipe: Recipe, version: str, strict: bool) -> Manifest:
