@@ -61,9 +61,7 @@ def main() -> int:
         table.add_row(name, numbers["weights"][:16], *losses, verdict)
     Console(width=160).print(table)
     if not expected:
-        print(
-            "Nothing is recorded for this kind of processor and these versions: --record, before a change, does that."
-        )
+        print("Nothing is recorded for this processor and these versions: run it with --record before a change.")
     if options.record:
         known[machine] = expected | found
         RECORD.write_text(json.dumps(known, indent=2) + "\n")

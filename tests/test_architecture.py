@@ -93,6 +93,5 @@ def test_what_a_benchmark_imports_is_there(file):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unet"):
             module = importlib.import_module(node.module)
             for alias in node.names:
-                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
-                    alias.name
-                )
+                named = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(named), named

@@ -111,7 +111,7 @@ class RunRecorder:
         self._best_of(state)
 
     def _best_of(self, state: State | None) -> None:
-        """Write down the best epoch of a checkpoint, if it differs from the one that was reported: that one may be lost."""
+        """Write down the best epoch of a checkpoint, if another was reported: that one may be lost."""
         if state and (state.best_epoch, state.validation) != (self.run.summary["best_epoch"], self.run.summary["val"]):
             self.run.write_summary(best_epoch=state.best_epoch, val=state.validation)
 
