@@ -67,6 +67,11 @@ def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
         ("unet.errors.StorageFailed: the disk is full", Fault("the disk is full", "final")),
         ("Worker group startup timed out after 30 s", Fault("there was no room for the workers")),
         ("The actor died.\n\tclass_name: TrainController", Fault("the controller of Ray Train was lost")),
+        (
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR. If the process was "
+            "killed by the kernel OOM killer, see a page of advice.",
+            Fault("a worker was killed or has crashed while it started"),
+        ),
         ("of its own\nno such thing", Fault("RuntimeError: no such thing", "raised")),
         ("", Fault("RuntimeError", "raised")),
     ],

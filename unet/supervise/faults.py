@@ -40,6 +40,8 @@ def fault_of(error: BaseException) -> Fault:
         return Fault("there was no room for the workers")
     if "TrainController" in text:
         return Fault("the controller of Ray Train was lost")
+    if _died(text):  # the controller reports one that it had not started yet as an error of its own
+        return Fault("a worker was killed or has crashed while it started")
     return Fault(_last_line(error), "raised")
 
 
@@ -60,7 +62,7 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
         return Fault(f"worker {rank} was lost with its node")
     if "class_name: DriverLink" in text:
         return Fault("the link between driver and workers was lost")
-    if "actor died" in text.lower() or "ActorDied" in text or "ActorUnavailable" in text:
+    if _died(text):
         pid = re.search(r"pid[:=]\s*(\d+)", text)
         return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
     if "HealthCheck" in type(error).__name__ or "temporarily unavailable" in text:
@@ -68,6 +70,11 @@ def _of_worker(rank: int, error: BaseException) -> Fault:
     if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
         return Fault(f"the connection of worker {rank} to the others broke")
     return Fault(f"worker {rank}: {_last_line(error)}", "raised")
+
+
+def _died(text: str) -> bool:
+    """Whether Ray says of an actor that its process is gone."""
+    return any(words in text.lower() for words in ("actor died", "actordied", "actorunavailable", "actor is dead"))
 
 
 def _last_line(error: BaseException) -> str:
