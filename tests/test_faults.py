@@ -33,7 +33,7 @@ NODE = RuntimeError("The actor died because its node has died. Node Id: 4e")
 WRAPPED = RuntimeError("a page of Ray's\nKeyError: 'another line'")
 WRAPPED.cause = KeyError("width")
 OF_KERAS = TypeError(
-    "Exception encountered when calling Norm.call().\n\n\x1b[1mmust be float32\x1b[0m\n\n"
+    "Exception encountered when calling Norm.call().\n\n\x1b[1mCould not infer\na shape.\n\nmust be float32\x1b[0m\n\n"
     "Arguments received by Norm.call():\n  • training=True"
 )
 

@@ -78,11 +78,11 @@ def _died(text: str) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    """What went wrong, which Python says last; Keras says it in bold, before the arguments of the layer's call."""
+    """What went wrong, which Python says last; Keras says it last in bold, before the arguments of the layer's call."""
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip()
-    bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text)
-    line = bold[1] if bold else text.rpartition("\n")[2]
+    bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text, re.DOTALL)
+    line = (bold[1].strip() if bold else text).rpartition("\n")[2]
     return f"{type(cause).__name__}: {line}" if line else first_line(cause)
 
 
