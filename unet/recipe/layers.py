@@ -62,7 +62,8 @@ class TrainingPass:
         step: int64 scalar tensor, the step being trained, from 1.
         position: int64 scalar tensor, where in the global batch the first sample of this pass stands.
         dropout: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
-        samples: bool tensor (N,), which rows hold a sample: the padding of a short batch holds none. None: all.
+        samples: bool tensor (N,), which rows hold a sample: the padding of a short batch holds none. None: all. A
+            micro-shard may be all padding, so a layer that divides by its samples' spread must stand a spread of 0.
         moved: the moving averages that the step is to bring up to date, by the name of their variable.
     """
 
