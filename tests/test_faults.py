@@ -28,7 +28,7 @@ DIED = RuntimeError(
 MEMORY = RuntimeError("Task was killed due to the node running low on memory; memory usage threshold was exceeded")
 AWAY = RuntimeError("The actor 4e is unavailable: The actor is temporarily unavailable: RpcError: Socket closed")
 BROKEN = StepFailed("UnavailableError: Connection reset by peer")
-MAILBOX = RuntimeError("The actor died unexpectedly.\n\tclass_name: DriverLink\n\tpid: 4711")
+LINK = RuntimeError("The actor died unexpectedly.\n\tclass_name: DriverLink\n\tpid: 4711")
 NODE = RuntimeError("The actor died because its node has died. Node Id: 4e")
 WRAPPED = RuntimeError("a page of Ray's\nKeyError: 'another line'")
 WRAPPED.cause = KeyError("width")
@@ -45,7 +45,7 @@ OF_KERAS = TypeError(
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
         ({0: BROKEN, 1: AWAY}, "lost", "worker 1 cannot be reached"),
-        ({0: MAILBOX}, "lost", "the link between driver and workers was lost"),
+        ({0: LINK}, "lost", "the link between driver and workers was lost"),
         ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
         ({0: OF_KERAS}, "raised", "worker 0: TypeError: must be float32"),
