@@ -112,6 +112,17 @@ def storage(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An MLflow server that a test may freeze, kill and start again."""
+    from mlflow_server import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture(scope="session")
 def s3():
     """An object store: moto's S3 server, and from a path in its bucket the URI that holds all it takes to reach it."""

@@ -9,7 +9,6 @@ import mlflow
 import pytest
 import yaml
 from conftest import listening, read_json, words_of
-from mlflow_server import Server
 
 from unet.config import TuneSettings, unflat
 from unet.errors import RunFailed
@@ -23,14 +22,6 @@ from unet.tuning.sweep import Sweep
 from unet.tuning.sweep_runs import SweepRuns
 
 ENDS = {"finished": (0.3, 0.6), "pruned": (0.2,), "failed": ()}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -28,14 +28,6 @@ from unet.tracking.stored_run import StoredRun
 from unet.tracking.writer import AsyncWriter
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Requests are given up after a second, so that a frozen server costs no more."""

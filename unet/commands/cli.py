@@ -1,12 +1,13 @@
 """The command line of every job: settings from flags and files, and errors as sentences with an exit code."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -15,6 +16,9 @@ from unet.errors import InputError, RunFailed
 from unet.secrets import lost, without_secrets
 from unet.settings import Settings
 from unet.storage import Folder
+
+if TYPE_CHECKING:
+    from unet.terminal import Display
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 
@@ -44,6 +48,19 @@ def main(settings: type[Settings], run: Callable[[Settings], int | None], descri
         code = _explain(error, FAILED, debug, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.exit(code or DONE)
+
+
+@contextlib.contextmanager
+def work_is_kept(display: "Display") -> Iterator[None]:
+    """Close the display after the block, and say on Ctrl-C that the same command continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        display.close()
+        display.say("Finished work is kept: the same command continues from here.")
+        raise
+    finally:
+        display.close()
 
 
 def _check_storage(path: str) -> None:

@@ -19,15 +19,8 @@ def run(settings: PredictSettings) -> int:
 
     display, photos = Display(), photos_of(settings)
     located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is reported before Ray starts
-    with ray_session(settings.command.debug):
-        try:
-            summary = predict(settings, photos, display)
-        except KeyboardInterrupt:
-            display.close()
-            display.say("Finished work is kept: the same command continues from here.")
-            raise
-        finally:
-            display.close()
+    with ray_session(settings.command.debug), cli.work_is_kept(display):
+        summary = predict(settings, photos, display)
     output = Folder(settings.predict.output)
     counts = {"predicted": summary.done, "done earlier": summary.before, "skipped": summary.bad}
     rows = [("photos", ", ".join(f"{n:,} {words}" for words, n in counts.items() if n or words == "predicted"))]

@@ -33,17 +33,10 @@ def run(settings: PrepareSettings) -> int:
     storage = Folder(settings.store.storage_path)
     folder = Folder(part.output) if part.output else kept_folder(part.source, recipe, storage)
     title = "Already prepared:" if folder.exists(MANIFEST) else "Prepared"
-    with ray_session(settings.command.debug):
-        try:
-            manifest = prepare(
-                part.source, folder, recipe, part.strict, part.source_dir, cache_of(storage), display.working
-            )
-        except KeyboardInterrupt:
-            display.close()
-            display.say("Finished work is kept: the same command continues from here.")
-            raise
-        finally:
-            display.close()
+    with ray_session(settings.command.debug), cli.work_is_kept(display):
+        manifest = prepare(
+            part.source, folder, recipe, part.strict, part.source_dir, cache_of(storage), display.working
+        )
     display.problems(manifest)
     path = shlex.quote(str(folder))
     flags = f" --image-size {manifest.image_size}" if manifest.image_size != DataSettings().image_size else ""

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import field_validator
 
@@ -18,9 +18,6 @@ from unet.settings import SettingsGroup
 
 if TYPE_CHECKING:
     import tensorflow as tf
-
-Number = TypeVar("Number")
-"""A float, a NumPy scalar or a scalar tensor: what a term's value is computed of."""
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,7 @@ class Checkpoints:
             state.stale_epochs = state.epoch - own.epoch
             # All scores of an epoch are kept with it only if it was the best so far.
             state.validation = own.validation if own.best_checkpoint == best else None
-        files: dict[str, bytes | memoryview] = {
-            file: self.folder.read_committed(name, file) for file in (WEIGHTS, OPTIMIZER)
-        }
+        files = {file: self.folder.read_committed(name, file) for file in (WEIGHTS, OPTIMIZER)}
         self.folder.commit(name, files | {STATE: to_json(state)})
         return [f"{damage}: the best that is left is {best or 'still to come'}"]
 

@@ -92,10 +92,9 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def parsed(name: str, content: bytes | memoryview) -> State:
+def parsed(name: str, content: bytes) -> State:
     """The state of a checkpoint. Raises Damaged."""
     try:
-        content = bytes(content)
         state = _STATE.validate_json(content, strict=True)
         known = from_json(content)
     except ValidationError as error:
