@@ -81,8 +81,8 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
         InputError: a file, a run or a value that cannot be used.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume", "--sync", "--storage-path", "--tracking-uri", "--data"):
-        early.add_argument(flag)
+    for flag in ("config", "resume", "sync", "storage-path", "tracking-uri", "data", "recipe", *config.LENGTHS):
+        early.add_argument(f"--{flag}")
     given, _ = early.parse_known_args([_with_dashes(a) for a in argv])
     values: dict[str, Any] = {}
     if name := given.resume or given.sync:
@@ -96,12 +96,32 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
                 raise InputError(f"Give --{again} again: the secret in {values[flag]} was not saved.")
     if given.config:
         values |= config.load_yaml(Path(given.config))
+    if "recipe" in settings.model_fields["command"].annotation.model_fields:
+        values = _with_recipe(settings, values, given)
     # Here already, since a default may be invalid by itself, and the two are checked together.
     values |= {name: getattr(given, name) for name in ("storage_path", "tracking_uri") if getattr(given, name)}
     defaults = config.unflat(settings, values, f"--config {given.config}" if given.config else "the settings")
     called = sys.argv[0] if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
     options = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(settings, prog=called, args=argv, default=defaults, description=description, config=options)
+
+
+def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Settings from files, over those of the recipe that the command line or they name, or of the best.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if given.resume or given.sync:  # with settings that are complete, but for those that are newer than the run
+        values = {"recipe": config.REFERENCE} | values
+        if given.recipe not in (None, values["recipe"]):
+            raise InputError(f"--resume {given.resume} goes on with that run's own settings: leave out --recipe.")
+        return values
+    name = given.recipe or values.get("recipe") or config.BEST
+    lengths = {length for length in config.LENGTHS if getattr(given, length)}
+    if "sweep" in settings.model_fields:
+        lengths.add(config.MINUTES)  # which a sweep has of its own
+    return config.with_recipe(name, values, lengths) | {"recipe": name}
 
 
 def _with_dashes(argument: str) -> str:

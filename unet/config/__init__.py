@@ -3,16 +3,23 @@
 from unet.config.common import StoreSettings
 from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
-from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config
+from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config, read_named
+from unet.config.recipes import BEST, LENGTHS, MINUTES, RECIPE_SETTINGS, RECIPES, REFERENCE, with_recipe
 from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import Device, SettingsGroup, flat, parse_bytes, parse_interval, unflat
 
 __all__ = [
+    "BEST",
     "CONFIG",
     "FENCING_TOKEN",
+    "LENGTHS",
     "MAY_CHANGE",
+    "MINUTES",
+    "RECIPES",
+    "RECIPE_SETTINGS",
+    "REFERENCE",
     "SEARCHABLE",
     "SOURCES",
     "SWEEP_MAY_CHANGE",
@@ -37,5 +44,7 @@ __all__ = [
     "parse_interval",
     "parse_yaml",
     "read_config",
+    "read_named",
     "unflat",
+    "with_recipe",
 ]

@@ -1,5 +1,6 @@
 """Settings in files: `--config FILE`, and the `config.yaml` of a run or sweep."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,29 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values or {}, dict):
         raise InputError(f"--config {path} must hold `name: value` lines.")
     return values or {}
+
+
+def read_named(what: str, name: str, folder: Path) -> str:
+    """The YAML of `folder/NAME.yaml`, or of a file.
+
+    Args:
+        what: the setting that names it, such as recipe.
+        name: one of those that the project brings, or the path of a file that ends in .yaml or .yml.
+        folder: of those that the project brings.
+
+    Raises:
+        InputError: there is none (with the nearest known), or it cannot be read.
+    """
+    known = {path.stem: path for path in folder.glob("*.yaml")}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(sorted(known))} or a YAML file."
+        raise InputError(f"There is no {what} {name!r}: {hint}")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read --{what} {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 class _Loader(yaml.SafeLoader):

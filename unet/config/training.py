@@ -3,11 +3,12 @@
 import re
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
 from unet.config.fields import RegisteredName
+from unet.config.recipes import REFERENCE, recipe_name
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings, describe
 from unet.recipe.optimizer import OptimizerSettings
@@ -113,6 +114,14 @@ class RunSettings(StoreSettings):
         return self
 
 
+class TrainCommandSettings(CommandSettings):
+    """The command itself."""
+
+    recipe: Annotated[str, AfterValidator(recipe_name)] = REFERENCE
+    """A recipe in recipes/, or a YAML file of such settings: network, loss, optimizer, schedule, augmentation and so
+    on. A flag, and a line of --config, override it."""
+
+
 class TrainSettings(SettingsGroup):
     """Train a U-Net on several workers and track it in MLflow."""
 
@@ -123,7 +132,7 @@ class TrainSettings(SettingsGroup):
     loss: LossSettings = LossSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
-    command: CommandSettings = CommandSettings()
+    command: TrainCommandSettings = TrainCommandSettings()
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -170,7 +179,7 @@ MAY_CHANGE = frozenset(
         *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("register", "config", "debug"),
+        *("register", "recipe", "config", "debug"),
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""

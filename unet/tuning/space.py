@@ -13,7 +13,7 @@ import numpy as np
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
-from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, unflat
+from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, read_named, unflat
 from unet.errors import InputError
 from unet.recipe.recipe import AUTO
 
@@ -68,16 +68,7 @@ def read_space(name: str) -> str:
     Raises:
         InputError: there is no such space (with the nearest known).
     """
-    known = {path.stem: path for path in SPACES.glob("*.yaml")}
-    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
-    if path is None:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(sorted(known))} or a YAML file."
-        raise InputError(f"There is no space {name!r}: {hint}")
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read --space {path}: {getattr(error, 'strerror', None) or error}.") from error
+    return read_named("space", name, SPACES)
 
 
 def parse_space(text: str, source: str, settings: TrainSettings) -> Space:

@@ -1,0 +1,1 @@
+"""Recipes, one readable file of settings each; add one by adding a file."""

@@ -1,0 +1,97 @@
+"""Recipes by name and by file: what overrides what, and what a recipe may not say."""
+
+import pytest
+import yaml
+from conftest import job
+
+from unet.commands.cli import parse
+from unet.config import RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat, with_recipe
+from unet.errors import InputError
+from unet.recipe.network import describe
+from unet.settings import defaults
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dropout: 0.1\nbatch_size: 8\nlearning_rate: 2e-3\nepochs: 7\n")
+    return path
+
+
+def test_a_flag_beats_the_file_and_the_file_the_recipe(mine, tmp_path):
+    (tmp_path / "some.yaml").write_text(f"recipe: {mine}\nbatch_size: 16\nlearning_rate: 3e-3\n")
+    settings = parse(TrainSettings, "", ["--config", str(tmp_path / "some.yaml"), "--learning-rate", "0.004"])
+    found = flat(settings)
+    assert (found["dropout"], found["batch_size"], found["learning_rate"], found["epochs"]) == (0.1, 16, 0.004, 7)
+    assert found["recipe"] == str(mine) and found["base_filters"] == defaults(TrainSettings)["base_filters"]
+
+
+def test_the_reference_is_what_all_settings_begin_with():
+    found = flat(parse(TrainSettings, "", ["--recipe", "reference"]))
+    assert {name: found[name] for name in RECIPE_SETTINGS} == {
+        name: value for name, value in defaults(TrainSettings).items() if name in RECIPE_SETTINGS
+    }
+    assert describe(parse(TrainSettings, "", ["--recipe", "reference"]).model, 3).parameters == 34_513_475
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("settings", [TrainSettings, TuneSettings])
+def test_every_recipe_fits_a_training_and_a_sweep(path, settings):
+    found = flat(parse(settings, "", ["--recipe", path.stem]))
+    said = yaml.safe_load(path.read_text())
+    for name in said.keys() - {"minutes"}:
+        assert found[name] == pytest.approx(said[name]) if isinstance(said[name], float) else found[name] == said[name]
+
+
+def test_a_job_that_names_none_takes_the_best():
+    best = flat(parse(TrainSettings, "", ["--recipe", "best"]))
+    assert flat(parse(TrainSettings, "", [])) == best != flat(TrainSettings())
+
+
+def test_settings_that_are_complete_need_no_recipe(mine):
+    complete = flat(parse(TrainSettings, "", ["--recipe", str(mine)]))
+    mine.write_text("dropout: 0.2\n")
+    assert with_recipe(str(mine), complete, ()) == complete
+    mine.unlink()
+    assert with_recipe(str(mine), complete, ()) == complete
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_workers: 2\n", "cannot set num_workers: it can set"),
+        ("drop: 0.1\n", "cannot set drop"),
+        ("[1, 2]\n", "must hold `name: value` lines"),
+        ("dropout: 1.5\n", "--dropout 1.5"),
+        ("dropout: 0.1\ndropout: 0.2\n", "dropout is given twice"),
+    ],
+)
+def test_what_a_recipe_cannot_say_is_one_sentence(mine, text, words):
+    mine.write_text(text)
+    with pytest.raises(InputError) as error:
+        parse(TrainSettings, "", ["--recipe", str(mine)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there_meets_its_nearest(tmp_path):
+    done = job("train", "--recipe", "refrence", "--storage-path", str(tmp_path / "new"))
+    assert done.returncode == 2 and not (tmp_path / "new").exists()
+    assert "There is no recipe 'refrence': did you mean reference?" in done.stdout
+    with pytest.raises(InputError, match=r"Cannot read --recipe .*none.yaml: No such file"):
+        parse(TrainSettings, "", ["--recipe", str(tmp_path / "none.yaml")])
+
+
+def test_a_run_that_continues_keeps_its_recipe(mine, tmp_path):
+    complete = flat(parse(TrainSettings, "", ["--recipe", str(mine)]))
+    # A run of a version that had no such setting: what it lacks is the reference's, not today's best.
+    old = {name: value for name, value in complete.items() if name not in ("recipe", "loss")}
+    for name, values in (("now", complete), ("old", old)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
+    here = ["--storage-path", str(tmp_path)]
+    mine.unlink()
+    now, before = (flat(parse(TrainSettings, "", ["--resume", name, *here])) for name in ("now", "old"))
+    assert {n: now[n] for n in RECIPE_SETTINGS} == {n: before[n] for n in RECIPE_SETTINGS}
+    assert now["recipe"] == str(mine) and before["recipe"] == "reference"
+    with pytest.raises(InputError, match="--resume now goes on with that run's own settings: leave out --recipe"):
+        parse(TrainSettings, "", ["--resume", "now", "--recipe", "reference", *here])

@@ -1,0 +1,51 @@
+"""Recipes: files of settings that say how a network learns, each of which a flag overrides."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from unet.config.files import absolute, parse_yaml, read_named
+from unet.errors import InputError
+from unet.recipe.recipe import PARTS
+
+RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
+REFERENCE, BEST = "reference", "best"
+"""The published notebook's, which the defaults of all settings are; and that of a job that names none."""
+RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields)
+"""What a recipe may set."""
+MINUTES = "minutes"
+LENGTHS = ("epochs", MINUTES)
+"""How long a run takes: where one is given, a recipe's other does not count."""
+
+
+def recipe_name(value: str) -> str:
+    """The name of a recipe, or the absolute path of a file."""
+    return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
+
+
+def with_recipe(name: str, values: dict[str, Any], lengths: Collection[str]) -> dict[str, Any]:
+    """Flat settings, and under them those of a recipe.
+
+    Settings that are complete, as a run or sweep saves them, need no recipe: its file may have changed since.
+
+    Args:
+        name: of the recipe, or its file.
+        values: flat settings.
+        lengths: those of `LENGTHS` that are given elsewhere.
+
+    Raises:
+        InputError: there is no such recipe, or it sets something else.
+    """
+    if values.keys() >= RECIPE_SETTINGS:
+        return values
+    source = f"The recipe {name}"
+    found = parse_yaml(read_named("recipe", name, RECIPES), source) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{source} must hold `name: value` lines.")
+    if others := sorted(found.keys() - RECIPE_SETTINGS):
+        raise InputError(
+            f"{source} cannot set {', '.join(map(str, others))}: it can set {', '.join(sorted(RECIPE_SETTINGS))}."
+        )
+    if lengths or values.keys() & set(LENGTHS):
+        found = {key: value for key, value in found.items() if key not in LENGTHS}
+    return found | values
