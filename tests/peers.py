@@ -47,7 +47,6 @@ def main(rank, ports, output, values, steps, poison, devices):
     from unet.recipe.step import Learner
 
     if values.pop("toys", False):
-        toys.add_term(pytest.MonkeyPatch())
         toys.add_layer(pytest.MonkeyPatch())
     settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
     learner = Learner(settings.recipe(3), rank, world, strategy)

@@ -2,17 +2,21 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import job
+from pages import pets, write_prepared
 from ray.tune.search import Searcher
 
-from unet.config import TuneSettings, unflat
+from unet.config import TrainSettings, TuneSettings, unflat
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.storage import Folder
 from unet.tuning.ledger import Ledger, ranked
+from unet.tuning.runner import _settle_class_weights
 from unet.tuning.schedule import check_schedule, make_scheduler
 from unet.tuning.search import Search, variants
 from unet.tuning.space import SPACES, parse_space, read_space
@@ -83,6 +87,28 @@ def test_choices_are_read_as_the_settings_read_them():
     """YAML takes 1e-3 for a text, and a number in quotes is one too."""
     assert space_of("learning_rate: {choice: [1e-3, 0.01]}").draws["learning_rate"].categories == [0.001, 0.01]
     assert space_of('base_filters: {choice: ["8", 16]}').largest.model.base_filters == 16
+
+
+def test_losses_and_class_weights_are_drawn_with_numbers_in_the_place_of_auto(tmp_path):
+    losses = "loss: {choice: [cross_entropy, cross_entropy+0.5*jaccard]}\nlabel_smoothing: {uniform: [0, 0.2]}\n"
+    space = space_of(losses + "class_weights: {choice: [null, auto, '1,2,3']}", class_weights="auto")
+    rows = [
+        row | {"split": "train", "mask": np.full((32, 32), (0, 1, 1, 1, 1)[i], np.uint8)}
+        for i, row in enumerate(pets(5))
+    ]
+    sweep = SimpleNamespace(settings=unflat(TuneSettings, {"class_weights": "auto"}), space=space)
+    _settle_class_weights(sweep, write_prepared(tmp_path / "one_to_four", rows), 5)
+    weights = "1.2,0.6,1.2"
+    assert sweep.settings.loss.class_weights == weights
+    assert sweep.space.draws["class_weights"].categories == [None, weights, "1,2,3"]
+    stream = variants(sweep.space, "random", 0)
+    drawn = [unflat(TrainSettings, next(stream)).recipe(3).loss for _ in range(30)]
+    assert {loss.loss for loss in drawn} == {"cross_entropy", "cross_entropy+0.5*jaccard"}
+    assert {loss.class_weights for loss in drawn} == {None, weights, "1,2,3"}
+    assert all(0 <= loss.label_smoothing <= 0.2 for loss in drawn)
+    sweep.space = space_of("class_weights: {choice: [null, '1,2']}")
+    with pytest.raises(InputError, match="--class-weights 1,2 has 2 numbers, but the data have 3 classes"):
+        _settle_class_weights(sweep, Prepared(Folder(tmp_path / "one_to_four")), 5)
 
 
 def test_random_draws_repeat_by_seed_and_stay_inside():

@@ -17,6 +17,7 @@ from tests.conftest import listening, read_json, tiny_settings, train, words_of
 from unet.config import EvaluateSettings, TuneSettings, unflat
 from unet.data.manifest import SPLITS
 from unet.data.order import CHUNK
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.evaluation import outcome, tables
 from unet.evaluation.counts import CELLS, cells_of
@@ -62,10 +63,13 @@ def unlabelled(ray_cluster, tmp_path_factory) -> Path:
     return write_unlabelled(tmp_path_factory.mktemp("unlabelled") / "halves")
 
 
+WEIGHED = {"loss": "cross_entropy+0.5*jaccard", "class_weights": "auto"}
+
+
 @pytest.fixture(scope="module")
 def unscored(unlabelled, storage) -> tuple[dict, str]:
     """A run of which no epoch can be scored: its summary, and what it said. Its patience is less than its epochs."""
-    settings = tiny_settings(storage, unlabelled, run_name="unscored", epochs=3, patience=1, num_workers=1)
+    settings = tiny_settings(storage, unlabelled, run_name="unscored", epochs=3, patience=1, num_workers=1, **WEIGHED)
     display = listening()
     return driver.train(open_run(settings), display), words_of(display)
 
@@ -96,8 +100,32 @@ def test_a_run_that_nothing_scores_means_its_last_checkpoint_and_says_so(unscore
 
 def test_its_command_given_again_scores_nothing_again(unscored, unlabelled, storage):
     found, _ = unscored
-    again = train(storage, unlabelled, run_name="unscored", epochs=3, patience=1, num_workers=1)
+    again = train(storage, unlabelled, run_name="unscored", epochs=3, patience=1, num_workers=1, **WEIGHED)
     assert again == found
+
+
+def test_class_weights_become_numbers_that_the_run_keeps(unscored, unlabelled, storage):
+    """`never` is as rare as the rarer of the others."""
+    saved = yaml.safe_load((storage / "unscored" / "config.yaml").read_text())["class_weights"]
+    left, right, never = map(float, saved.split(","))
+    assert never == max(left, right) and left != right
+    (data,) = (storage / "data").glob("halves-32px-*")
+    pixels = Prepared(Folder(data)).class_pixels("train", 16)
+    assert (left / right) ** 2 == pytest.approx(pixels[1] / pixels[0], rel=1e-2)
+    for other in ({}, {"class_weights": "1,2,3"}):
+        with pytest.raises(InputError, match=f"--class-weights .was {saved}, is {other.get('class_weights')}"):
+            values = {"run_name": "unscored", "epochs": 3, "num_workers": 1, "patience": 1}
+            open_run(tiny_settings(storage, unlabelled, **values | WEIGHED | {"class_weights": None} | other))
+
+
+def test_class_weights_are_counted_over_the_samples_that_are_used(tmp_path):
+    rows = [
+        row | {"split": "train", "mask": np.full((32, 32), i // CHUNK, np.uint8)} for i, row in enumerate(pets(300))
+    ]
+    prepared = write_prepared(tmp_path / "two", rows)
+    for samples, second in ((200, 0), (CHUNK, 0), (CHUNK + 3, 3), (300, 44)):
+        first = min(samples, CHUNK)
+        assert prepared.class_pixels("train", samples).tolist() == [first * 32**2, second * 32**2, 0]
 
 
 def test_an_evaluation_of_a_split_without_a_label_has_files_page_and_tables(unscored, storage):

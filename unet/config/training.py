@@ -166,6 +166,10 @@ class TrainSettings(SettingsGroup):
         training = self.training.model_copy(update={"precision": precision})
         return self.model_copy(update={"training": training})
 
+    def with_class_weights(self, weights: str | None) -> Self:
+        """The same with other class weights."""
+        return self.model_copy(update={"loss": self.loss.model_copy(update={"class_weights": weights})})
+
     @property
     def worker_counts(self) -> list[int]:
         """The allowed numbers of workers, in growing order: with gradient shards only those that divide them."""

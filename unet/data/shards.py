@@ -185,6 +185,16 @@ class Prepared:
             read = (parquet.read_row_group(group, columns=["pixels"]) for group in self._row_groups(split))
             return any(np.any(table["pixels"].combine_chunks().flatten()) for table in read)
 
+    def class_pixels(self, split: str, samples: int) -> np.ndarray:
+        """How many pixels of each class the first `samples` of a split have, at the network's size: int64 (C,)."""
+        found, left = np.zeros(len(self.manifest.classes), np.int64), samples
+        with self._samples() as parquet:
+            for group in self._row_groups(split)[: -(-samples // CHUNK)]:
+                counts = parquet.read_row_group(group, columns=["pixels"])["pixels"].combine_chunks().flatten()
+                found += counts.to_numpy().reshape(-1, len(found))[:left].sum(0)
+                left -= CHUNK
+        return found
+
     def _row_groups(self, split: str) -> range:
         """Where the chunks of a split stand in `samples.parquet`."""
         first = sum(-(-self.count(s) // CHUNK) for s in SPLITS[: SPLITS.index(split)])

@@ -19,7 +19,6 @@ from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
 from unet.models.trained import TrainedModel
-from unet.recipe.loss import LossSettings
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -102,7 +101,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
             **{"data": str(prepared.folder), "data_digest": digest},
             **{"image_size": model.image_size, "resize": model.resize},
         }
-        scores = summary(table, names, part.band, part.bootstrap, LossSettings(loss=model.loss))
+        scores = summary(table, names, part.band, part.bootstrap, model.loss)
         result = about | scores | {"comparison": comparison}
         found.append(Evaluation(model, name, prepared, part.split, own, folder, result, with_scores(table, names)))
     return found

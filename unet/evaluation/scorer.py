@@ -38,7 +38,8 @@ from unet.evaluation.records import record_schema
 from unet.metrics import confusion_of
 from unet.models.inference import Network
 from unet.models.trained import TrainedModel
-from unet.recipe.loss import Loss, LossSettings, Pixels
+from unet.recipe.loss import Loss, LossSettings
+from unet.recipe.terms import Pixels
 
 BATCH = 16
 """Images that a network takes at a time; fewer if they are large."""
@@ -266,26 +267,22 @@ def _species(breed: str, source: str) -> str:
     return breed if is_drawn(source) else ""
 
 
-def _judge(size: int, classes: int, loss: str) -> Callable:
+def _judge(size: int, classes: int, loss: LossSettings) -> Callable:
     """What a batch's logits say of each image, for models that were trained with this loss."""
     import tensorflow as tf
 
-    terms = Loss(LossSettings(loss=loss), classes)
+    terms = Loss(loss, classes)
     logits = tf.TensorSpec((None, size, size, classes))
 
     @tf.function(input_signature=[logits, tf.TensorSpec((None, size, size), tf.uint8)], autograph=False)
     def judge(logits, masks):
         """Class ids uint8 (N, S, S), float64 (N, terms.size) sums of the loss, doubts (N,), NaN without a label."""
-
-        def add(values):
-            return tf.reduce_sum(tf.cast(values, tf.float64), (1, 2))
-
-        pixels = Pixels.of(logits, masks, add)
+        pixels = Pixels.of(logits, masks, by_image=True)
         probabilities = tf.nn.softmax(logits)
         doubts = tf.reduce_max(probabilities, -1) - tf.gather(probabilities, pixels.labels, batch_dims=3)
         weights = tf.cast(pixels.valid, tf.float32)
         predicted = tf.cast(tf.argmax(logits, -1), tf.uint8)
-        return predicted, tf.transpose(terms.sums(pixels)), add(doubts * weights) / add(weights)
+        return predicted, terms.sums(pixels), pixels.add(doubts * weights) / pixels.add(weights)
 
     return judge
 

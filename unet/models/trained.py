@@ -7,7 +7,7 @@ import errno
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class TrainedModel:
         resize: how photos become that square.
         classes: what its outputs mean, in the order of their ids.
         weights: float32 arrays by name (`Network.variables`).
-        loss: what was minimised, as in `--loss`.
+        loss: what was minimised.
         data_digest: of the data it was trained on.
         val_mean_iou: of these weights on the training's validation split; None if they were not scored.
         run_name, checkpoint: where these weights come from.
@@ -65,7 +65,7 @@ class TrainedModel:
     checkpoint: str
     run: Folder | None = None
     mlflow_run_id: str | None = None
-    loss: str = LossSettings().loss
+    loss: LossSettings = field(default_factory=LossSettings)
 
     @property
     def description(self) -> Network:
@@ -110,7 +110,7 @@ class TrainedModel:
         return cls(
             name=name or run_name,
             network=recipe.model,
-            loss=recipe.loss.loss,
+            loss=recipe.loss,
             image_size=recipe.image_size,
             resize=DataSettings.model_validate({"resize": resize}).resize,
             classes=state.class_infos,
@@ -130,7 +130,7 @@ class TrainedModel:
             "classes": self.class_names,
             "colours": [list(c.colour) for c in self.classes],
             "network": self.network.model_dump(),
-            "loss": self.loss,
+            "loss": self.loss.model_dump(),
             "image_size": self.image_size,
             "resize": self.resize,
             "data_digest": self.data_digest,
@@ -174,7 +174,7 @@ class TrainedModel:
             data = DataSettings(image_size=about["image_size"], resize=about["resize"])
             texts = [str(about[key]) for key in ("data_digest", "run_name", "checkpoint")]
             score = about["val_mean_iou"] and float(about["val_mean_iou"])
-            loss = LossSettings(loss=about["loss"])
+            loss = LossSettings(**about["loss"])
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise InputError(
                 f"{name} is not a model that this program packaged: give the name of its run, or package it again."
@@ -192,7 +192,7 @@ class TrainedModel:
             val_mean_iou=score,
             run_name=run_name,
             checkpoint=checkpoint,
-            loss=loss.loss,
+            loss=loss,
         )
 
 

@@ -13,8 +13,9 @@ import tensorflow as tf
 
 from unet.classes import IGNORE
 from unet.recipe.layers import MovingAverage, TrainingPass, training_pass
-from unet.recipe.loss import Loss, Pixels
+from unet.recipe.loss import Loss, counted
 from unet.recipe.recipe import Recipe
+from unet.recipe.terms import Pixels
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class GlobalBatch:
         current = TrainingPass(self._recipe.training.seed, step, position, dropout, samples)
         with training_pass(current):
             logits = self._model(as_input(images), training=True)
-        return self._loss.sums(Pixels.of(logits, masks, tf.reduce_sum)), current
+        return self._loss.sums(Pixels.of(logits, masks)), current
 
     def _local_sums(self, *shard):
         return [self._forward(*shard)[0]]
@@ -117,15 +118,12 @@ class GlobalBatch:
 
     def _slopes(self, sums: tf.Tensor) -> tf.Tensor:
         """The derivatives of the loss by each of its sums over the global batch, times the loss scale."""
-        with tf.GradientTape() as tape:
-            tape.watch(sums)
-            value = self._loss.value(self._loss.counted(tf.unstack(sums)))
-        return tape.gradient(value, sums) * self._loss_scale
+        return self._loss.slopes(sums) * self._loss_scale
 
     def _unscaled(self, gradients, sums):
         if self._loss.is_mean:
             (weight, _), count = self._loss.terms[0], sums[1]
-            factor = weight * self._nominal_pixels / (tf.maximum(count, 1.0) * self._loss_scale)
+            factor = weight * self._nominal_pixels / (counted(count) * self._loss_scale)
         else:
             factor = 1.0 / self._loss_scale
         return [g * factor for g in gradients]

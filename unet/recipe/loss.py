@@ -7,106 +7,92 @@ So padding, ignored pixels and the number of workers change nothing.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import field_validator
+import numpy as np
+from pydantic import Field, field_validator
 
-from unet.classes import IGNORE
+from unet.recipe.terms import TERMS, Pixels
 from unet.settings import SettingsGroup
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a network says of some pixels, and what they are.
-
-    Attributes:
-        logits: float32 (N, S, S, C).
-        labels: int32 (N, S, S) class ids; 0 where a pixel belongs to no class.
-        valid: bool (N, S, S), whether it belongs to one.
-        add: adds up values (N, S, S) over what is counted together: a whole batch, or each image by itself.
-    """
-
-    logits: "tf.Tensor"
-    labels: "tf.Tensor"
-    valid: "tf.Tensor"
-    add: Callable[["tf.Tensor"], "tf.Tensor"]
-
-    @classmethod
-    def of(cls, logits: "tf.Tensor", masks: "tf.Tensor", add: Callable[["tf.Tensor"], "tf.Tensor"]) -> "Pixels":
-        """Of logits and masks uint8 (N, S, S), in which `IGNORE` belongs to no class."""
-        import tensorflow as tf
-
-        valid = masks != IGNORE
-        return cls(logits, tf.where(valid, tf.cast(masks, tf.int32), 0), valid, add)
-
-
-class Term(Protocol):
-    """A part of the loss.
-
-    Attributes:
-        is_mean: whether its two sums are a total and a count that does not depend on the logits. Such a term alone
-            needs no sums of others before its gradient, which saves a step one of its two collectives. Any other term
-            must have a finite slope where nothing is counted: a batch may have no label.
-    """
-
-    is_mean: bool
-
-    def size(self, classes: int) -> int:
-        """How many sums it has for a number of classes."""
-        ...
-
-    def sums(self, pixels: Pixels) -> "list[tf.Tensor]":
-        """Each a sum over the pixels, made by `pixels.add`."""
-        ...
-
-    def value(self, sums: Sequence[Any]) -> Any:
-        """The term, from its sums over a global batch or a whole split.
-
-        Written with + - * / and indexing only: it is computed of tensors in a step, and of floats where scores are
-        put together, without TensorFlow.
-        """
-        ...
-
-
-class CrossEntropy:
-    """The mean cross-entropy of the valid pixels."""
-
-    is_mean = True
-
-    def size(self, classes: int) -> int:
-        return 2
-
-    def sums(self, pixels: Pixels) -> "list[tf.Tensor]":
-        import tensorflow as tf
-
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(pixels.labels, pixels.logits)
-        weights = tf.cast(pixels.valid, tf.float32)
-        return [pixels.add(losses * weights), pixels.add(weights)]
-
-    def value(self, sums: Sequence[Any]) -> Any:
-        return sums[0] / sums[1]
-
-
-TERMS: dict[str, Callable[[], Term]] = {"cross_entropy": CrossEntropy}
-"""The terms by their names in `--loss`."""
+AUTO_WEIGHTS = "auto"
+"""The class weights that are chosen when the run begins, by the pixels of its training split."""
 
 
 class LossSettings(SettingsGroup):
     """What is minimised."""
 
     loss: str = "cross_entropy"
-    """Terms, each with a weight if it has one, joined by +: such as cross_entropy, or 0.5*cross_entropy."""
+    """Terms, each with a weight if it has one, joined by +: such as cross_entropy, or cross_entropy+0.5*jaccard. Terms:
+    cross_entropy, focal, dice and jaccard (overlap in the whole batch), lovasz (overlap in each image)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the truth that cross_entropy spreads evenly over all classes. 0: none."""
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """How much less focal counts pixels that are well classified. 0: as cross_entropy."""
+    class_weights: str | None = None
+    """How much the pixels of each class count in cross_entropy and focal: numbers joined by commas, in the order of the
+    classes, such as 1,0.5,2; only their ratios matter. auto: by the inverse square root of how frequent a class is in
+    train. None: all alike."""
 
     @field_validator("loss")
     @classmethod
     def _has_known_terms(cls, value: str) -> str:
         parse(value)
         return value
+
+    @field_validator("class_weights")
+    @classmethod
+    def _are_weights(cls, value: str | None) -> str | None:
+        if value not in (None, AUTO_WEIGHTS):
+            _numbers(value)
+        return value
+
+    def weights(self, classes: int) -> list[float] | None:
+        """One a class, of mean 1, so that losses keep their scale; None where all are alike.
+
+        Raises:
+            ValueError: there are not as many, or they were not chosen yet.
+        """
+        if self.class_weights is None:
+            return None
+        if self.class_weights == AUTO_WEIGHTS:
+            raise ValueError("--class-weights auto was not chosen by the data: give numbers")
+        found = _numbers(self.class_weights)
+        if len(found) != classes:
+            raise ValueError(
+                f"--class-weights {self.class_weights} has {len(found)} numbers, but the data have {classes} classes: "
+                "give one for each, in their order"
+            )
+        return [number * classes / sum(found) for number in found]
+
+
+def _numbers(text: str) -> list[float]:
+    """Of `1,0.5,2`. Raises ValueError."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not (any(found) and all(0 <= number < math.inf for number in found)):
+        raise ValueError(
+            f"--class-weights {text} are not weights: write auto, or a number of 0 or more for each class, joined by "
+            "commas, such as 1,0.5,2"
+        )
+    return found
+
+
+def weights_by_frequency(pixels: np.ndarray) -> str:
+    """What `--class-weights auto` means for so many pixels of each class, int64 (C,): 1 / sqrt(share), of mean 1.
+
+    After SalsaNext (Cortinhal, Tzelepis, Aksoy, 2020). The root keeps rare classes from drowning the others. A class
+    that is absent, of which nothing can be learned, counts as the rarest.
+    """
+    rarest = pixels[pixels > 0].min(initial=max(pixels.max(), 1))
+    weights = 1 / np.sqrt(np.maximum(pixels, rarest))
+    return ",".join(f"{weight:.4g}" for weight in weights / weights.mean())
 
 
 def parse(text: str) -> list[tuple[float, str]]:
@@ -132,47 +118,57 @@ class Loss:
     """The terms of `--loss` for a number of classes."""
 
     def __init__(self, settings: LossSettings, classes: int):
-        self.terms = [(weight, TERMS[name]()) for weight, name in parse(settings.loss)]
-        self._sizes = [term.size(classes) for _, term in self.terms]
-        self.size = sum(self._sizes)
+        self.terms = [(weight, TERMS[name](settings, classes)) for weight, name in parse(settings.loss)]
+        self.size = sum(term.size for _, term in self.terms)
         """How many sums it has."""
         self.is_mean = len(self.terms) == 1 and self.terms[0][1].is_mean
         """Whether it is a total over a count, so that its gradient can be scaled after it was added up."""
 
     def sums(self, pixels: Pixels) -> "tf.Tensor":
-        """All sums of all terms: (size,), or (size, N) where each image is added up by itself."""
+        """All sums of all terms: (size,), or (N, size) where each image is added up by itself."""
         import tensorflow as tf
 
-        found = [term.sums(pixels) for _, term in self.terms]
-        for (_, term), sums, size in zip(self.terms, found, self._sizes, strict=True):
-            if len(sums) != size:
-                raise ValueError(f"{type(term).__name__} gives {len(sums)} sums, and says that it has {size}.")
-        return tf.stack([total for sums in found for total in sums])
+        found = []
+        for _, term in self.terms:
+            sums = [part if part.shape.rank > pixels.by_image else part[..., None] for part in term.sums(pixels)]
+            if (size := sum(part.shape[-1] for part in sums)) != term.size:
+                raise ValueError(f"{type(term).__name__} gives {size} sums, and says that it has {term.size}.")
+            found += sums
+        return tf.concat(found, -1)
 
-    def value(self, sums: Sequence[Any]) -> Any:
-        """The loss, from its sums over a global batch or a whole split."""
-        values, first = [], 0
-        for (weight, term), size in zip(self.terms, self._sizes, strict=True):
-            value = term.value(sums[first : first + size])
-            values.append(value if weight == 1 else weight * value)
-            first += size
-        return sum(values[1:], values[0])
+    def value(self, sums: "tf.Tensor") -> "tf.Tensor":
+        """The loss, from its sums (size,) over a global batch; NaN where a term counts nothing."""
+        import keras
 
-    def counted(self, sums: "Sequence[tf.Tensor]") -> "list[tf.Tensor]":
-        """The same sums where a mean of nothing is 0 and has no slope: what a step differentiates."""
+        return self._added(sums, keras.ops, lambda total, count: total / count)
+
+    def slopes(self, sums: "tf.Tensor") -> "tf.Tensor":
+        """The derivatives of the loss by each of its sums, (size,); a term that counts nothing has none."""
+        import keras
         import tensorflow as tf
 
-        found, first = list(sums), 0
-        for (_, term), size in zip(self.terms, self._sizes, strict=True):
-            if term.is_mean:
-                found[first + 1] = tf.maximum(found[first + 1], 1.0)
-            first += size
-        return found
+        with tf.GradientTape() as tape:
+            tape.watch(sums)
+            value = self._added(sums, keras.ops, lambda total, count: total / counted(count))
+        return tape.gradient(value, sums)
 
     def mean_of(self, sums: Sequence[float]) -> float | None:
         """The loss of a split or an epoch; None where nothing was counted, or where it is not finite."""
-        try:
-            value = float(self.value([float(number) for number in sums]))
-        except ZeroDivisionError:
-            return None
+        with np.errstate(all="ignore"):
+            value = float(self._added(np.asarray(sums, np.float64), np, lambda total, count: total / count))
         return value if math.isfinite(value) else None
+
+    def _added(self, sums, ops, divide):
+        values, first = [], 0
+        for weight, term in self.terms:
+            value = divide(*term.mean(sums[first : first + term.size], ops))
+            values.append(value if weight == 1 else weight * value)
+            first += term.size
+        return sum(values[1:], values[0])
+
+
+def counted(count: "tf.Tensor") -> "tf.Tensor":
+    """What a total is divided by: a mean of nothing is 0 and has no slope. Counts of weights may be below 1."""
+    import tensorflow as tf
+
+    return tf.where(count > 0, count, tf.ones_like(count))

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unet.recipe import optimizer
-from unet.recipe.loss import LossSettings
+from unet.recipe.loss import AUTO_WEIGHTS, LossSettings
 from unet.recipe.network import ModelSettings, Network, Shapes, describe
 from unet.recipe.optimizer import OptimizerSettings
 from unet.settings import SettingsGroup
@@ -64,6 +64,12 @@ class Recipe(SettingsGroup):
     training: TrainingSettings
     optimizer: OptimizerSettings
     loss: LossSettings
+
+    @model_validator(mode="after")
+    def _has_a_weight_for_each_class(self):
+        if self.loss.class_weights != AUTO_WEIGHTS:
+            self.loss.weights(self.classes)
+        return self
 
     @classmethod
     def of(cls, values: Mapping[str, Any], classes: int) -> "Recipe":

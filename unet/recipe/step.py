@@ -18,9 +18,10 @@ import tensorflow as tf
 from unet.errors import RunFailed
 from unet.recipe.batch import GlobalBatch, as_input
 from unet.recipe.layers import build
-from unet.recipe.loss import Loss, Pixels
+from unet.recipe.loss import Loss
 from unet.recipe.optimizer import Optimizer, learning_rate
 from unet.recipe.recipe import WEIGHTS, Recipe
+from unet.recipe.terms import Pixels
 
 MIN_LOSS_SCALE, INITIAL_LOSS_SCALE = 1.0, 2.0**15
 LOSS_SCALE_STEPS = 2000
@@ -158,7 +159,7 @@ class Learner:
     def _step_graph(self, images, masks, step, control, rate, dropout):
         found = self.batch.gradients(images, masks, step, control, dropout)
         gradients, sums = found.gradients, found.sums
-        loss = self.loss.value(tf.unstack(sums))
+        loss = self.loss.value(sums)
         scale = tf.identity(self.loss_scale)  # before the step changes it
         norm = tf.linalg.global_norm(gradients)
         # Of a batch without a label the sums are finite, and the loss is not.
@@ -199,7 +200,7 @@ class Learner:
 
     def _evaluate_graph(self, images, masks):
         logits = self.float32_model(as_input(images), training=False)
-        pixels = Pixels.of(logits, masks, tf.reduce_sum)
+        pixels = Pixels.of(logits, masks)
         classes = self.classes
         cells = tf.cast(masks, tf.int32) * classes + tf.argmax(logits, -1, tf.int32)
         cells = tf.where(pixels.valid, cells, classes**2)  # ignored pixels fall into a bin that is cut off

@@ -83,7 +83,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     # The sweep of a trial has asked for its room.
     plan = material.plan if as_trial else take_room(settings, material.data_bytes)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe)
-    run.settings, choice = precision.settled(settings, plan.use_gpu)
+    run.settings, choice = precision.settled(material.settings, plan.use_gpu)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice))
     if choice.warning:
@@ -128,6 +128,7 @@ def _overview(
             f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.optimizer.learning_rate:g}, "
             f"seed {s.training.seed}",
         ),
+        *([("class weights", s.loss.class_weights)] if s.loss.class_weights else []),
         ("precision", f"{choice.precision}: {choice.reason}"),
         (
             "workers",

@@ -11,6 +11,7 @@ from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
 from unet.disk import _existing, check_writable
 from unet.errors import InputError
+from unet.recipe.loss import AUTO_WEIGHTS, weights_by_frequency
 from unet.recipe.recipe import AUTO, Recipe
 from unet.runs.run import SUMMARY, Run
 from unet.settings import defaults
@@ -51,18 +52,33 @@ def _identify(settings: TrainSettings) -> Run:
             raise InputError(f"{run.folder} is not the folder of a run: give another --run-name.")
         return run
     before = read_config(run.folder)
-    run.settings = with_chosen_precision(settings, before)
+    run.settings = with_chosen(settings, before)
     if "space" in before:
         raise InputError(f"{name} is a sweep: continue it with `jobs/tune.py`, or give another --run-name.")
-    refuse_changes(name, defaults(TrainSettings) | before, flat(settings), MAY_CHANGE)
+    refuse_changes(name, defaults(TrainSettings) | before, flat(run.settings), MAY_CHANGE)
     run.summary.setdefault("run_name", name)
     return run
 
 
-def with_chosen_precision(settings: Settings, before: dict[str, Any]) -> Settings:
-    """The settings of a run or sweep that goes on, with the precision that it chose at its beginning (`auto`)."""
-    chosen = before.get("precision", AUTO)
-    return settings if settings.training.precision != AUTO else settings.with_precision(chosen)
+def with_chosen(settings: Settings, before: dict[str, Any]) -> Settings:
+    """The settings of a run or sweep that goes on, with what it chose at its beginning in the places of `auto`."""
+    if settings.training.precision == AUTO:
+        settings = settings.with_precision(before.get("precision", AUTO))
+    if settings.loss.class_weights == AUTO_WEIGHTS and before.get("class_weights"):
+        settings = settings.with_class_weights(before["class_weights"])
+    return settings
+
+
+def with_weights_of(prepared: Prepared, samples: int, settings: Settings) -> Settings:
+    """The settings with numbers in the place of `--class-weights auto`, by the first `samples` of train.
+
+    Raises:
+        InputError: there is not one weight for each class of the data.
+    """
+    if settings.loss.class_weights == AUTO_WEIGHTS:
+        settings = settings.with_class_weights(weights_by_frequency(prepared.class_pixels("train", samples)))
+    settings.recipe(len(prepared.manifest.classes))
+    return settings
 
 
 def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str]) -> None:

@@ -12,7 +12,7 @@ from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.recipe.recipe import Recipe
 from unet.storage import Folder
-from unet.supervise.preflight import check_samples
+from unet.supervise.preflight import check_samples, with_weights_of
 from unet.terminal import Display
 
 Plan = TypeVar("Plan")
@@ -23,6 +23,7 @@ class Material(Generic[Plan]):
     """What there is to train on, and how.
 
     Attributes:
+        settings: those that were given, with class weights as numbers.
         counts: samples used of each split.
         data_bytes: size of training and validation in memory.
         recipe: of the training, for the classes of the data.
@@ -30,6 +31,7 @@ class Material(Generic[Plan]):
     """
 
     prepared: Prepared
+    settings: TrainSettings
     counts: dict[str, int]
     data_bytes: int
     recipe: Recipe
@@ -53,7 +55,8 @@ def gather(
         digest: of the data that it began with; None if it is new.
 
     Raises:
-        InputError: the cluster is too small, or the data are missing, changed, or nothing to learn from.
+        InputError: the cluster is too small, or the data are missing, changed, nothing to learn from, or not what
+            the settings are for.
     """
     part, nodes = settings.data, cluster_nodes()
     plan(nodes, 0)  # before the data are prepared for what cannot run
@@ -68,6 +71,7 @@ def gather(
             f"{manifest.data_digest[:12]}: give the original data, or another --run-name."
         )
     counts = check_samples(settings, prepared)
+    settings = with_weights_of(prepared, counts["train"], settings)
     data_bytes = sum(prepared.bytes_in_memory(split, counts[split]) for split in ("train", "val"))
     recipe = settings.recipe(len(manifest.classes))
-    return Material(prepared, counts, data_bytes, recipe, plan(nodes, data_bytes))
+    return Material(prepared, settings, counts, data_bytes, recipe, plan(nodes, data_bytes))

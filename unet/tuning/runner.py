@@ -4,10 +4,11 @@ from unet.cluster import planner, precision
 from unet.cluster.placement import in_words
 from unet.cluster.room import take_places
 from unet.data.preparing.findings import checks_row
+from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.secrets import without_secrets
 from unet.storage import Folder
-from unet.supervise.preflight import check_disk
+from unet.supervise.preflight import check_disk, with_weights_of
 from unet.supervise.prelude import gather
 from unet.terminal import Display
 from unet.tracking.reach import default_uri
@@ -56,6 +57,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
     runs = (planned or at_a_time) - len(ledger)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe, runs)
+    _settle_class_weights(sweep, prepared, material.counts["train"])
     _settle_precision(sweep, plan.use_gpu, display)
     writer = SweepRuns(sweep, ledger, lambda words: display.say(words, "yellow"))
     if not sweep.summary:  # one that continues goes on without MLflow
@@ -73,6 +75,14 @@ def _settle_precision(sweep: Sweep, use_gpu: bool, display: Display) -> None:
         found = [precision.settled(sweep.settings.with_precision(p), use_gpu)[1] for p in drawn]
     for warning in filter(None, (choice.warning for choice in found)):
         display.say(warning, "yellow")
+
+
+def _settle_class_weights(sweep: Sweep, prepared: Prepared, samples: int) -> None:
+    """Put numbers in the place of `auto`, in the settings and among what the space draws."""
+    sweep.settings = with_weights_of(prepared, samples, sweep.settings)
+    if drawn := choices(sweep.space.draws.get("class_weights")):
+        each = (with_weights_of(prepared, samples, sweep.settings.with_class_weights(weights)) for weights in drawn)
+        sweep.space = sweep.space.choosing("class_weights", [settings.loss.class_weights for settings in each])
 
 
 def _finished(sweep: Sweep, ledger: Ledger, display: Display) -> dict:

@@ -5,7 +5,7 @@ integers (both included), `choice` among values.
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Space:
                     f"`{name}: {{choice: [a, b]}}` in the space, or give --search random."
                 )
         return {name: tune.grid_search(values) for name, values in found.items() if values is not None}
+
+    def choosing(self, setting: str, values: list) -> "Space":
+        """The same with other values to choose among for a setting."""
+        return replace(self, draws=self.draws | {setting: tune.choice(values)})
 
     def described(self) -> str:
         return ", ".join(f"{name} {_described(domain)}" for name, domain in self.draws.items())

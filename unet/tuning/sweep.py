@@ -18,7 +18,7 @@ from unet.runs.run import CONFIG, SUMMARY, locked, milliseconds, read_summary
 from unet.secrets import without_passwords
 from unet.settings import defaults
 from unet.storage import Folder
-from unet.supervise.preflight import refuse_changes, with_chosen_precision
+from unet.supervise.preflight import refuse_changes, with_chosen
 from unet.tracking.database import check_database
 from unet.tracking.reach import check_server, default_uri
 from unet.tuning.schedule import check_schedule
@@ -95,7 +95,7 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         before = read_config(folder)
         if "space" not in before:
             raise InputError(f"{name} is the run of a training: give another --run-name.")
-        settings = with_chosen_precision(settings, before)
+        settings = with_chosen(settings, before)
         # The space may have moved: its content is compared.
         saved_settings = defaults(TuneSettings) | before | {"space": None}
         refuse_changes(name, saved_settings, flat(settings) | {"space": None}, SWEEP_MAY_CHANGE)
