@@ -7,8 +7,10 @@ import tensorflow as tf
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.recipe.layers import KeyedDropout, TrainingPass, build_unet, training_pass
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.layers import KeyedDropout, build_unet
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
+from unet.recipe.passes import TrainingPass, training_pass
 
 
 def test_the_reference_network():

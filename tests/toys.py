@@ -4,8 +4,8 @@ import keras
 import tensorflow as tf
 
 from unet.recipe import layers, loss, network, optimizer, recipe, step
-from unet.recipe.layers import current_pass
 from unet.recipe.network import INPUT, Kind, Layer, Network
+from unet.recipe.passes import current_pass
 
 MOMENTUM = 0.75
 CENTRED = Network(
