@@ -58,7 +58,7 @@ class BatchNorm(_Norm):
         rows, total = self._rows(inputs), tf.shape(inputs)[0]
         some = tf.maximum(rows, 1)  # of padding alone, one row of it: finite, with gradients of zero
         # Neither copies anything where all rows are samples, nor do their gradients.
-        own = tf.ensure_shape(tf.slice(inputs, [0, 0, 0, 0], [some, -1, -1, -1]), inputs.shape)
+        own = tf.ensure_shape(tf.slice(inputs, [0, 0, 0, 0], [some, -1, -1, -1]), (None, *inputs.shape[1:]))
         normalised, mean, variance = self._fused(own)
         self._move(rows, tf.cast(some * inputs.shape[1] * inputs.shape[2], tf.float32), mean, variance)
         return tf.ensure_shape(tf.pad(normalised, [[0, total - some], [0, 0], [0, 0], [0, 0]]), inputs.shape)

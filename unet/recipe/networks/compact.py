@@ -51,11 +51,11 @@ def _decode(parts: Parts, before: str, skips: Sequence[str]) -> str:
 
 def _residual(parts: Parts, block: str, before: str, channels: int) -> str:
     """Two 3x3 convolutions, added to their input: a 1x1 convolution of it where it has other channels."""
-    shortcut = before
-    if parts[before].channels != channels:
-        shortcut = parts.convolution(block, "_shortcut", before, channels, size=1, relu=False)
     x = parts.convolution(block, "_1", before, channels)
     x = parts.convolution(block, "_2", x, channels, relu=False)
+    shortcut = before
+    if parts[before].channels != channels:  # after the others, as Keras' files of weights count them
+        shortcut = parts.convolution(block, "_shortcut", before, channels, size=1, relu=False)
     x = parts.add(f"{block}_residual", "addition", x, shortcut)
     return parts.add(f"{block}_out", "relu", x)
 
