@@ -33,7 +33,8 @@ from prepare_throughput import cpu_seconds
 from unet.classes import PETS
 from unet.config.use import PredictPart
 from unet.models.trained import TrainedModel
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
 
 BATCH, CORES, DRAWINGS, SHIFT = 16, os.cpu_count(), 100, 3
 LOOP, LOOP_AHEAD = "loop", "loop, reading ahead only"

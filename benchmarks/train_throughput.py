@@ -31,7 +31,8 @@ def bare(precision: str, started: float) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
     import keras
 
-    from unet.recipe.layers import TrainingPass, build_unet, training_pass
+    from unet.recipe.layers import build_unet
+    from unet.recipe.passes import TrainingPass, training_pass
 
     keras.config.set_dtype_policy(precision)
     model = build_unet(SIZE, FILTERS)

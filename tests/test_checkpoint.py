@@ -20,7 +20,8 @@ from unet.config import TrainSettings, flat, unflat
 from unet.errors import Damaged, InputError, RunFailed, StorageFailed
 from unet.models.trained import TrainedModel
 from unet.recipe.layers import build_unet
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
 from unet.storage import Folder

@@ -1,5 +1,6 @@
 """The network's shape and its dropout."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import tensorflow as tf
 
 from unet.config import TrainSettings, unflat
 from unet.errors import InputError
-from unet.recipe.layers import KeyedDropout, TrainingPass, build_unet, training_pass
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.layers import KeyedDropout, build, build_unet
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
+from unet.recipe.passes import TrainingPass, training_pass
 
 
 def test_the_reference_network():
@@ -22,21 +25,54 @@ def test_the_reference_network():
     assert {layer.rate for layer in model.layers if isinstance(layer, KeyedDropout)} == {0.3}
 
 
-@pytest.mark.parametrize(("filters", "depth", "classes", "size"), [(16, 4, 3, 128), (4, 2, 21, 36), (3, 1, 2, 16)])
-def test_settings_shape_it_and_are_counted_without_building(filters, depth, classes, size):
-    model = build_unet(size, filters, depth, 0.1, classes)
+def test_the_compact_network():
+    model = build(describe(ModelSettings(network="compact", norm="batch", base_filters=32, dropout=0), 3), 128)
+    assert model.count_params() == 1_085_324
+    widths = [model.get_layer(f"{block}_1_out").output.shape[1:] for block in ("encoder_1", "encoder_4", "bottleneck")]
+    assert widths == [(64, 64, 32), (8, 8, 112), (4, 4, 128)]
+
+
+def test_every_pixel_of_the_compact_network_has_its_own_logits():
+    """At full size, in its place: of a shortcut from image to logits each pixel comes back where it was."""
+    compact = build(describe(ModelSettings(network="compact", base_filters=1, depth=1), 3), 8)
+    image = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
+    squares = compact.get_layer("squares")(image).numpy()
+    assert np.array_equal(squares[0, 1, 2, 3:6], image[0, 2, 5])
+    assert np.array_equal(compact.get_layer("pixels")(squares).numpy(), image)
+
+
+CASES = [
+    (16, 4, 3, 128, {}),
+    (4, 2, 21, 36, {}),
+    (3, 1, 2, 16, {"norm": "batch"}),
+    (4, 2, 2, 16, {"network": "compact"}),
+    (9, 1, 5, 12, {"network": "compact", "norm": "group", "blocks": 2}),
+    (3, 2, 2, 16, {"network": "compact", "norm": "batch"}),
+]
+
+
+@pytest.mark.parametrize(("filters", "depth", "classes", "size", "others"), CASES)
+def test_settings_shape_it_and_are_counted_without_building(filters, depth, classes, size, others, tmp_path):
+    network = describe(ModelSettings(base_filters=filters, depth=depth, **others), classes)
+    model = build(network, size)
     assert model.output_shape == (None, size, size, classes)
-    network = describe(ModelSettings(base_filters=filters, depth=depth), classes)
     assert model.count_params() == network.parameters and size % network.stride == 0
     assert {weight.path: weight.shape for weight in model.weights} == network.variables
     assert {weight.path for weight in model.trainable_variables} == network.trainable.keys()
-    outputs = [layer.output.shape for layer in model.layers if layer.name in {layer.name for layer in network.layers}]
+    kept = {layer.name for layer in network.layers if layer.kind != "relu"}
+    outputs = [layer.output.shape for layer in model.layers if layer.name in kept]
     assert network.activations * size**2 == sum(np.prod(shape[1:]) for shape in outputs)
+    model.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        for variable in model.weights:
+            np.testing.assert_array_equal(file[network.keras_paths[variable.path]], variable.numpy())
 
 
 def test_a_size_that_the_depth_does_not_divide_is_refused_with_the_nearest():
     with pytest.raises(InputError, match=r"--image-size 100 is not a multiple of 16 .* 96 and 112"):
         unflat(TrainSettings, {"image_size": 100})
+    with pytest.raises(InputError, match=r"is not a multiple of 32 .*--network compact at --depth 4\): .* 96 and 128"):
+        unflat(TrainSettings, {"image_size": 112, "network": "compact"})
 
 
 def dropped(layer, rows, seed=5, step=3, position=0, shape=(6, 6, 10)):

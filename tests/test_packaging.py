@@ -22,9 +22,11 @@ from unet.config import ExportSettings, TrainSettings, unflat
 from unet.data.resize import ignore_padding, letterbox_box
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError, RunFailed
+from unet.models.inference import Network as Inference
 from unet.models.trained import TrainedModel
+from unet.packaging.compare import agreement
 from unet.packaging.export import export, target_of
-from unet.packaging.forms import FORMS
+from unet.packaging.forms import FORMS, exportable
 from unet.packaging.model import package
 from unet.prediction.resizing import as_network_input
 from unet.recipe.step import Learner
@@ -201,6 +203,50 @@ def test_an_export_used_as_its_readme_says_agrees_with_the_training(handed, expo
         assert namespace["mask"].dtype == np.uint8 and namespace["mask"].shape == mask.shape
         equal, total = equal + (namespace["mask"] == mask).sum(), total + mask.size
     assert equal >= 0.999 * total, (equal, total)
+
+
+HANDED_ON = [
+    ("compact", "batch"),
+    ("compact", "group"),
+    *(
+        pytest.param(*one, marks=pytest.mark.slow)
+        for one in (("compact", "none"), ("unet", "batch"), ("unet", "group"))
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize(("network", "norm"), HANDED_ON)
+def test_every_network_and_norm_is_handed_on_as_it_is_scored(network, norm, tmp_path):
+    """With batch norms folded: package and forms give the classes of the network that training scores with."""
+    own = {"network": network, "norm": norm, "depth": 1, "precision": "float32"}
+    settings, rng = unflat(TrainSettings, SETTINGS | own), np.random.default_rng(0)
+    learner, run = Learner(settings.recipe(len(CLASSES))), Folder(tmp_path / "run")
+    for name, weight in learner.variables().items():
+        if "norm" in name and name.startswith("weights/"):
+            around = 1 if name.endswith(("gamma", "moving_variance")) else 0
+            weight.assign(around + rng.uniform(-0.5, 0.5, weight.shape))
+    run.write_text("config.yaml", "")
+    name = Checkpoints(run).save(learner, state_of(settings, classes=CLASSES))
+    trained = TrainedModel.of_checkpoint(run, name)
+    assert not any("moving" in name for name in trained.weights)
+    images = np.stack([draw_pet(i, 32)[0] for i in range(8)])
+    expected = learner.float32_model(images.astype(np.float32) / 255).numpy()
+    assert len(np.unique(expected.argmax(-1))) > 2, "the network is to say something"
+    found = Inference(trained)
+    np.testing.assert_allclose(found.logits(images), expected, atol=1e-4 * np.abs(expected).max())
+    truth = [tf.nn.softmax(logits[None]).numpy() for logits in expected]
+    for form in FORMS.values():
+        form.write(exportable(found), tmp_path / form.file)
+        seen = agreement(form.open(tmp_path / form.file, 1), images, truth)
+        assert seen.equal_classes >= 0.999 and seen.max_difference < 1e-4, (form.file, seen)
+    for file, content in package(trained).items():
+        Folder(tmp_path / "model").write_bytes(file, content)
+    masks = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(images)
+    assert (masks == expected.argmax(-1)).mean() >= 0.999
+    again = TrainedModel.find(str(tmp_path / "model"), Folder(tmp_path))
+    assert again.description == trained.description and again.weights.keys() == trained.weights.keys()
+    assert all(np.array_equal(again.weights[key], trained.weights[key]) for key in again.weights)
 
 
 def test_an_export_says_what_it_is(exported, handed):

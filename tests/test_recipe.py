@@ -134,8 +134,11 @@ def test_no_setting_has_the_name_of_another():
 
 
 OTHER = {
+    "network": "compact",
     "base_filters": 8,
     "depth": 1,
+    "blocks": 2,
+    "norm": "batch",
     "dropout": 0.5,
     "epochs": 11,
     "batch_size": 12,

@@ -7,7 +7,7 @@ from conftest import job
 from unet.commands.cli import parse
 from unet.config import RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat, with_recipe
 from unet.errors import InputError
-from unet.recipe.network import describe
+from unet.recipe.networks import describe
 from unet.settings import defaults
 
 

@@ -81,6 +81,9 @@ def test_a_space_is_found_by_name_or_path_and_the_nearest_is_named(tmp_path):
 def test_the_largest_trial_is_what_memory_is_planned_for():
     largest = space_of("base_filters: {choice: [8, 64, 16]}\nbatch_size: {randint: [4, 32]}").largest
     assert (largest.model.base_filters, largest.training.batch_size) == (64, 32)
+    kinds = "network: {choice: [compact, unet]}\nnorm: {choice: [none, batch]}\nblocks: {choice: [2, 1]}"
+    model = space_of(f"{kinds}\ndepth: {{randint: [1, 3]}}").largest.model
+    assert (model.network, model.norm, model.depth, model.blocks) == ("unet", "batch", 3, 2)
 
 
 def test_choices_are_read_as_the_settings_read_them():

@@ -4,18 +4,19 @@ import keras
 import tensorflow as tf
 
 from unet.recipe import layers, network, optimizer, recipe, step, terms
-from unet.recipe.layers import current_pass
 from unet.recipe.network import INPUT, Kind, Layer, Network
+from unet.recipe.passes import current_pass
 
 MOMENTUM = 0.75
 CENTRED = Network(
     (
         Layer("conv", "convolution", (INPUT,), 4, 1, {"kernel_size": 3, "kernel_initializer": "he_normal"}),
         Layer("centre", "centring", ("conv",), 4, 1),
-        Layer("head", "convolution", ("centre",), 3, 1, {"kernel_size": 1}),
+        Layer("norm", "batch_norm", ("centre",), 4, 1, {"momentum": MOMENTUM, "epsilon": 1e-3}),
+        Layer("head", "convolution", ("norm",), 3, 1, {"kernel_size": 1}),
     )
 )
-"""One convolution, a centring of its output, and the head."""
+"""One convolution, a centring of its output, a batch norm, and the head."""
 
 
 class ToyOverlap:

@@ -13,7 +13,7 @@ from unet.cluster.placement import Node, Placement, check_enough, most_workers, 
 from unet.config import Device, TrainSettings, parse_bytes
 from unet.data.streaming import STREAM_TASKS, task_bytes, tasks_beside
 from unet.errors import InputError
-from unet.recipe.network import describe
+from unet.recipe.networks import describe
 
 READERS = 2
 """Reading tasks on a node at a time."""

@@ -17,7 +17,8 @@ class DataSettings(SettingsGroup):
     official archives (packed or extracted), a folder with images/, masks/ and dataset.yaml, oxford_iiit_pet (through
     TensorFlow Datasets), or synthetic (pets drawn by the program)."""
     image_size: ImageSize = 128
-    """Side of the network's square input in pixels; a multiple of 2**depth."""
+    """Side of the network's square input in pixels; a multiple of the network's stride: 2**depth, and twice that for
+    the compact network."""
     resize: Resize = "stretch"
     """How photos become square: stretch distorts them, letterbox keeps their shape and pads with ignored pixels."""
     limit_train: Annotated[int | None, Field(ge=1)] = None

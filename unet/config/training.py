@@ -10,7 +10,8 @@ from unet.config.data import DataSettings
 from unet.config.fields import RegisteredName
 from unet.config.recipes import REFERENCE, recipe_name
 from unet.recipe.loss import LossSettings
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
 from unet.recipe.optimizer import OptimizerSettings
 from unet.recipe.recipe import Recipe, TrainingSettings
 from unet.settings import Device, SettingsGroup, parse_interval
@@ -190,7 +191,7 @@ MAY_CHANGE = frozenset(
 
 
 def check_image_size(image_size: int, model: ModelSettings) -> None:
-    """Refuse a side that the network's poolings do not divide.
+    """Refuse a side that the network's stride does not divide.
 
     Raises:
         ValueError: with the nearest sizes that fit.
@@ -200,5 +201,6 @@ def check_image_size(image_size: int, model: ModelSettings) -> None:
         below = image_size // multiple * multiple
         fits = " and ".join(str(s) for s in (below, below + multiple) if s)
         raise ValueError(
-            f"--image-size {image_size} is not a multiple of {multiple} (2**depth): the nearest are {fits}"
+            f"--image-size {image_size} is not a multiple of {multiple} (the stride of --network {model.network} at "
+            f"--depth {model.depth}): the nearest are {fits}"
         )

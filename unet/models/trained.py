@@ -22,8 +22,10 @@ from unet.config import (
     read_config,
 )
 from unet.errors import Damaged, InputError, first_line
+from unet.recipe.folding import folded, folded_weights
 from unet.recipe.loss import LossSettings
-from unet.recipe.network import ModelSettings, Network, Shapes, describe
+from unet.recipe.network import ModelSettings, Network, Shapes
+from unet.recipe.networks import describe
 from unet.runs.checkpoint import STATE, Checkpoints
 from unet.runs.run import read_summary
 from unet.secrets import lost, without_secrets
@@ -36,7 +38,7 @@ VARIABLES = "variables/variables"
 
 @dataclass(frozen=True, repr=False)  # the weights would fill a log
 class TrainedModel:
-    """A network with the weights of one checkpoint.
+    """A network with the weights of one checkpoint, its batch norms folded into its convolutions.
 
     Attributes:
         name: as given: a run's name, the folder of a run or a checkpoint, or an MLflow URI.
@@ -44,7 +46,7 @@ class TrainedModel:
         image_size: side of its square input, in pixels.
         resize: how photos become that square.
         classes: what its outputs mean, in the order of their ids.
-        weights: float32 arrays by name (`Network.variables`).
+        weights: float32 arrays by name (`description.variables`).
         loss: what was minimised.
         data_digest: of the data it was trained on.
         val_mean_iou: of these weights on the training's validation split; None if they were not scored.
@@ -69,7 +71,7 @@ class TrainedModel:
 
     @property
     def description(self) -> Network:
-        return describe(self.network, len(self.classes))
+        return folded(describe(self.network, len(self.classes)))
 
     @property
     def class_names(self) -> list[str]:
@@ -114,7 +116,7 @@ class TrainedModel:
             image_size=recipe.image_size,
             resize=DataSettings.model_validate({"resize": resize}).resize,
             classes=state.class_infos,
-            weights=checkpoints.weights(checkpoint),
+            weights=folded_weights(recipe.network, checkpoints.weights(checkpoint)),
             data_digest=state.data_digest,
             val_mean_iou=state.best_score if is_best else state.score,
             run_name=run_name,
@@ -179,7 +181,8 @@ class TrainedModel:
             raise InputError(
                 f"{name} is not a model that this program packaged: give the name of its run, or package it again."
             ) from error
-        weights = _read_variables(folder, f"{place}/{VARIABLES}", describe(network, len(classes)).variables, name)
+        shapes = folded(describe(network, len(classes))).variables
+        weights = _read_variables(folder, f"{place}/{VARIABLES}", shapes, name)
         digest, run_name, checkpoint = texts
         return cls(
             name=name,

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from unet.classes import IGNORE
-from unet.recipe.layers import MovingAverage, TrainingPass, training_pass
 from unet.recipe.loss import Loss, counted
+from unet.recipe.passes import MovingAverage, TrainingPass, training_pass
 from unet.recipe.recipe import Recipe
 from unet.recipe.terms import Pixels
 

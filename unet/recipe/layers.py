@@ -1,16 +1,17 @@
-"""Keras models of described networks, and what a training pass needs beside its inputs.
+"""Keras models of described networks.
 
 Whoever needs probabilities takes the softmax of a network's logits in float32.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
-from unet.recipe.network import INPUT, Layer, ModelSettings, Network, describe
+from unet.recipe.network import INPUT, Layer, ModelSettings, Network
+from unet.recipe.networks import describe
+from unet.recipe.norms import BatchNorm, GroupNorm
+from unet.recipe.passes import TrainingPass, current_pass
 
 LAST = {"data_format": "channels_last"}
 SAME = {"padding": "same"} | LAST
@@ -49,77 +50,17 @@ BUILDERS: dict[str, Callable[[Layer], keras.layers.Layer]] = {
     "pooling": lambda layer: keras.layers.MaxPooling2D(name=layer.name, **LAST, **layer.options),
     "dropout": lambda layer: KeyedDropout(name=layer.name, **layer.options),
     "concatenation": lambda layer: keras.layers.Concatenate(axis=-1, name=layer.name),
+    "addition": lambda layer: keras.layers.Add(name=layer.name),
+    "relu": lambda layer: keras.layers.Activation("relu", name=layer.name),
+    "batch_norm": lambda layer: BatchNorm(name=layer.name, **layer.options),
+    "group_norm": lambda layer: GroupNorm(name=layer.name, **layer.options),
+    "upsampling": lambda layer: keras.layers.UpSampling2D(
+        2, interpolation="bilinear", name=layer.name, **LAST, **layer.options
+    ),
+    "space_to_depth": lambda layer: SpaceToDepth(name=layer.name),
+    "depth_to_space": lambda layer: DepthToSpace(name=layer.name),
 }
 """The Keras layer of each kind in `unet.recipe.network.KINDS`."""
-
-
-@dataclass
-class TrainingPass:
-    """What one forward pass of a training step depends on beside its images, and what its layers leave behind.
-
-    Attributes:
-        seed: the run's seed.
-        step: int64 scalar tensor, the step being trained, from 1.
-        position: int64 scalar tensor, where in the global batch the first sample of this pass stands.
-        dropout: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
-        samples: bool tensor (N,), which rows hold a sample: the padding of a short batch holds none. None: all. A
-            micro-shard may be all padding, so a layer that divides by its samples' spread must stand a spread of 0.
-        moved: the moving averages that the step is to bring up to date, by the name of their variable.
-    """
-
-    seed: int
-    step: tf.Tensor
-    position: tf.Tensor
-    dropout: tf.Tensor | None = None
-    samples: tf.Tensor | None = None
-    moved: dict[str, "MovingAverage"] = field(default_factory=dict)
-
-    def move(self, variable: keras.Variable, total: tf.Tensor, count: tf.Tensor, momentum: float) -> None:
-        """Let a variable follow the mean `total / count` over all micro-shards and workers of the step.
-
-        `total` has the shape of the variable, `count` is a scalar; both are sums over this pass. A layer that calls
-        this normalises by the statistics of its own pass, which is a micro-shard, so that they do not depend on the
-        number of workers; the sums travel with the gradients.
-        """
-        self.moved[variable.path] = MovingAverage(variable, total, count, momentum)
-
-
-@dataclass(frozen=True)
-class MovingAverage:
-    """A variable that follows a mean: `momentum * variable + (1 - momentum) * total / count` after a step."""
-
-    variable: keras.Variable
-    total: tf.Tensor
-    count: tf.Tensor
-    momentum: float
-
-    def move(self) -> None:
-        mean = self.total / tf.maximum(self.count, 1.0)
-        self.variable.assign(self.momentum * self.variable + (1 - self.momentum) * mean)
-
-
-_passes: list[TrainingPass] = []
-
-
-@contextlib.contextmanager
-def training_pass(current: TrainingPass) -> Iterator[TrainingPass]:
-    """Give the layers called inside (while a training step is traced) their pass."""
-    _passes.append(current)
-    try:
-        yield current
-    finally:
-        _passes.pop()
-
-
-def current_pass() -> TrainingPass:
-    """The pass that is being traced.
-
-    Raises:
-        RuntimeError: none is.
-    """
-    if not _passes:
-        raise RuntimeError("A layer of this network trains in a pass only: call the model inside `training_pass(...)`.")
-    return _passes[-1]
 
 
 class KeyedDropout(keras.layers.Layer):
@@ -161,3 +102,17 @@ class KeyedDropout(keras.layers.Layer):
 
     def get_config(self):
         return super().get_config() | {"rate": self.rate, "layer_index": self.layer_index}
+
+
+class SpaceToDepth(keras.layers.Layer):
+    """The pixels of each square of two by two as channels of one pixel: (N, H, W, C) to (N, H / 2, W / 2, 4 C)."""
+
+    def call(self, inputs):
+        return tf.nn.space_to_depth(inputs, 2)
+
+
+class DepthToSpace(keras.layers.Layer):
+    """The reverse of `SpaceToDepth` (Shi et al., 2016): (N, H, W, 4 C) to (N, 2 H, 2 W, C)."""
+
+    def call(self, inputs):
+        return tf.nn.depth_to_space(inputs, 2)

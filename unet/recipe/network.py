@@ -1,11 +1,7 @@
-"""The network as data: which layers there are, and what follows from that without building them.
+"""The network as data: its settings, which layers there may be, and what follows from them without building them.
 
-The U-Net (Ronneberger, Fischer, Brox, 2015) in the published pet-segmentation form. An encoder block is two 3x3
-convolutions (he_normal, ReLU), 2x2 max pooling and dropout; a decoder block a 3x3 stride-2 transposed convolution,
-concatenation with the encoder's output, dropout and two convolutions. A last 1x1 convolution gives logits.
-
-`unet.recipe.layers` builds the Keras model of a description. A driver, which has no TensorFlow, takes from it the
-names and shapes of the weights and the number of parameters.
+`unet.recipe.networks` describes the networks, `unet.recipe.layers` builds the Keras model of a description. A driver,
+which has no TensorFlow, takes from it the names and shapes of the weights and the number of parameters.
 """
 
 import math
@@ -13,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -25,14 +21,30 @@ INPUT = "image"
 
 
 class ModelSettings(SettingsGroup):
-    """The U-Net."""
+    """The network."""
 
+    network: Literal["unet", "compact"] = "unet"
+    """unet: the U-Net of 2015. compact: one of residual blocks and few multiply-adds, which begins and ends at half
+    the picture's size."""
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Filters of the first block; each level below doubles them."""
+    """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to four
+    times as many."""
     depth: Annotated[int, Field(ge=1, le=7)] = 4
     """Number of pooling steps, each of which halves the picture's sides."""
+    blocks: Annotated[int, Field(ge=1, le=16)] = 1
+    """Residual blocks at each of the two deepest levels of the compact network. The unet has none."""
+    norm: Literal["none", "batch", "group"] = "none"
+    """Normalisation after each convolution. batch: over a worker's part of the batch (with --grad-shards, over each
+    part of that); exports have it in their convolutions. group: over eight channels of a sample. none: biases."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of activations dropped after each pooling and each concatenation."""
+    """Share of activations dropped: in the unet after each pooling and each concatenation, in the compact network after
+    its deepest level and before its last convolution. 0: nothing."""
+
+    @property
+    def title(self) -> str:
+        """What a run's overview calls it."""
+        kind = {"unet": "U-Net", "compact": "compact U-Net"}[self.network]
+        return kind if self.norm == "none" else f"{kind} with {self.norm} norm"
 
 
 @dataclass(frozen=True)
@@ -64,16 +76,19 @@ class Kind:
         keras: the name under which Keras' weight files list their layers.
         shapes: the variables of a layer, in Keras' order, from the layer and the channels of its input.
         statistics: those of its variables that no gradient changes.
+        in_place: whether its output takes the memory of its input.
     """
 
     keras: str
     shapes: Callable[[Layer, int], Shapes] = lambda layer, channels: {}
     statistics: tuple[str, ...] = ()
+    in_place: bool = False
 
 
 def _convolution(layer: Layer, channels: int) -> Shapes:
     side = layer.options["kernel_size"]
-    return {"kernel": (side, side, channels, layer.channels), "bias": (layer.channels,)}
+    kernel: Shapes = {"kernel": (side, side, channels, layer.channels)}
+    return kernel | ({"bias": (layer.channels,)} if layer.options.get("use_bias", True) else {})
 
 
 def _transposed_convolution(layer: Layer, channels: int) -> Shapes:
@@ -81,12 +96,28 @@ def _transposed_convolution(layer: Layer, channels: int) -> Shapes:
     return {"kernel": (side, side, layer.channels, channels), "bias": (layer.channels,)}
 
 
+def _scale(layer: Layer, channels: int) -> Shapes:
+    return {"gamma": (channels,), "beta": (channels,)}
+
+
+def _scale_and_statistics(layer: Layer, channels: int) -> Shapes:
+    return _scale(layer, channels) | {name: (channels,) for name in STATISTICS}
+
+
+STATISTICS = ("moving_mean", "moving_variance")
 KINDS = {
     "convolution": Kind("conv2d", _convolution),
     "transposed_convolution": Kind("conv2d_transpose", _transposed_convolution),
     "pooling": Kind("max_pooling2d"),
     "dropout": Kind("keyed_dropout"),
     "concatenation": Kind("concatenate"),
+    "addition": Kind("add"),
+    "relu": Kind("activation", in_place=True),
+    "batch_norm": Kind("batch_norm", _scale_and_statistics, STATISTICS),
+    "group_norm": Kind("group_norm", _scale),
+    "upsampling": Kind("up_sampling2d"),
+    "space_to_depth": Kind("space_to_depth"),
+    "depth_to_space": Kind("depth_to_space"),
 }
 
 
@@ -119,8 +150,9 @@ class Network:
 
     @cached_property
     def activations(self) -> float:
-        """How many numbers all its layers give for an image, by pixel of that image."""
-        return sum(layer.channels / layer.stride**2 for layer in self.layers)
+        """How many numbers its layers keep for an image until the backward pass, by pixel of that image."""
+        kept = (layer for layer in self.layers if not KINDS[layer.kind].in_place)
+        return sum(layer.channels / layer.stride**2 for layer in kept)
 
     @cached_property
     def keras_paths(self) -> dict[str, str]:
@@ -141,43 +173,3 @@ class Network:
             layer.name: KINDS[layer.kind].shapes(layer, sum(channels[name] for name in layer.inputs))
             for layer in self.layers
         }
-
-
-def describe(settings: ModelSettings, classes: int) -> Network:
-    """The U-Net of these settings with an output for each class."""
-    layers: list[Layer] = []
-    dropouts = 0
-
-    def add(name: str, kind: str, inputs: str | tuple[str, ...], channels: int, stride: int, **options) -> str:
-        layers.append(Layer(name, kind, (inputs,) if isinstance(inputs, str) else inputs, channels, stride, options))
-        return name
-
-    def convolutions(block: str, before: str, channels: int, stride: int) -> str:
-        for i in (1, 2):
-            he = {"kernel_size": 3, "activation": "relu", "kernel_initializer": "he_normal"}
-            before = add(f"{block}_conv_{i}", "convolution", before, channels, stride, **he)
-        return before
-
-    def dropout(block: str, before: str, channels: int, stride: int) -> str:
-        nonlocal dropouts
-        dropouts += 1
-        key = {"rate": settings.dropout, "layer_index": dropouts - 1}
-        return add(f"{block}_dropout", "dropout", before, channels, stride, **key)
-
-    x, skips = INPUT, []
-    widths = [settings.base_filters * 2**level for level in range(settings.depth + 1)]
-    for level, width in enumerate(widths[:-1]):
-        block, stride = f"encoder_{level + 1}", 2**level
-        x = convolutions(block, x, width, stride)
-        skips.append(x)
-        x = add(f"{block}_pool", "pooling", x, width, 2 * stride, pool_size=2)
-        x = dropout(block, x, width, 2 * stride)
-    x = convolutions("bottleneck", x, widths[-1], 2**settings.depth)
-    for level, width in reversed(list(enumerate(widths[:-1]))):
-        block, stride = f"decoder_{level + 1}", 2**level
-        x = add(f"{block}_up", "transposed_convolution", x, width, stride, kernel_size=3, strides=2)
-        x = add(f"{block}_concat", "concatenation", (x, skips[level]), 2 * width, stride)
-        x = dropout(block, x, 2 * width, stride)
-        x = convolutions(block, x, width, stride)
-    add("head", "convolution", x, classes, 1, kernel_size=1)
-    return Network(tuple(layers))

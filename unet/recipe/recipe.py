@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from unet.recipe import optimizer
 from unet.recipe.loss import AUTO_WEIGHTS, LossSettings
-from unet.recipe.network import ModelSettings, Network, Shapes, describe
+from unet.recipe.network import ModelSettings, Network, Shapes
+from unet.recipe.networks import describe
 from unet.recipe.optimizer import OptimizerSettings
 from unet.settings import SettingsGroup
 

@@ -122,7 +122,10 @@ def _overview(
         ("data", f"{prepared.folder} ({plan.data_bytes / 1e6:.0f} MB, {mode})"),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
         *checks_row(prepared),
-        ("model", f"U-Net, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters"),
+        (
+            "model",
+            f"{s.model.title}, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters",
+        ),
         (
             "training",
             f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.optimizer.learning_rate:g}, "

@@ -6,6 +6,7 @@ integers (both included), `choice` among values.
 
 import difflib
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
+from unet.cluster.planner import worker_bytes
 from unet.config import SEARCHABLE, TrainSettings, flat, parse_yaml, read_named, unflat
 from unet.errors import InputError
 from unet.recipe.recipe import AUTO
@@ -36,7 +38,7 @@ class Space:
     Attributes:
         draws: Tune's domain by setting.
         text: the YAML it was read from.
-        largest: the training's settings with the most filters and levels that it can draw, for planning.
+        largest: of the settings that it can draw, those whose training takes the most memory, for planning.
     """
 
     draws: dict[str, Domain]
@@ -106,8 +108,16 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     for _ in range(COMBINATIONS):
         drawn = {name: domain.sample(random_state=random_state) for name, domain in draws.items()}
         _settings(settings, drawn, f"The space {source} draws settings that do not fit together")
-    largest = {k: max(values[k]) for k in ("base_filters", "depth", "batch_size") if k in values}
-    return Space(draws, text, _settings(settings, largest, f"The space {source}, at its largest"))
+    return Space(draws, text, _largest(settings, values, f"The space {source}, at its largest"))
+
+
+def _largest(settings: TrainSettings, values: dict[str, list], what: str) -> TrainSettings:
+    """Those of the drawn settings whose training takes the most memory: more of a number is never less of that."""
+    ends = {name: [max(values[name])] for name in ("base_filters", "depth", "blocks", "batch_size") if name in values}
+    kinds = {name: values[name] for name in ("network", "norm") if name in values}
+    drawn = ends | kinds
+    trials = (_settings(settings, dict(zip(drawn, each, strict=True)), what) for each in product(*drawn.values()))
+    return max(trials, key=lambda trial: worker_bytes(trial, trial.training.batch_size))
 
 
 def choices(domain: Domain | None) -> list | None:
