@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
 from unet.config.fields import RegisteredName
+from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings, describe
 from unet.recipe.optimizer import OptimizerSettings
@@ -121,6 +122,7 @@ class TrainSettings(SettingsGroup):
     training: TrainingSettings = TrainingSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
+    augment: AugmentSettings = AugmentSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: CommandSettings = CommandSettings()
@@ -150,6 +152,7 @@ class TrainSettings(SettingsGroup):
             training=self.training,
             optimizer=self.optimizer,
             loss=self.loss,
+            augment=self.augment,
         )
 
     def with_precision(self, precision: str) -> Self:
