@@ -61,7 +61,10 @@ def test_draws_are_even_and_independent():
 def test_the_map_is_that_of_scipy(strength):
     """Pixel by pixel, for images and masks, far outside of the picture too, where it is reflected."""
     generator = np.random.default_rng(0)
-    images, masks = generator.integers(0, 256, (6, 32, 32, 3), np.uint8), generator.integers(0, 3, (6, 32, 32), np.uint8)
+    images, masks = (
+        generator.integers(0, 256, (6, 32, 32, 3), np.uint8),
+        generator.integers(0, 3, (6, 32, 32), np.uint8),
+    )
     masks[:, 10:14] = IGNORE
     draws = draw(np.arange(6), 1, 1)
     one = learner(augment=strength, augment_with=GEOMETRY)
@@ -89,7 +92,7 @@ def test_the_map_is_that_of_scipy(strength):
 
 @pytest.mark.parametrize("mix", [0.0, 1.0])
 def test_pictures_and_masks_move_alike(pets, mix):
-    """Colours tell the classes: away from their borders picture and mask still say the same, whatever is done to them."""
+    """Colours tell the classes: away from their borders picture and mask say the same, whatever is done to them."""
     masks = pets[1].copy()
     masks[:, :9, 20:] = 1
     one = learner(augment=1.0, augment_with=f"{GEOMETRY}+0.3*colour+0.5*blur", mix=mix)

@@ -164,7 +164,12 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
         return traced_key(unflat(TrainSettings, base | changes).recipe(3))
 
     shared = {name for name, value in OTHER.items() if key(**{name: value}) == key()}
-    assert shared == {"learning_rate", "dropout", "augment", "mix"}  # a restarted learner is compared with a new one in test_learner
+    assert shared == {
+        "learning_rate",
+        "dropout",
+        "augment",
+        "mix",
+    }  # a restarted learner is compared with a new one in test_learner
     assert all(key(**{name: 0.0}) != key() for name in ("dropout", "augment", "mix")) and key(image_size=64) != key()
     assert traced_key(unflat(TrainSettings, base).recipe(4)) != key()
     other_machine = {"storage_path": "/tmp/other", "run_name": "other", "num_workers": 1, "threads": 7}

@@ -1,8 +1,8 @@
 """What is drawn to change a training sample: flips, and the numbers behind every other change.
 
-All of it comes from stateless streams keyed by (seed, epoch, sample), so it does not matter who draws it, when, or beside
-which other samples. Flips are applied here, to bytes; `unet.recipe.transforms` makes of the other numbers, inside the
-training step, what it does to pictures and masks.
+All of it comes from stateless streams keyed by (seed, epoch, sample), so it does not matter who draws it, when, or
+beside which other samples. Flips are applied here, to bytes; the other numbers go into the training step, where
+`unet.recipe.transforms` applies them to pictures and masks.
 """
 
 from typing import Annotated

@@ -25,7 +25,7 @@ CUT_LEAST, CUT_MOST = 1 / 8, 3 / 8
 """Sides of the rectangle that is cut out."""
 GREY = (0.299, 0.587, 0.114)
 """What red, green and blue give to a pixel's grey (ITU-R BT.601)."""
-BINOMIAL = np.outer(*[np.float32([1, 4, 6, 4, 1]) / 16] * 2)
+BINOMIAL = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]).astype(np.float32) / 256
 """The strongest blur: a deviation of one pixel."""
 
 Numbers = dict[str, tf.Tensor]
