@@ -44,6 +44,7 @@ def main(rank, ports, output, values, steps, poison, devices):
 
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
+    from unet.recipe.augment import draw
     from unet.recipe.step import Learner
 
     if values.pop("toys", False):
@@ -56,12 +57,18 @@ def main(rank, ports, output, values, steps, poison, devices):
     images, masks = np.stack([p[0] for p in pets]), np.stack([p[1] for p in pets])
     masks[1, : size // 2] = 255  # ignored pixels, so that the shares do not count the same
     share = slice(rank * batch // world, (rank + 1) * batch // world)
+    draws = draw(np.arange(2 * batch), 0, 1)
 
     def rows(step):
         first = step % 2 * batch
-        return images[first : first + batch][share], masks[first : first + batch][share]
+        return tuple(part[first : first + batch][share] for part in (images, masks, draws))
 
-    results = {f"gradient/{i}": g for i, g in enumerate(learner.gradients(*rows(0), 1))}
+    def train(step):
+        *pixels, drawn = rows(step)
+        return learner.train_step(*pixels, step + 1, draws=drawn)
+
+    *pixels, drawn = rows(0)
+    results = {f"gradient/{i}": g for i, g in enumerate(learner.gradients(*pixels, 1, drawn))}
     losses, norms, finite = [], [], []
     for step in range(steps):
         if step == poison and rank == world - 1:
@@ -71,12 +78,12 @@ def main(rank, ports, output, values, steps, poison, devices):
             good = bias.numpy()
             bias.assign(np.full_like(good, np.nan))
             before = [w.numpy() for w in learner.model.weights[:-1]]
-            result = learner.train_step(*rows(step), step + 1)
+            result = train(step)
             bias.assign(good)
             after = [w.numpy() for w in learner.model.weights[:-1]]
             results["unchanged"] = np.array(all(map(np.array_equal, before, after)))
         else:
-            result = learner.train_step(*rows(step), step + 1)
+            result = train(step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         finite.append(result.finite)

@@ -17,7 +17,7 @@ from unet.data.packed import packed, unpacked
 from unet.data.preparing.pieces import Recipe
 from unet.data.preparing.prepare import prepare
 from unet.data.shards import Prepared, pixels
-from unet.recipe.augment import flips
+from unet.recipe.augment import draw, flips
 from unet.storage import Folder
 from unet.supervise.reading import Reading
 
@@ -62,13 +62,15 @@ def walk(plan, workers, first=(1, 0)):
 
 
 def check(pets, plan, workers, first=(1, 0)):
-    """Every batch against the order, the shards and the flips, worked out anew; the indices of each epoch."""
+    """Every batch against the order, the shards and what is drawn, worked out anew; the indices of each epoch."""
     seen = {}
     images, masks = {}, {}
     for split in ("train", "val"):
         images[split], masks[split] = truth(pets, split)
     for split, epoch, _rank, batch in walk(plan, workers, first):
         seen.setdefault((split, epoch), []).extend(batch.indices[batch.indices != PADDING].tolist())
+        drawn = draw(batch.indices, plan.seed, epoch) if split == "train" else None
+        assert np.array_equal(batch.draws, drawn)
         for row, index in enumerate(batch.indices.tolist()):
             if index == PADDING:
                 assert (batch.masks[row] == 255).all() and not batch.images[row].any()

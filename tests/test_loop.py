@@ -21,6 +21,7 @@ from unet.storage import Folder
 from unet.supervise import driver
 from unet.supervise.preflight import open_run
 from unet.terminal import Display
+from unet.training.begin import begin
 from unet.training.job import Job
 from unet.training.link import not_finite, start_link
 from unet.training.loop import Loop
@@ -83,6 +84,27 @@ def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(rea
     assert list(map(same, second.state.history)) == list(map(same, whole.state.history))
     for one, other in zip(whole.learner.model.weights, second.learner.model.weights, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_a_run_shows_once_what_its_network_will_see(reading, storage):
+    loop = loop_of(storage, "varied", reading, WorkerLink(), augment=1.0)
+    begin(loop)
+    ((kind, told),) = loop.link.events
+    assert kind == "augmented" and len(set(told["names"])) == len(told["images"]) == len(told["masks"]) == 16
+    seen = set()
+    for batch in loop.reader.train(1):
+        images, masks = loop.learner.augmented(batch.images, batch.masks, batch.draws)
+        for row in np.flatnonzero((batch.indices >= 0) & (batch.indices < 16)):
+            index = int(batch.indices[row])
+            assert np.array_equal(told["images"][index], images[row])
+            assert np.array_equal(told["masks"][index], masks[row])
+            seen.add(index)
+    assert seen == set(range(16))
+    loop.state.step = 1
+    plain = loop_of(storage, "plain", reading, WorkerLink())
+    for later in (loop, plain):
+        begin(later)
+        assert later.link.events in ([], [(kind, told)])
 
 
 def check_told(loop: Loop, lives) -> None:

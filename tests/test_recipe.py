@@ -153,6 +153,9 @@ OTHER = {
     "label_smoothing": 0.1,
     "focal_gamma": 1.0,
     "class_weights": "1,0.5,2",
+    "augment": 0.5,
+    "augment_with": "rotate+0.5*colour",
+    "mix": 0.25,
 }
 """Another value of each setting of a recipe."""
 
@@ -161,14 +164,19 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
     """A setting that is new is to be added here; it costs a trace of its own until somebody shows that it need not."""
     names = {name for part in PARTS.values() for name in part.model_fields}
     assert names == OTHER.keys() and names >= SEARCHABLE
-    base = {"dropout": 0.25, "image_size": 32}
+    base = {"dropout": 0.25, "augment": 0.25, "mix": 0.5, "image_size": 32}
 
     def key(**changes) -> str:
         return traced_key(unflat(TrainSettings, base | changes).recipe(3))
 
     shared = {name for name, value in OTHER.items() if key(**{name: value}) == key()}
-    assert shared == {"learning_rate", "dropout"}  # a restarted learner is compared with a new one in test_learner
-    assert key(dropout=0.0) != key() and key(image_size=64) != key()
+    assert shared == {
+        "learning_rate",
+        "dropout",
+        "augment",
+        "mix",
+    }  # a restarted learner is compared with a new one in test_learner
+    assert all(key(**{name: 0.0}) != key() for name in ("dropout", "augment", "mix")) and key(image_size=64) != key()
     assert traced_key(unflat(TrainSettings, base).recipe(4)) != key()
     other_machine = {"storage_path": "/tmp/other", "run_name": "other", "num_workers": 1, "threads": 7}
     assert key(**other_machine) == key()

@@ -1,11 +1,14 @@
 """What a run writes of itself, without workers: its epochs, restarts and ends, and what a finished one answers."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import listening, read_json, state_of, tiny_settings, words_of
+from PIL import Image
 
 from unet.classes import PETS
 from unet.config import TrainSettings, flat, unflat
@@ -76,6 +79,16 @@ def test_epochs_that_were_not_told_of_are_caught_up_with_once(recorder):
     assert "epoch  1/10" not in words_of(recorder.display) and recorder.run.summary["skipped_steps"] == 2
     recorder.catch_up(None)
     assert len(recorder.history) == 3
+
+
+def test_what_the_network_sees_is_a_picture_in_the_folder(recorder):
+    recorder.open(None)
+    masks = np.random.default_rng(0).integers(0, 3, (5, 32, 32)).astype(np.uint8)
+    recorder.augmented(
+        {"names": [f"pet {i}" for i in range(5)], "images": np.full((5, 32, 32, 3), 200, np.uint8), "masks": masks}
+    )
+    with Image.open(io.BytesIO(recorder.run.folder.read_bytes("augmented.png"))) as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
 
 
 def test_a_stop_is_told_mlflow_at_once_and_delivery_begins(recorder):

@@ -169,6 +169,21 @@ def test_gallery_sets_more_than_four_samples_two_abreast(tmp_path, count, classe
     assert (width > 1500) == (count > 4)
 
 
+def test_samples_are_drawn_with_their_masks_names_and_a_title(drawn):
+    masks = np.array([np.full((8, 8), value, np.uint8) for value in (0, 1, 2, 1, 255)])
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 8, 8, 3), np.uint8)
+    figures.samples(images, masks, list("abcde"), PETS, "strength 1", "samples.png")
+    (figure,) = drawn
+    assert [text.get_text() for text in figure.texts] == ["strength 1", *"abcde"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pet", "background", "outline", "ignored"]
+    pictures = [axes.get_images()[0].get_array() for axes in figure.axes]
+    assert all(np.array_equal(pictures[2 * i], images[i]) for i in range(5))
+    middle = [picture[picture.shape[0] // 2, picture.shape[1] // 2].astype(int) for picture in pictures[1::2]]
+    assert middle[0][0] > middle[0][2] and middle[1][2] > middle[1][1] and np.ptp(middle[4]) == 0
+    tops, lefts = zip(*((axes.get_position().y1, axes.get_position().x0) for axes in figure.axes[::2]), strict=True)
+    assert np.allclose(tops[:4], tops[0]) and tops[4] < tops[0] and lefts[4] == lefts[0] < lefts[1]
+
+
 @pytest.mark.parametrize("classes", [PETS, MANY])
 def test_the_line_of_an_epoch_has_room_for_few_classes(classes):
     console = Console(record=True, width=200, file=io.StringIO())

@@ -74,10 +74,10 @@ def test_first_gradients_agree_without_grad_shards(tmp_path):
     assert [r["counted"].tolist() for r in two] == [[2**54 + 2, 1]] * 2  # counts are summed as integers
 
 
-def test_terms_of_global_sums_and_moving_averages_agree(tmp_path):
+def test_terms_of_global_sums_moving_averages_and_augmentation_agree(tmp_path):
     """One worker makes the sums by a pass of their own, two in the pass that gives the gradient."""
     values = SMALL | {"toys": True, "grad_shards": 2, "class_weights": "1,0.5,3", "label_smoothing": 0.1}
-    values["loss"] = "cross_entropy+0.5*jaccard+0.5*lovasz"
+    values |= {"loss": "cross_entropy+0.5*jaccard+0.5*lovasz", "augment": 1.0, "mix": 0.5}
     (one,), two = train(tmp_path, 1, values, 5), train(tmp_path, 2, values, 5)
     for rank in two:
         np.testing.assert_allclose(one["losses"], rank["losses"], rtol=1e-6)

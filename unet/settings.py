@@ -5,9 +5,10 @@ underscores, as `--config FILE` and a run's `config.yaml` hold them, and back.
 """
 
 import difflib
+import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -112,3 +113,22 @@ def parse_interval(text: str) -> tuple[Literal["steps", "seconds"], float]:
     if not match or not float(match[1] or match[2]):
         raise ValueError(f"{text!r} is not an interval: write 200 for steps, 10m for minutes")
     return ("seconds", float(match[1]) * 60) if match[1] else ("steps", int(match[2]))
+
+
+def weighted_names(flag: str, text: str, names: Collection[str]) -> list[tuple[float, str]]:
+    """'dice + 0.5*focal' as [(1, "dice"), (0.5, "focal")].
+
+    Raises:
+        ValueError: it is written otherwise, or names something that is not among `names`.
+    """
+    found = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(\w+)\s*", part)
+        weight = float(match[1] or 1) if match else 0.0
+        if not match or match[2] not in names or not 0 < weight < math.inf:
+            raise ValueError(
+                f"{flag} {text}: {part.strip()!r} is not known: write NAME or 0.5*NAME, joined by +, where the names "
+                f"are {', '.join(names)}"
+            )
+        found.append((weight, match[2]))
+    return found

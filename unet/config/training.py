@@ -9,6 +9,7 @@ from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
 from unet.config.fields import RegisteredName
 from unet.config.recipes import REFERENCE, recipe_name
+from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings
 from unet.recipe.networks import describe
@@ -131,6 +132,7 @@ class TrainSettings(SettingsGroup):
     training: TrainingSettings = TrainingSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
+    augment: AugmentSettings = AugmentSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: TrainCommandSettings = TrainCommandSettings()
@@ -160,6 +162,7 @@ class TrainSettings(SettingsGroup):
             training=self.training,
             optimizer=self.optimizer,
             loss=self.loss,
+            augment=self.augment,
         )
 
     def with_precision(self, precision: str) -> Self:

@@ -21,7 +21,7 @@ from unet.data.chunks import Chunks, LazyChunks, arrays, gather
 from unet.data.order import CHUNK, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
 from unet.data.shards import opened
 from unet.data.streaming import DATA_CPUS, STREAM_TASKS
-from unet.recipe.augment import flips, mirror
+from unet.recipe.augment import draw, flips, mirror
 
 KEEP_BYTES = 2**26
 """What a task reads at least of data that are kept: starting one takes longer than reading a small chunk."""
@@ -37,6 +37,7 @@ class Batch:
         indices: int64 (rows,) canonical indices; `PADDING` for a row that only fills the batch.
         images: uint8 (rows, S, S, 3).
         masks: uint8 (rows, S, S) class ids; `IGNORE` throughout in a padding row.
+        draws: float32 (rows, K), what a training step varies its samples by; None in an evaluation.
     """
 
     epoch: int
@@ -44,6 +45,7 @@ class Batch:
     indices: np.ndarray
     images: np.ndarray
     masks: np.ndarray
+    draws: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Ingest:
         image_size: S.
         samples: how many samples of each split are used.
         batch_size: the global batch.
-        seed: of order and flips.
+        seed: of order and augmentation.
         epochs: the last epoch.
         kept: by split, references to the chunks in the object store; None when streaming.
         start: (epoch, step in the epoch) to start at.
@@ -123,13 +125,13 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on, flips applied."""
+        """The batches of an epoch from a step on, flips applied and other changes drawn."""
 
-        def flipped(batch: Batch) -> Batch:
+        def varied(batch: Batch) -> Batch:
             mirror(batch.images, batch.masks, flips(batch.indices, self.ingest.seed, epoch))
-            return batch
+            return replace(batch, draws=draw(batch.indices, self.ingest.seed, epoch))
 
-        return self._one_ahead(map(flipped, self._batches("train", epoch, first_step)))
+        return self._one_ahead(map(varied, self._batches("train", epoch, first_step)))
 
     def validation(self, epoch: int) -> Iterator[Batch]:
         return self._one_ahead(self._batches("val", epoch, 0))

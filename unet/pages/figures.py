@@ -22,6 +22,8 @@ from unet.pages.pictures import STRIPES, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 DPI = 130
 INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
@@ -150,18 +152,13 @@ def gallery(
     and is drawn striped. More than four samples stand two abreast.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     count, height, width = images.shape[:3]
     if count == 0:
         raise ValueError("There are no samples to show: pass at least one image.")
     texts = [iou_caption(*pair, classes) for pair in zip(truth, predicted, strict=True)]
     captions = ["\n".join(line.rstrip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
-    named = classes if len(classes) <= MANY else _most_frequent(classes, truth, predicted)
-    legend = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
-    if (truth == IGNORE).any():
-        dark, light = map(unit, STRIPES)
-        legend.append(Patch(facecolor=dark, edgecolor=light, hatch="/////", linewidth=0, label="ignored"))
+    legend = _patches(classes, truth, predicted)
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
     abreast = 2 if count > 4 else 1
     side, gap, gutter, margin = 2.5, 0.07, 0.35, 0.2
@@ -170,17 +167,7 @@ def gallery(
     head = 0.5 + 0.23 * math.ceil(len(legend) / (4 * abreast))
     page = np.array([2 * margin + abreast * block - gutter, head + math.ceil(count / abreast) * row_height])
     figure = Figure(figsize=tuple(page), dpi=DPI)
-    figure.legend(
-        handles=legend,
-        loc="upper left",
-        bbox_to_anchor=(margin / page[0], 1 - 0.15 / page[1]),
-        ncols=4 * abreast,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.1,
-        handleheight=1.1,
-        **LEGEND,
-    )
+    _legend(figure, legend, (margin / page[0], 1 - 0.15 / page[1]), 4 * abreast)
     extent = (0, width, height, 0)
     for sample, (photo, name, caption) in enumerate(zip(images, names, captions, strict=True)):
         row, place = divmod(sample, abreast)
@@ -209,9 +196,60 @@ def gallery(
     return Path(path)
 
 
-def _most_frequent(classes: Sequence[ClassInfo], truth: np.ndarray, predicted: np.ndarray) -> list[ClassInfo]:
+def samples(
+    images: np.ndarray,
+    masks: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[ClassInfo],
+    title: str,
+    path: str | Path,
+) -> Path:
+    """Draw samples four abreast, each as photo and mask: `images` uint8 (N, H, W, 3), `masks` uint8 (N, H, W)."""
+    from matplotlib.figure import Figure
+
+    height, width = images.shape[1:3]
+    legend = _patches(classes, masks)
+    abreast, side, gap, gutter, margin = 4, 1.7, 0.04, 0.22, 0.2
+    tall, block = side * height / width, 2 * side + gap + gutter
+    head, row_height = 0.62 + 0.23 * math.ceil(len(legend) / 8), tall + 0.36
+    page = np.array([2 * margin + abreast * block - gutter, head + math.ceil(len(images) / abreast) * row_height])
+    figure = Figure(figsize=tuple(page), dpi=DPI)
+    figure.text(margin / page[0], 1 - 0.15 / page[1], title, fontsize=13, color=INK, va="top")
+    _legend(figure, legend, (margin / page[0], 1 - 0.5 / page[1]), 8)
+    for sample, (photo, mask, name) in enumerate(zip(images, masks, names, strict=True)):
+        row, place = divmod(sample, abreast)
+        for column, picture in enumerate((photo, _panel(photo, mask, classes))):
+            left, bottom = margin + place * block + column * (side + gap), page[1] - head - row * row_height - tall
+            axes = figure.add_axes((left / page[0], bottom / page[1], side / page[0], tall / page[1]))
+            axes.set_axis_off()
+            axes.imshow(picture, extent=(0, width, height, 0), interpolation=None if column else "lanczos")
+        note = textwrap.shorten(name, 40, placeholder="…")
+        figure.text((left - side - gap) / page[0], (bottom - 0.07) / page[1], note, fontsize=8, color=INK, va="top")
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def _patches(classes: Sequence[ClassInfo], truth: np.ndarray, *others: np.ndarray) -> list[Patch]:
+    """What a legend of masks shows: the classes, of many the most frequent, and ignored pixels if `truth` has some."""
+    from matplotlib.patches import Patch
+
+    named = classes if len(classes) <= MANY else _most_frequent(classes, truth, *others)
+    patches = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
+    if (truth == IGNORE).any():
+        dark, light = map(unit, STRIPES)
+        patches.append(Patch(facecolor=dark, edgecolor=light, hatch="/////", linewidth=0, label="ignored"))
+    return patches
+
+
+def _legend(figure: Figure, patches: list[Patch], corner: tuple[float, float], columns: int) -> None:
+    """A legend whose upper left corner stands there, in shares of the page."""
+    options = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.1, "handleheight": 1.1} | LEGEND
+    figure.legend(handles=patches, loc="upper left", bbox_to_anchor=corner, ncols=columns, **options)
+
+
+def _most_frequent(classes: Sequence[ClassInfo], *masks: np.ndarray) -> list[ClassInfo]:
     """The classes with most pixels in the masks, at most `MANY`, in the order of their ids."""
-    every = np.concatenate([truth, predicted], axis=None)
+    every = np.concatenate(masks, axis=None)
     pixels = np.bincount(every, minlength=IGNORE + 1)[: len(classes)]
     return [classes[i] for i in sorted(np.argsort(-pixels, kind="stable")[:MANY]) if pixels[i]]
 

@@ -16,6 +16,7 @@ from unet.recipe.loss import Loss, counted
 from unet.recipe.passes import MovingAverage, TrainingPass, training_pass
 from unet.recipe.recipe import Recipe
 from unet.recipe.terms import Pixels
+from unet.recipe.transforms import Augmentation, Drawn
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class GlobalBatch:
         # A share holds equal micro-shards; with more workers than shards (always 1 then) it is one.
         self._micro_shards = max(1, recipe.training.grad_shards // world_size)
         self._share = -(-recipe.training.batch_size // world_size)
+        self._augmentation = Augmentation(recipe.augment)
         self._moved: list[MovingAverage] = []  # as tracing finds them
 
-    def gradients(self, images, masks, step, control, dropout) -> Summed:
+    def gradients(self, images, masks, drawn: Drawn, step, control, dropout) -> Summed:
         """Of this worker's share and those of the others: images uint8 (share, S, S, 3), masks uint8 (share, S, S)."""
-        shards = self._shards(images, masks, step, dropout)
+        shards = self._shards(images, masks, drawn, step, dropout)
         if self._loss.is_mean:
             # The constant keeps numbers near one (for float16); the true count is known only after the sum.
             constant = self._loss_scale / self._nominal_pixels
@@ -82,21 +84,23 @@ class GlobalBatch:
         gradients = [tf.reshape(g, v.shape) for g, v in zip(gradients, weights, strict=True)]
         return Summed(self._unscaled(gradients, sums), sums, self._averages(moved), control[0])
 
-    def _shards(self, images, masks, step, dropout) -> list[tuple]:
+    def _shards(self, images, masks, drawn, step, dropout) -> list[tuple]:
         """The micro-shards of this worker's share: what `_forward` takes."""
         rows, shards = self._share // self._micro_shards, []
         for i in range(self._micro_shards):
             place = slice(i * rows, (i + 1) * rows if i + 1 < self._micro_shards else None)
             position = tf.constant(self._rank * self._share + i * rows, tf.int64)
-            shards.append((images[place], masks[place], step, position, dropout))
+            draws = drawn._replace(draws=drawn.draws[place])
+            shards.append((images[place], masks[place], draws, step, position, dropout))
         return shards
 
-    def _forward(self, images, masks, step, position, dropout) -> tuple[tf.Tensor, TrainingPass]:
+    def _forward(self, images, masks, drawn, step, position, dropout) -> tuple[tf.Tensor, TrainingPass]:
         """The sums of the loss' terms over a micro-shard, and what its layers left behind."""
         samples = tf.reduce_any(masks != IGNORE, (1, 2))
         current = TrainingPass(self._recipe.training.seed, step, position, dropout, samples)
+        inputs, masks = self._augmentation(as_input(images), masks, drawn)
         with training_pass(current):
-            logits = self._model(as_input(images), training=True)
+            logits = self._model(inputs, training=True)
         return self._loss.sums(Pixels.of(logits, masks)), current
 
     def _local_sums(self, *shard):

@@ -6,7 +6,6 @@ So padding, ignored pixels and the number of workers change nothing.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from unet.recipe.terms import TERMS, Pixels
-from unet.settings import SettingsGroup
+from unet.settings import SettingsGroup, weighted_names
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -101,17 +100,7 @@ def parse(text: str) -> list[tuple[float, str]]:
     Raises:
         ValueError: it is written otherwise, or names an unknown term.
     """
-    found = []
-    for part in text.split("+"):
-        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(\w+)\s*", part)
-        weight = float(match[1] or 1) if match else 0.0
-        if not match or match[2] not in TERMS or not 0 < weight < math.inf:
-            raise ValueError(
-                f"--loss {text}: {part.strip()!r} is not a term: write NAME or 0.5*NAME, joined by +, where the names "
-                f"are {', '.join(TERMS)}"
-            )
-        found.append((weight, match[2]))
-    return found
+    return weighted_names("--loss", text, TERMS)
 
 
 class Loss:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unet.recipe import optimizer
+from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import AUTO_WEIGHTS, LossSettings
 from unet.recipe.network import ModelSettings, Network, Shapes
 from unet.recipe.networks import describe
@@ -39,7 +40,7 @@ class TrainingSettings(SettingsGroup):
     """Split each batch into this many equal parts and sum their gradients in a fixed order. With 2 parts and one
     thread per worker, one worker and two give the same numbers."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initial weights, sample order, flips and dropout."""
+    """Seed of initial weights, sample order, augmentation and dropout."""
 
 
 PARTS: dict[str, type[SettingsGroup]] = {
@@ -47,6 +48,7 @@ PARTS: dict[str, type[SettingsGroup]] = {
     "training": TrainingSettings,
     "optimizer": OptimizerSettings,
     "loss": LossSettings,
+    "augment": AugmentSettings,
 }
 """The groups of settings of a recipe."""
 
@@ -65,6 +67,7 @@ class Recipe(SettingsGroup):
     training: TrainingSettings
     optimizer: OptimizerSettings
     loss: LossSettings
+    augment: AugmentSettings
 
     @model_validator(mode="after")
     def _has_a_weight_for_each_class(self):
@@ -116,7 +119,11 @@ class Recipe(SettingsGroup):
         return 4 * sum(map(math.prod, self.variables.values()))
 
 
-GIVEN_TO_EACH_STEP: dict[str, set[str]] = {"optimizer": {"learning_rate"}, "model": {"dropout"}}
+GIVEN_TO_EACH_STEP: dict[str, set[str]] = {
+    "optimizer": {"learning_rate"},
+    "model": {"dropout"},
+    "augment": {"augment", "mix"},
+}
 """Settings that a traced step does not hold, since they come with its arguments."""
 
 
@@ -125,5 +132,6 @@ def traced_key(recipe: Recipe) -> str:
 
     All settings count but those of `GIVEN_TO_EACH_STEP`: one that is new costs a trace, and never a number.
     """
-    # Where nothing is dropped the graph has no dropout at all.
-    return f"{recipe.model_dump_json(exclude=GIVEN_TO_EACH_STEP)} {recipe.model.dropout > 0}"
+    # Where nothing is dropped the graph has no dropout at all; nor has it what neither varies nor mixes.
+    parts = [number > 0 for number in (recipe.model.dropout, recipe.augment.augment, recipe.augment.mix)]
+    return f"{recipe.model_dump_json(exclude=GIVEN_TO_EACH_STEP)} {parts}"

@@ -16,12 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from unet.errors import RunFailed
+from unet.recipe.augment import DRAWS, NEUTRAL
 from unet.recipe.batch import GlobalBatch, as_input
 from unet.recipe.layers import build
 from unet.recipe.loss import Loss
 from unet.recipe.optimizer import Optimizer, learning_rate
 from unet.recipe.recipe import WEIGHTS, Recipe
 from unet.recipe.terms import Pixels
+from unet.recipe.transforms import Augmentation, Drawn
 
 MIN_LOSS_SCALE, INITIAL_LOSS_SCALE = 1.0, 2.0**15
 LOSS_SCALE_STEPS = 2000
@@ -83,7 +85,8 @@ class Learner:
         masks = tf.TensorSpec((self.share, self.image_size, self.image_size), tf.uint8)
         step, control = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.float32)
         rate, dropout = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.float64)
-        self._step = _graph(self._step_graph, [images, masks, step, control, rate, dropout])
+        drawn = Drawn(tf.TensorSpec((self.share, len(DRAWS)), tf.float32), *[tf.TensorSpec((), tf.float32)] * 2)
+        self._step = _graph(self._step_graph, [images, masks, drawn, step, control, rate, dropout])
         self._evaluate = _graph(self._evaluate_graph, [images, masks])
         self._predict = _graph(self._predict_graph, [images])
         self._sum = _graph(self._sum_over_workers)
@@ -133,31 +136,54 @@ class Learner:
                 variable.assign(value.reshape(variable.shape))
 
     def train_step(
-        self, images: np.ndarray, masks: np.ndarray, step: int, control: int = 0, steps: int = 0
+        self,
+        images: np.ndarray,
+        masks: np.ndarray,
+        step: int,
+        control: int = 0,
+        steps: int = 0,
+        draws: np.ndarray | None = None,
     ) -> StepResult:
         """Update the weights from this worker's share: images uint8 (share, S, S, 3), masks uint8 (share, S, S).
 
         `step` counts from 1 over the whole run, which is to have `steps`; it keys the dropout and gives the learning
-        rate.
+        rate. `draws`, float32 (share, K) of `unet.recipe.augment.draw`, are what the samples are varied by: a recipe
+        without augmentation needs none.
         """
-        rate = learning_rate(self.recipe.optimizer, step, max(step, steps))
-        found = self._step(images, masks, step, float(control), rate, self.recipe.model.dropout).numpy().tolist()
+        rate, dropout = learning_rate(self.recipe.optimizer, step, max(step, steps)), self.recipe.model.dropout
+        drawn = self._drawn(draws)
+        found = self._step(images, masks, drawn, step, float(control), rate, dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
         overflowed = not finite and math.isfinite(loss) and scale > MIN_LOSS_SCALE
         return StepResult(sums, loss, norm, bool(finite), round(control), overflowed)
 
-    def gradients(self, images: np.ndarray, masks: np.ndarray, step: int) -> list[np.ndarray]:
+    def augmented(self, images: np.ndarray, masks: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a step makes of any number of samples, for a person to see: uint8 (N, S, S, 3) and (N, S, S)."""
+        inputs, labels = Augmentation(self.recipe.augment)(as_input(images), tf.constant(masks), self._drawn(draws))
+        return tf.cast(tf.round(inputs * 255), tf.uint8).numpy(), labels.numpy()
+
+    def _drawn(self, draws: np.ndarray | None) -> Drawn:
+        augment = self.recipe.augment
+        if draws is None:
+            if augment.is_on:
+                raise ValueError("This recipe augments: a step needs the draws of its samples.")
+            draws = np.full((self.share, len(DRAWS)), NEUTRAL, np.float32)
+        return Drawn(tf.constant(draws), tf.constant(augment.augment), tf.constant(augment.mix))
+
+    def gradients(
+        self, images: np.ndarray, masks: np.ndarray, step: int, draws: np.ndarray | None = None
+    ) -> list[np.ndarray]:
         """The gradient of the global batch's loss as a step would apply it, without clipping or update."""
 
         @tf.function
-        def compute(images, masks, step):
+        def compute(images, masks, drawn, step):
             dropout = tf.constant(self.recipe.model.dropout, tf.float64)
-            return self.batch.gradients(images, masks, step, tf.constant(0.0), dropout).gradients
+            return self.batch.gradients(images, masks, drawn, step, tf.constant(0.0), dropout).gradients
 
-        return [g.numpy() for g in compute(images, masks, tf.constant(step, tf.int64))]
+        return [g.numpy() for g in compute(images, masks, self._drawn(draws), tf.constant(step, tf.int64))]
 
-    def _step_graph(self, images, masks, step, control, rate, dropout):
-        found = self.batch.gradients(images, masks, step, control, dropout)
+    def _step_graph(self, images, masks, drawn, step, control, rate, dropout):
+        found = self.batch.gradients(images, masks, drawn, step, control, dropout)
         gradients, sums = found.gradients, found.sums
         loss = self.loss.value(sums)
         scale = tf.identity(self.loss_scale)  # before the step changes it

@@ -15,6 +15,7 @@ from unet.storage import Folder
 from unet.supervise.preflight import check_disk
 from unet.supervise.prelude import gather
 from unet.supervise.recorder import RunRecorder
+from unet.supervise.results import AUGMENTED
 from unet.supervise.supervisor import Supervisor
 from unet.terminal import Display
 from unet.tracking.send import send_later
@@ -132,6 +133,7 @@ def _overview(
             f"seed {s.training.seed}",
         ),
         *([("class weights", s.loss.class_weights)] if s.loss.class_weights else []),
+        *_augmentation_row(run),
         ("precision", f"{choice.precision}: {choice.reason}"),
         (
             "workers",
@@ -142,3 +144,11 @@ def _overview(
         ("results", str(run.folder)),
         ("tracking", f"{tracking}, experiment {s.run.experiment}"),
     ]
+
+
+def _augmentation_row(run: Run) -> list[tuple[str, str]]:
+    """What varies the training samples, if something does."""
+    augment = run.settings.augment
+    if not augment.is_on:
+        return []
+    return [("augmentation", f"strength {augment.augment:g}, {augment.mix:.0%} mixed; see {run.folder}/{AUGMENTED}")]

@@ -93,6 +93,12 @@ class RunRecorder:
         if self.run.summary["seconds_to_first_step"] is None:
             self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
 
+    def augmented(self, samples: dict) -> None:
+        """Training samples as the network sees them, from `unet.training.begin`."""
+        augment, classes = self.run.settings.augment, self.prepared.manifest.class_infos
+        self.run.write(results.AUGMENTED, results.draw_augmented(samples, augment, classes))
+        self.tracker.file(self.run.folder, results.AUGMENTED)
+
     def epoch(self, record: dict, validation: dict | None) -> None:
         """An epoch that has ended, and its scores if it is the best so far, or none could be scored yet."""
         self.tracker.open()

@@ -56,6 +56,9 @@ class Reports:
     def _on_epoch(self, content: dict) -> None:
         self.recorder.epoch(content["record"], content["validation"])
 
+    def _on_augmented(self, samples: dict) -> None:
+        self.recorder.augmented(samples)
+
     def _on_test(self, result: dict) -> None:
         self.test, self.tested = result, milliseconds()
 

@@ -1,8 +1,9 @@
-"""What a finished run leaves in its folder: pictures and the packaged model; and what it says in the terminal."""
+"""What a run leaves in its folder: pictures and the packaged model; and what it says in the terminal at its end."""
 
 import io
 import shlex
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import numpy as np
 
 from unet.classes import Classes
 from unet.pages import figures
+from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
 from unet.terminal import Display, score_table
+
+AUGMENTED = "augmented.png"
+"""Of a run that varies its training samples: what its network sees."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,22 @@ def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> di
     }
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **(gallery | {"names": np.array(gallery["names"])}))
-    files = {"gallery.npz": arrays.getvalue()}
+    return {"gallery.npz": arrays.getvalue()} | {name: _png(picture) for name, picture in pictures.items()}
+
+
+def draw_augmented(samples: dict, settings: AugmentSettings, classes: Classes) -> bytes:
+    """A PNG picture of training samples as `unet.training.begin` gives them."""
+    strength = f"strength {settings.augment:g} ({settings.augment_with})" if settings.augment else "mirrored"
+    title = f"Training samples as the network sees them: {strength}, {settings.mix:.0%} mixed"
+    parts = samples["images"], samples["masks"], samples["names"]
+    return _png(lambda path: figures.samples(*parts, classes, title, path))
+
+
+def _png(picture: Callable[[Path], object]) -> bytes:
+    """What `picture` writes to a file."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, picture in pictures.items():
-            picture(Path(scratch) / name)
-            files[name] = (Path(scratch) / name).read_bytes()
-    return files
+        picture(Path(scratch) / "picture.png")
+        return (Path(scratch) / "picture.png").read_bytes()
 
 
 def show(run: Run, uri: str, display: Display) -> None:

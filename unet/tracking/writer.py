@@ -249,4 +249,4 @@ class Untracked:
     def epoch(self, *args, **kwargs) -> None:
         """Nothing, as with all that would be sent."""
 
-    open = tags = status = receive = deliver = close = epoch
+    open = tags = status = receive = deliver = close = file = epoch

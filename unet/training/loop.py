@@ -128,7 +128,9 @@ class Loop:
         state, waited = self.state, time.perf_counter()
         for batch in self.reader.train(state.epoch, state.epoch_step):
             began = time.perf_counter()
-            result = self.learner.train_step(batch.images, batch.masks, state.step + 1, self._control(), self.steps)
+            result = self.learner.train_step(
+                batch.images, batch.masks, state.step + 1, self._control(), self.steps, batch.draws
+            )
             ended = time.perf_counter()
             if not result.finite and not self._pass_over(batch, result):
                 return False

@@ -7,6 +7,7 @@ from unet.cluster.devices import start_tensorflow
 from unet.data.ingest import WorkerShard
 from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
 from unet.training.backend import join_workers
+from unet.training.begin import begin
 from unet.training.finish import finish
 from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
@@ -33,6 +34,7 @@ def train_worker(config: dict) -> None:
             (reading,) = ray.get(job.link.reading.remote())
             shard = WorkerShard(ray.get(reading), rank, world_size)
         loop = Loop(job, learner, shard.reader(), link, rank, world_size)
+        begin(loop)
         if loop.train(ray.train.report) and job.score_test:
             finish(loop)
     except FirstCannotWrite:
