@@ -96,7 +96,7 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
                 raise InputError(f"Give --{again} again: the secret in {values[flag]} was not saved.")
     if given.config:
         values |= config.load_yaml(Path(given.config))
-    if "recipe" in settings.model_fields["command"].annotation.model_fields:
+    if "recipe" in config.defaults(settings):
         values = _with_recipe(settings, values, given)
     # Here already, since a default may be invalid by itself, and the two are checked together.
     values |= {name: getattr(given, name) for name in ("storage_path", "tracking_uri") if getattr(given, name)}

@@ -8,7 +8,7 @@ from unet.config.recipes import BEST, LENGTHS, MINUTES, RECIPE_SETTINGS, RECIPES
 from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
-from unet.settings import Device, SettingsGroup, flat, parse_bytes, parse_interval, unflat
+from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, parse_interval, unflat
 
 __all__ = [
     "BEST",
@@ -36,6 +36,7 @@ __all__ = [
     "SweepSettings",
     "TrainSettings",
     "TuneSettings",
+    "defaults",
     "flat",
     "is_source_name",
     "load_yaml",

@@ -40,9 +40,10 @@ class Parts:
 
         Without a norm the convolution has a bias and is followed by ReLU itself.
         """
-        norm, options = self._settings.norm, {"kernel_size": size, "kernel_initializer": "he_normal"}
+        norm = self._settings.norm
+        options: dict[str, Any] = {"kernel_size": size, "kernel_initializer": "he_normal"}
         if norm == "none":
-            fused = {"activation": "relu"} if relu else {}
+            fused: dict[str, Any] = {"activation": "relu"} if relu else {}
             return self.add(f"{block}_conv{part}", "convolution", before, channels=channels, **options, **fused)
         x = self.add(f"{block}_conv{part}", "convolution", before, channels=channels, use_bias=False, **options)
         kind, options = NORMS[norm]
@@ -52,5 +53,5 @@ class Parts:
     def dropout(self, block: str, before: str) -> str:
         """Dropout at the rate of the settings, with masks that no other layer of the network has."""
         self._dropouts += 1
-        key = {"rate": self._settings.dropout, "layer_index": self._dropouts - 1}
+        key: dict[str, Any] = {"rate": self._settings.dropout, "layer_index": self._dropouts - 1}
         return self.add(f"{block}_dropout", "dropout", before, **key)
