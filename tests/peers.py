@@ -88,7 +88,7 @@ def main(rank, ports, output, values, steps, poison, devices):
         norms.append(result.grad_norm)
         finite.append(result.finite)
     results["counted"] = learner.sum_over_workers(np.array([2**53 + 1, rank]))
-    results |= {f"weight/{i:03d}": w.numpy() for i, w in enumerate(learner.model.weights)}
+    results |= {f"weight/{name}": variable.numpy() for name, variable in learner.variables().items()}
     np.savez(output, losses=losses, norms=norms, finite=finite, **results)
 
 

@@ -25,18 +25,19 @@ from unet.training.begin import begin
 from unet.training.job import Job
 from unet.training.link import not_finite, start_link
 from unet.training.loop import Loop
+from unet.training.plan import FINISH_SECONDS
 
 
 class WorkerLink:
     """What the loop says, and a request that comes with a batch of the first validation."""
 
     def __init__(self, stop_signal=None, batch=2):
-        self.events, self.lives, self._stop_signal, self._batch, self._live = [], [], stop_signal, batch, None
+        self.events, self.lives, self.stop_signal, self._batch, self._live = [], [], stop_signal, batch, None
 
     @property
     def request(self):
         there = self._live and self._live.phase == "val" and self._live.step >= self._batch
-        return self._stop_signal if there else None
+        return self.stop_signal if there else None
 
     def live(self, live):
         self._live = live
@@ -54,7 +55,8 @@ def reading(ray_cluster, storage, packed) -> Ingest:
 
 
 def loop_of(storage, name, reading, link, checkpoint=None, **changes) -> Loop:
-    settings = tiny_settings(storage, "x", num_workers=1, batch_size=4, epochs=2, run_name=name, **changes)
+    values = {"num_workers": 1, "batch_size": 4, "epochs": 2, "run_name": name}
+    settings = tiny_settings(storage, "x", **values | changes)
     run = Run.load(name, settings)
     run.start()
     job = Job(settings, run.public_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
@@ -224,7 +226,7 @@ class Watcher(Display):
         super().__init__(quiet=True)
         self.stop_signal, self.seen = threading.Event(), None
 
-    def progress(self, live, epochs):
+    def progress(self, live, epochs, minutes=None):
         if live.phase == "val" and live.step < live.steps - 2:
             self.seen = self.seen or live
             self.stop_signal.set()
@@ -247,3 +249,78 @@ def test_ctrl_c_in_a_long_validation_of_two_workers(ray_cluster, storage, tmp_pa
     last = opened.checkpoints.latest()[0]
     before, after = (weights_of(storage / run, last) for run in ("scored-whole", "scored-later"))
     assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+class Watch:
+    """A time that passes by a learner's work only; `time` of the loop."""
+
+    def __init__(self, began):
+        self.now = began
+
+    def time(self):
+        return self.now
+
+    perf_counter = monotonic = time
+
+    def slow(self, work, seconds):
+        def slower(*args, **kwargs):
+            self.now += seconds
+            return work(*args, **kwargs)
+
+        return slower
+
+
+def timed_loop(patch, storage, name, reading, checkpoint=None, **changes) -> Loop:
+    """Whose step takes a second and whose scored batch half of one, after ten seconds of starting."""
+    changes = {"epochs": None, "schedule": "cosine", "ema_decay": 0.5} | changes
+    loop = loop_of(storage, name, reading, WorkerLink(), checkpoint, **changes)
+    watch = Watch(loop.job.began + 10)
+    patch.setattr("unet.training.loop.time", watch)
+    loop.learner.train_step = watch.slow(loop.learner.train_step, 1.0)
+    loop.learner.evaluate = watch.slow(loop.learner.evaluate, 0.5)
+    loop.last_save = watch.now
+    return loop
+
+
+def test_a_run_of_minutes_ends_with_its_time_and_a_stop_does_not_begin_it_anew(reading, storage, monkeypatch):
+    """It is cut short in an epoch, which is validated and counts; the rate falls to the end."""
+    reading = replace(reading, epochs=None)
+    val, test = (-(-reading.samples[split] // 4) for split in ("val", "test"))
+    minutes = 1.5
+    loop = timed_loop(monkeypatch, storage, "timed", reading, minutes=minutes)
+    assert loop.train(lambda record: None) and loop.is_done
+    spent = 60 * minutes - FINISH_SECONDS - test / 2
+    assert spent - 3 <= loop.elapsed <= spent
+    *whole, last = loop.state.history
+    n = loop.plan.steps
+    assert [record["step"] for record in whole] == [n * (i + 1) for i in range(len(whole))]
+    assert whole and loop.state.step == last["step"] == loop.state.planned_steps and last["step"] % n
+    assert last["step"] == pytest.approx(spent - 10 - (len(whole) + 1) * val / 2, abs=3)
+    rates = [record["learning_rate"] for record in loop.state.history]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.01 * loop.settings.optimizer.learning_rate
+    assert loop.checkpoints.state(loop.state.chosen).best_epoch == loop.state.best_epoch
+    lives = [live for live in loop.link.lives if live.phase == "train"]
+    assert lives[-1].elapsed == pytest.approx(loop.elapsed - val / 2)
+
+    first = timed_loop(monkeypatch, storage, "timed-in-two", reading, minutes=minutes)
+    assert first.run_epoch()
+    first.link.stop_signal = "leave"  # after the next step
+    assert not first.train(lambda record: None)
+    name, left = first.checkpoints.latest()
+    assert left.planned_steps and left.seconds == pytest.approx(10 + n + val / 2 + 1)
+    second = timed_loop(monkeypatch, storage, "timed-in-two", reading, name, minutes=minutes)
+    assert second.state.planned_steps == left.planned_steps and second.elapsed == pytest.approx(left.seconds + 10)
+    assert second.train(lambda record: None) and spent - 3 <= second.elapsed <= spent
+    assert second.state.step == pytest.approx(loop.state.step - 10, abs=3)  # ten seconds went to the second start
+
+    more = timed_loop(monkeypatch, storage, "timed-in-two", reading, name_of(second.state.step), minutes=2 * minutes)
+    assert not more.is_done and more.state.planned_steps == 2 * second.state.step
+    ((kind, sentence),) = more.link.events
+    assert kind == "rate" and sentence.endswith("as in a run of 3 minutes.")
+
+
+def test_a_run_that_is_too_short_for_an_epoch_is_scored_all_the_same(reading, storage, monkeypatch):
+    loop = timed_loop(monkeypatch, storage, "short", replace(reading, epochs=None), minutes=0.2)
+    assert loop.train(lambda record: None)
+    (record,) = loop.state.history
+    assert record["step"] == 1 and loop.state.chosen == name_of(1)

@@ -83,10 +83,14 @@ def test_it_is_saved_restored_and_scored_like_every_weight(centred, pets, tmp_pa
 
 
 def test_a_step_that_is_passed_over_moves_nothing(centred, pets):
-    one = learner(precision="mixed_float16")
+    one = learner(precision="mixed_float16", ema_decay=0.5)
     one.loss_scale.assign(2.0**127)
+    before = {name: variable.numpy() for name, variable in one.variables().items()}
     assert not one.train_step(*pets, 1).finite
-    assert not one.variables()["weights/centre/moving_mean"].numpy().any()
+    after = {name: variable.numpy() for name, variable in one.variables().items()}
+    assert not after["weights/centre/moving_mean"].any() and before["loss_scale"] > after["loss_scale"]
+    for name in before.keys() - {"loss_scale"}:
+        np.testing.assert_array_equal(before[name], after[name])
 
 
 def test_a_layer_asks_for_its_pass_in_words(centred):
@@ -95,19 +99,22 @@ def test_a_layer_asks_for_its_pass_in_words(centred):
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
-def test_averages_are_scored_packaged_and_continued_with(pets, tmp_path, monkeypatch, precision):
-    """Where a recipe says that they stand for the weights: nothing outside of it is told."""
-    toys.add_average(monkeypatch)
-    settings = unflat(TrainSettings, SMALL | {"precision": precision, "learning_rate": 0.01})
+def test_averages_are_scored_packaged_and_continued_with(centred, pets, tmp_path, precision):
+    """They stand for the weights, by the recipe's names: nothing outside of it is told."""
+    changes = {"precision": precision, "learning_rate": 0.01, "ema_decay": 0.2, "grad_shards": 2}
+    settings = unflat(TrainSettings, SMALL | changes)
     one, other = (Learner(settings.recipe(3)) for _ in range(2))
-    kernel, expected = one.variables()["weights/head/kernel"], one.variables()["weights/head/kernel"].numpy()
-    for number in (1, 2, 3):
+    names = ("head/kernel", "centre/moving_mean")  # what a norm follows is averaged too
+    weights = {name: one.variables()[f"weights/{name}"] for name in names}
+    expected = {name: weight.numpy() for name, weight in weights.items()}
+    for number, decay in ((1, 2 / 11), (2, 0.2), (3, 0.2)):
         assert one.train_step(*pets, number).finite
-        expected = (expected + kernel.numpy()) / 2
+        expected = {name: decay * expected[name] + (1 - decay) * weights[name].numpy() for name in names}
     one.refresh_float32()
     scored = {weight.path: weight.numpy() for weight in one.float32_model.weights}
-    np.testing.assert_allclose(scored["head/kernel"], expected, atol=1e-6)
-    assert not np.array_equal(scored["head/kernel"], kernel.numpy())
+    for name in names:
+        np.testing.assert_allclose(scored[name], expected[name], atol=1e-6)
+        assert not np.array_equal(scored[name], weights[name].numpy())
     Folder(tmp_path).write_text("config.yaml", "")
     checkpoints = Checkpoints(Folder(tmp_path))
     name = checkpoints.save(one, state_of(settings, step=3))
@@ -147,8 +154,14 @@ OTHER = {
     "patience": 3,
     "grad_shards": 2,
     "seed": 1,
+    "optimizer": "muon",
     "learning_rate": 0.5,
+    "schedule": "cosine",
+    "warmup": "5%",
+    "weight_decay": 0.01,
+    "momentum": 0.8,
     "clip_norm": 1.0,
+    "ema_decay": 0.9,
     "loss": "0.5*cross_entropy",
     "label_smoothing": 0.1,
     "focal_gamma": 1.0,
@@ -165,6 +178,7 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
     names = {name for part in PARTS.values() for name in part.model_fields}
     assert names == OTHER.keys() and names >= SEARCHABLE
     base = {"dropout": 0.25, "augment": 0.25, "mix": 0.5, "image_size": 32}
+    base |= {"optimizer": "sgd"}  # with which each of the others goes
 
     def key(**changes) -> str:
         return traced_key(unflat(TrainSettings, base | changes).recipe(3))
@@ -172,6 +186,8 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
     shared = {name for name, value in OTHER.items() if key(**{name: value}) == key()}
     assert shared == {
         "learning_rate",
+        "schedule",
+        "warmup",
         "dropout",
         "augment",
         "mix",

@@ -86,6 +86,25 @@ def test_terms_of_global_sums_moving_averages_and_augmentation_agree(tmp_path):
     assert one["losses"][-1] < one["losses"][0]
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd"))]
+)
+def test_the_optimizers_and_the_average_agree(tmp_path, optimizer):
+    values = SMALL | {
+        "optimizer": optimizer,
+        "weight_decay": 0.1,
+        "ema_decay": 0.9,
+        "base_filters": 8,
+        "grad_shards": 2,
+    }
+    (one,), two = train(tmp_path, 1, values, 5), train(tmp_path, 2, values, 5)
+    assert part(one, "weight/average/") and len(part(one, "weight/optimizer/")) > 2
+    for rank in two:
+        for a, b in zip(part(one, "weight/"), part(rank, "weight/"), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    assert one["losses"][-1] < one["losses"][0]
+
+
 @pytest.mark.slow
 def test_clipping_acts_on_the_summed_gradient(tmp_path):
     values = SMALL | {"clip_norm": 1e-3, "grad_shards": 2}

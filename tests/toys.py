@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from unet.recipe import layers, network, optimizer, recipe, step, terms
+from unet.recipe import layers, network, recipe, terms
 from unet.recipe.network import INPUT, Kind, Layer, Network
 from unet.recipe.passes import current_pass
 
@@ -69,36 +69,3 @@ def add_layer(patch) -> None:
     patch.setitem(network.KINDS, "centring", kind)
     patch.setitem(layers.BUILDERS, "centring", lambda layer: Centring(name=layer.name))
     patch.setattr(recipe, "describe", lambda settings, classes: Network(CENTRED.layers))
-
-
-def add_average(patch) -> None:
-    """Let every recipe average its weights, and score, choose and package the averages."""
-    shapes, scored = optimizer.variable_shapes, recipe.Recipe.scored.func
-    patch.setattr(
-        optimizer,
-        "variable_shapes",
-        lambda trainable: shapes(trainable) | {f"{name}/average": shape for name, shape in trainable.items()},
-    )
-    patch.setattr(step, "Optimizer", Averaging)
-    patch.setattr(
-        recipe.Recipe,
-        "scored",
-        property(lambda self: scored(self) | {k: f"optimizer/{k}/average" for k in self.network.trainable}),
-    )
-
-
-class Averaging(optimizer.Optimizer):
-    """Adam, and the mean of each weight and its average after every step."""
-
-    def __init__(self, weights):
-        super().__init__(weights)
-        self.averages = [tf.Variable(weight.numpy()) for weight in weights]
-
-    def apply(self, gradients, rate):
-        super().apply(gradients, rate)
-        for average, weight in zip(self.averages, self._weights, strict=True):
-            average.assign((average + weight) / 2)
-
-    def variables(self):
-        averages = {f"{weight.path}/average": a for weight, a in zip(self._weights, self.averages, strict=True)}
-        return super().variables() | averages

@@ -14,6 +14,7 @@ class Live:
         loss: mean per pixel over the epoch so far.
         images_per_second, data_wait_fraction: over the epoch so far.
         seconds_per_step: for the time left.
+        elapsed: seconds of the run, where --minutes end it.
     """
 
     epoch: int
@@ -24,6 +25,7 @@ class Live:
     images_per_second: float | None = None
     data_wait_fraction: float | None = None
     seconds_per_step: float | None = None
+    elapsed: float | None = None
 
 
 @dataclass

@@ -66,15 +66,19 @@ class Display:
                 apart = ", " if of_kind[0]["name"] else "; "
                 self.say(f"{title}: {kind} ({count}): {apart.join(names[:SHOWN])}{more}", style)
 
-    def progress(self, live: Live, epochs: int) -> None:
+    def progress(self, live: Live, epochs: int | None, minutes: float | None = None) -> None:
+        """Where a run is that ends with so many epochs, or minutes."""
         parts = [f"{live.phase} {live.step}/{live.steps}"]
         if live.phase != "test":
-            parts.insert(0, f"epoch {live.epoch}/{epochs}")
+            timed = minutes is not None and live.elapsed is not None
+            parts.insert(0, f"epoch {live.epoch}" if timed else f"epoch {_of(live.epoch, epochs)}")
+            if minutes is not None and live.elapsed is not None:
+                parts.insert(1, f"{live.elapsed / 60:.1f} of {minutes:g} min")
         if live.images_per_second is not None:
             parts.append(speed(live.images_per_second))
         if live.loss is not None:
             parts.append(f"loss {score(live.loss)}")
-        if live.seconds_per_step is not None and live.phase == "train":
+        if live.seconds_per_step is not None and live.phase == "train" and epochs and minutes is None:
             steps = live.steps - live.step + (epochs - live.epoch) * live.steps
             parts.append(f"{duration(steps * live.seconds_per_step)} left")
         if live.data_wait_fraction is not None:  # last: a narrow terminal cuts here
@@ -94,8 +98,8 @@ class Display:
             self._printed = time.monotonic()
             self.say("  " + text)
 
-    def epoch(self, record: dict, epochs: int, classes: Classes) -> None:
-        parts = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"]
+    def epoch(self, record: dict, epochs: int | None, classes: Classes) -> None:
+        parts = [f"epoch {_of(record['epoch'], epochs)}"]
         for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
             parts.append(f"{label} {score(record.get(key))}")
         parts += [f"{name} {score(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
@@ -109,6 +113,11 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _of(epoch: int, epochs: int | None) -> str:
+    """An epoch in a column, and of how many, where that is known."""
+    return f"{epoch:>3}" if epochs is None else f"{epoch:>{len(str(epochs))}}/{epochs}"
 
 
 def names_in_line(classes: Classes) -> list[str]:

@@ -138,8 +138,9 @@ def worker_bytes(settings: TrainSettings, share: int, use_gpu: bool = False) -> 
     network = describe(settings.model, 1)  # the classes are not known before the data, and hardly count
     # What all layers give lives until the backward pass, and some of it twice (measured at 16 and 64 filters).
     activations = 1.3 * network.activations * settings.data.image_size**2 * 4
-    # Weights, gradients and what the optimizer remembers; a checkpoint is made in memory beside them.
-    copies = 7 * network.parameters * 4
+    # Weights, gradients and what the optimizer remembers; a checkpoint is made in memory beside them. An average is
+    # kept, written into the checkpoint, and scored in a network of its own.
+    copies = (7 + 3 * (settings.optimizer.ema_decay > 0)) * network.parameters * 4
     return WORKER_BYTES + copies + (0 if use_gpu else share * activations)
 
 

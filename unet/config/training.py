@@ -21,6 +21,18 @@ FENCING_TOKEN = ".fencing-token"
 """File with the token that lets the current group of workers write into a run's folder."""
 
 
+DEFAULT_EPOCHS = 10
+
+
+class LengthSettings(SettingsGroup):
+    """How long it takes."""
+
+    minutes: Annotated[float | None, Field(gt=0)] = None
+    """Train as long as that, from the start of the workers to the model's package, --epochs at most; a run that is
+    continued goes on with the time it had left. The schedule ends with it, by the measured speed, so the numbers
+    depend on that. None: until --epochs."""
+
+
 class ComputeSettings(SettingsGroup):
     """What the training runs on."""
 
@@ -133,6 +145,7 @@ class TrainSettings(SettingsGroup):
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
     augment: AugmentSettings = AugmentSettings()
+    length: LengthSettings = LengthSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: TrainCommandSettings = TrainCommandSettings()
@@ -165,6 +178,18 @@ class TrainSettings(SettingsGroup):
             augment=self.augment,
         )
 
+    @property
+    def epochs(self) -> int | None:
+        """How many epochs there are at most; None: as many as the minutes allow."""
+        return self.training.epochs or (DEFAULT_EPOCHS if self.length.minutes is None else None)
+
+    @property
+    def length_in_words(self) -> str:
+        minutes, epochs = self.length.minutes, self.epochs
+        if minutes is None:
+            return f"{epochs} epochs"
+        return f"{minutes:g} minutes" + (f", at most {epochs} epochs" if epochs else "")
+
     def with_precision(self, precision: str) -> Self:
         """The same in another precision."""
         training = self.training.model_copy(update={"precision": precision})
@@ -184,7 +209,7 @@ class TrainSettings(SettingsGroup):
 
 MAY_CHANGE = frozenset(
     (
-        *("data", "memory_budget", "epochs", "patience", "num_workers", "threads", "checkpoint_every"),
+        *("data", "memory_budget", "epochs", "minutes", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
         *("register", "recipe", "config", "debug"),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unet.config.fields import SearchSpace
-from unet.config.training import MAY_CHANGE, TrainSettings
+from unet.config.training import DEFAULT_EPOCHS, MAY_CHANGE, LengthSettings, TrainSettings
 from unet.recipe.recipe import PARTS
 from unet.settings import SettingsGroup
 
@@ -17,8 +17,6 @@ class SweepSettings(SettingsGroup):
     """Name of a search space in tune_spaces/, or a YAML file."""
     num_samples: Annotated[int | None, Field(ge=1)] = None
     """Number of trials. None: 10; with --minutes, as many as fit; with --search grid, every combination."""
-    minutes: Annotated[float | None, Field(gt=0)] = None
-    """Stop this many minutes after the first trial of this start began; running trials keep their scores so far."""
     search: Literal["random", "grid", "tpe"] = "random"
     """random draws settings at random; grid tries every combination; tpe learns from the scores so far (Optuna)."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
@@ -32,10 +30,23 @@ class SweepSettings(SettingsGroup):
     """Add this many trials to a finished sweep."""
 
 
+class SweepLengthSettings(LengthSettings):
+    """How long it takes."""
+
+    minutes: Annotated[float | None, Field(gt=0)] = None
+    """Stop this many minutes after the first trial of this start began; running trials keep their scores so far."""
+
+
 class TuneSettings(TrainSettings):
     """A training's settings and the search over some of them."""
 
+    length: SweepLengthSettings = SweepLengthSettings()
     sweep: SweepSettings = SweepSettings()
+
+    @property
+    def epochs(self) -> int:
+        """Of a trial; the minutes are the sweep's."""
+        return self.training.epochs or DEFAULT_EPOCHS
 
     @model_validator(mode="after")
     def _search_fits(self):

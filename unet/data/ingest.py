@@ -18,13 +18,18 @@ import pyarrow as pa
 import ray
 
 from unet.data.chunks import Chunks, LazyChunks, arrays, gather
-from unet.data.order import CHUNK, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
+from unet.data.order import CHUNK, PADDING, BatchPlan, epoch_order, sample_bytes, window_ends, window_of
 from unet.data.shards import opened
 from unet.data.streaming import DATA_CPUS, STREAM_TASKS
 from unet.recipe.augment import draw, flips, mirror
 
 KEEP_BYTES = 2**26
 """What a task reads at least of data that are kept: starting one takes longer than reading a small chunk."""
+
+
+MOST_TASKS = 5_000
+"""So many reading tasks a stream has at most, where it is not known how long the run will be: about 20 million samples
+of 128 px. All are made when it starts."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Ingest:
         samples: how many samples of each split are used.
         batch_size: the global batch.
         seed: of order and augmentation.
-        epochs: the last epoch.
+        epochs: the last epoch; None: nobody knows which.
         kept: by split, references to the chunks in the object store; None when streaming.
         start: (epoch, step in the epoch) to start at.
         memory: bytes of object store that streaming may use.
@@ -71,7 +76,7 @@ class Ingest:
     samples: dict[str, int]
     batch_size: int
     seed: int
-    epochs: int
+    epochs: int | None
     start: tuple[int, int]
     memory: int
     kept: dict[str, list[ray.ObjectRef]] | None = None
@@ -94,6 +99,9 @@ class Ingest:
 
 def shards(ingest: Ingest, world_size: int) -> list["WorkerShard"]:
     """Each worker's shard; where the data are streamed, of one execution of Ray Data for all that is left to read."""
+    if ingest.kept is None and ingest.epochs is None:
+        first, windows = ingest.start[0], -(-ingest.samples["train"] // (CHUNK * ingest.chunks_of_window))
+        ingest = replace(ingest, epochs=first + MOST_TASKS // (windows + 1))
     found = [WorkerShard(ingest, rank, world_size) for rank in range(world_size)]
     units = [] if ingest.kept is not None else list(_units(ingest, world_size))
     if units:  # none where only the test is left to do
@@ -133,7 +141,8 @@ class Reader:
 
         return self._one_ahead(map(varied, self._batches("train", epoch, first_step)))
 
-    def validation(self, epoch: int) -> Iterator[Batch]:
+    def validation(self, epoch: int, cut: bool = False) -> Iterator[Batch]:
+        """After all batches of an epoch, or after some of the last one, which was `cut` short."""
         return self._one_ahead(self._batches("val", epoch, 0))
 
     def direct(self, split: str) -> Iterator[Batch]:
@@ -186,6 +195,15 @@ class _Streamed(Reader):
         whole_blocks: Any = None  # Ray takes it, and leaves it out of its types
         blocks = stream.iter_batches(batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=2)
         self._blocks: Iterator[pa.Table] = iter(blocks)
+
+    def validation(self, epoch: int, cut: bool = False) -> Iterator[Batch]:
+        if not cut:
+            return super().validation(epoch)
+        # In the stream the rest of the epoch's training comes first.
+        shares = self.ingest.plan("val", self.world_size).shares(self.ingest.order("val", epoch))
+        own = np.concatenate([share[self.rank] for _, share in shares])
+        chunks = LazyChunks(opened(self.ingest.folder), "val", own[own != PADDING])
+        return self._one_ahead(self._gathered("val", epoch, 0, chunks))
 
     def _batches(self, split: str, epoch: int, first_step: int) -> Iterator[Batch]:
         size = self.ingest.image_size
@@ -274,6 +292,7 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:
     """The reading tasks: the steps that begin in one window, and each epoch's validation."""
     first_epoch, first_step = ingest.start
+    assert ingest.epochs is not None  # a stream has an end
     for epoch in range(first_epoch, ingest.epochs + 1):
         for end in window_ends(ingest.samples["train"], ingest.seed, epoch, ingest.chunks_of_window):
             last = -(-end // ingest.batch_size)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from unet.recipe import optimizer
+from unet.recipe import averaging, optimizer
 from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import AUTO_WEIGHTS, LossSettings
 from unet.recipe.network import ModelSettings, Network, Shapes
@@ -25,8 +25,8 @@ WEIGHTS = "weights/"
 class TrainingSettings(SettingsGroup):
     """How the network learns."""
 
-    epochs: Annotated[int, Field(ge=1)] = 10
-    """Passes over the training samples."""
+    epochs: Annotated[int | None, Field(ge=1)] = None
+    """Passes over the training samples. None: 10, or as many as --minutes allow."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples in a global batch, which is divided among the workers."""
     precision: Precision = "auto"
@@ -91,27 +91,34 @@ class Recipe(SettingsGroup):
 
     @cached_property
     def variables(self) -> Shapes:
-        """The shape of everything that a step changes, by name: weights, optimizer, loss scale.
+        """The shape of everything that a step changes, by name: weights, optimizer, averages, loss scale.
 
         `Learner.variables` holds the variables themselves. Saving, loading, synchronising, restarting and packaging go
         by these names and know no others.
         """
         weights = {f"{WEIGHTS}{name}": shape for name, shape in self.network.variables.items()}
-        slots = optimizer.variable_shapes(self.network.trainable)
+        slots = optimizer.variable_shapes(self.optimizer, self.network.trainable)
         found = weights | {f"optimizer/{name}": shape for name, shape in slots.items()}
+        found |= averaging.variable_shapes(self.network.variables) if self.averages else {}
         return found | {"loss_scale": (), "good_steps": ()}
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.optimizer.ema_decay > 0
 
     @cached_property
     def scored(self) -> dict[str, str]:
         """The variable that is scored, packaged and predicted with in the place of each weight, by their names.
 
-        Here the weight itself; a recipe that averages weights names the averages.
+        The weight itself, or its moving average.
         """
-        return {name: f"{WEIGHTS}{name}" for name in self.network.variables}
+        prefix = averaging.AVERAGE if self.averages else WEIGHTS
+        return {name: f"{prefix}{name}" for name in self.network.variables}
 
     @property
     def scores_its_weights(self) -> bool:
-        return all(variable == f"{WEIGHTS}{name}" for name, variable in self.scored.items())
+        return not self.averages
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -120,7 +127,7 @@ class Recipe(SettingsGroup):
 
 
 GIVEN_TO_EACH_STEP: dict[str, set[str]] = {
-    "optimizer": {"learning_rate"},
+    "optimizer": {"learning_rate", "schedule", "warmup"},
     "model": {"dropout"},
     "augment": {"augment", "mix"},
 }

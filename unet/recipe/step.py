@@ -17,11 +17,13 @@ import tensorflow as tf
 
 from unet.errors import RunFailed
 from unet.recipe.augment import DRAWS, NEUTRAL
+from unet.recipe.averaging import Average
 from unet.recipe.batch import GlobalBatch, as_input
 from unet.recipe.layers import build
 from unet.recipe.loss import Loss
 from unet.recipe.optimizer import Optimizer, learning_rate
 from unet.recipe.recipe import WEIGHTS, Recipe
+from unet.recipe.schedule import Horizon
 from unet.recipe.terms import Pixels
 from unet.recipe.transforms import Augmentation, Drawn
 
@@ -42,6 +44,7 @@ class StepResult:
         control: the sum of what the workers passed as `control`.
         overflowed: whether gradients of a finite loss were not finite, and the loss had been scaled by more than the
             least scale: then that scale was too large, and nothing is wrong.
+        learning_rate: of the step.
     """
 
     loss_sums: list[float]
@@ -50,6 +53,7 @@ class StepResult:
     finite: bool
     control: int
     overflowed: bool
+    learning_rate: float
 
 
 class Learner:
@@ -67,7 +71,8 @@ class Learner:
         keras.utils.set_random_seed(training.seed)
         keras.config.set_dtype_policy(training.precision)
         self.model = build(recipe.network, recipe.image_size)
-        self.optimizer = Optimizer(self.model.trainable_variables)
+        self.optimizer = Optimizer(recipe.optimizer, recipe.network.trainable, self.model.trainable_variables)
+        self.average = Average(self.model.weights, recipe.optimizer.ema_decay) if recipe.averages else None
         self.loss = Loss(recipe.loss, recipe.classes)
         self.scales_loss = training.precision == "mixed_float16"
         self.loss_scale = tf.Variable(INITIAL_LOSS_SCALE if self.scales_loss else 1.0, trainable=False)
@@ -95,7 +100,8 @@ class Learner:
         """Everything that a step changes, by the names of `Recipe.variables`."""
         weights = {f"{WEIGHTS}{variable.path}": variable for variable in self.model.weights}
         slots = {f"optimizer/{name}": variable for name, variable in self.optimizer.variables().items()}
-        return weights | slots | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        averages = self.average.variables() if self.average else {}
+        return weights | slots | averages | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
     def _check_variables(self) -> None:
         """Refuse to train what no checkpoint could hold.
@@ -141,21 +147,22 @@ class Learner:
         masks: np.ndarray,
         step: int,
         control: int = 0,
-        steps: int = 0,
+        horizon: Horizon | None = None,
         draws: np.ndarray | None = None,
     ) -> StepResult:
         """Update the weights from this worker's share: images uint8 (share, S, S, 3), masks uint8 (share, S, S).
 
-        `step` counts from 1 over the whole run, which is to have `steps`; it keys the dropout and gives the learning
-        rate. `draws`, float32 (share, K) of `unet.recipe.augment.draw`, are what the samples are varied by: a recipe
-        without augmentation needs none.
+        `step` counts from 1 over the whole run, which is to be as long as `horizon`; it keys the dropout and gives the
+        learning rate, which without a horizon is always the full one. `draws`, float32 (share, K) of
+        `unet.recipe.augment.draw`, are what the samples are varied by: a recipe without augmentation needs none.
         """
-        rate, dropout = learning_rate(self.recipe.optimizer, step, max(step, steps)), self.recipe.model.dropout
+        settings, dropout = self.recipe.optimizer, self.recipe.model.dropout
+        rate = settings.learning_rate if horizon is None else learning_rate(settings, step, horizon)
         drawn = self._drawn(draws)
         found = self._step(images, masks, drawn, step, float(control), rate, dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
         overflowed = not finite and math.isfinite(loss) and scale > MIN_LOSS_SCALE
-        return StepResult(sums, loss, norm, bool(finite), round(control), overflowed)
+        return StepResult(sums, loss, norm, bool(finite), round(control), overflowed, rate)
 
     def augmented(self, images: np.ndarray, masks: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What a step makes of any number of samples, for a person to see: uint8 (N, S, S, 3) and (N, S, S)."""
@@ -197,6 +204,8 @@ class Learner:
             self.optimizer.apply(gradients, rate)
             for average in found.averages:
                 average.move()
+            if self.average:
+                self.average.follow(self.optimizer.updates)
             if self.scales_loss:
                 grown = (self.good_steps + 1) // LOSS_SCALE_STEPS
                 self.loss_scale.assign(self.loss_scale * tf.where(grown > 0, 2.0, 1.0))

@@ -31,6 +31,9 @@ class State:
         best_score, best_epoch, best_checkpoint: the best epoch so far by val mean IoU.
         validation: the scores of the best epoch; of the last one while none has a mean IoU.
         stale_epochs: epochs with a score since the best one.
+        seconds: since the run began, over all its starts and up to this checkpoint: of training and what goes with it.
+        planned_steps: how many steps it is to have; None until that can be estimated (--minutes).
+        learning_rate: of the last step.
         skipped_steps: steps passed over for numbers that were not finite.
         loss_sums: sums of the loss' terms over the finite steps of the epoch under way; empty before the first.
         taken_over: whose weights a trial of a sweep took over last, as run/checkpoint.
@@ -56,6 +59,9 @@ class State:
     best_epoch: int | None = None
     best_checkpoint: Name | None = None
     stale_epochs: Count = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    planned_steps: Count | None = None
+    learning_rate: float | None = None
     skipped_steps: Count = 0
     loss_sums: list[float] = field(default_factory=list)
     validation: dict | None = None

@@ -10,8 +10,10 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
+from unet.recipe.optimizer import in_few_words
 from unet.runs.run import Run
 from unet.storage import Folder
+from unet.supervise import results
 from unet.supervise.preflight import check_disk
 from unet.supervise.prelude import gather
 from unet.supervise.recorder import RunRecorder
@@ -19,6 +21,7 @@ from unet.supervise.results import AUGMENTED
 from unet.supervise.supervisor import Supervisor
 from unet.terminal import Display
 from unet.tracking.send import send_later
+from unet.training.plan import has_ended, planned_steps
 
 
 def train(
@@ -67,8 +70,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
                 f"The run {run.name} stopped early after epoch {done}, best {best}. More: --patience {stale + 5}."
             )
             return _finished(run, display, as_trial)
-        if done >= settings.training.epochs:
-            display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: --epochs {done + 10}.")
+        # Of a run by the clock the number of steps is in its state; of one by epochs they say it all.
+        if has_ended(settings, latest[1], planned_steps(settings, latest[1], 0)):
+            more = results.more(settings, done)
+            display.say(f"The run {run.name} is finished ({done} epochs, best {best}). More: {more}.")
             return _finished(run, display, as_trial)
     material = gather(
         settings,
@@ -129,7 +134,7 @@ def _overview(
         ),
         (
             "training",
-            f"{s.training.epochs} epochs, global batch {s.training.batch_size}, Adam {s.optimizer.learning_rate:g}, "
+            f"{s.length_in_words}, global batch {s.training.batch_size}, {in_few_words(s.optimizer)}, "
             f"seed {s.training.seed}",
         ),
         *([("class weights", s.loss.class_weights)] if s.loss.class_weights else []),

@@ -106,7 +106,7 @@ class RunRecorder:
         self.tracker.epoch(self.history[-1])
         best = {"best_epoch": record.get("best_epoch"), "val": validation} if validation else {}
         self.run.write_summary(skipped_steps=record.get("skipped_steps", 0), **best)
-        self.display.epoch(record, self.run.settings.training.epochs, self.prepared.manifest.class_infos)
+        self.display.epoch(record, self.run.settings.epochs, self.prepared.manifest.class_infos)
 
     def catch_up(self, state: State | None) -> None:
         """The epochs whose checkpoint was written, but whose workers were lost before they reported it."""
@@ -193,6 +193,7 @@ class RunRecorder:
             "best_epoch": state and state.best_epoch,
             "best_checkpoint": state and f"checkpoints/{state.chosen}",
             "images_per_second": round(float(np.median(speeds)), 2) if speeds else None,
+            "steps": state and state.step,
             "val": state and state.validation,
             "skipped_steps": state.skipped_steps if state else 0,
         }

@@ -50,6 +50,9 @@ class Reports:
             f"The {', '.join(what)} changed: the numbers will not be bit-equal to those of an unbroken run.", "yellow"
         )
 
+    def _on_rate(self, sentence: str) -> None:
+        self.recorder.display.say(sentence, "yellow")
+
     def _on_first_step(self, at: float) -> None:
         self.recorder.first_step(at)
 

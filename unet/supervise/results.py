@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from unet.classes import Classes
+from unet.config import TrainSettings
 from unet.pages import figures
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
@@ -42,6 +43,12 @@ def keep(run: Run, state: State, history: list[dict], results: Results) -> None:
     for name, content in draw(history, results.test, results.gallery, state.class_infos).items():
         run.write(name, content)
     run.folder.commit(MODEL, results.package)
+
+
+def more(settings: TrainSettings, epochs: int) -> str:
+    """The flag with which a run that has ended, after so many epochs, goes on."""
+    minutes = settings.length.minutes
+    return f"--epochs {epochs + 10}" if minutes is None else f"--minutes {2 * minutes:g}"
 
 
 def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> dict[str, bytes]:
@@ -78,11 +85,11 @@ def show(run: Run, uri: str, display: Display) -> None:
     scored = summary["best_epoch"] is not None
     kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
     display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
-    more, data = str(settings.training.epochs + 10), shlex.quote(settings.data.data)
+    more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience, latest = settings.training.patience, run.checkpoints.latest()
     if patience is not None and latest and patience <= latest[1].stale_epochs:
-        more = f"{more} --patience {patience + 5}"
+        more_of = f"{more_of} --patience {patience + 5}"
     display.table(
         f"Run {run.name} is finished",
         [
@@ -93,6 +100,6 @@ def show(run: Run, uri: str, display: Display) -> None:
                 "evaluate",
                 f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",
             ),
-            ("continue", f"python jobs/train.py --resume {run.name} --epochs {more}{where(run.settings.run)}"),
+            ("continue", f"python jobs/train.py --resume {run.name} {more_of}{where(run.settings.run)}"),
         ],
     )

@@ -77,7 +77,7 @@ class Supervisor:
                 samples=self.counts,
                 batch_size=training.batch_size,
                 seed=training.seed,
-                epochs=training.epochs,
+                epochs=self.settings.epochs,
                 start=(1, 0),
                 memory=self.plan.stream_bytes,
             )
@@ -258,7 +258,7 @@ class Supervisor:
             if events or not group.begun or (at is not None and at != live):
                 live, moved, since = at or live, now, since or (now if at else None)
             if live is not None and not self.reports.stopped:
-                self.display.progress(live, self.settings.training.epochs)
+                self.display.progress(live, self.settings.epochs, self.settings.length.minutes)
             if now - moved > limit and not hung:
                 where = f" after {live.phase} step {live.step} of epoch {live.epoch}" if live else ""
                 hung = f"no progress for {limit / 60:g} minutes{where}: a worker hangs (see --step-timeout)"

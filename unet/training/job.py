@@ -1,6 +1,7 @@
 """What the driver hands to every worker of a run."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import ray
 
@@ -25,6 +26,7 @@ class Job:
         link: handle of the `DriverLink`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
         use_gpu: whether this worker was given a GPU.
+        began: when this group of workers was started, in seconds since 1970.
     """
 
     settings: TrainSettings
@@ -38,3 +40,4 @@ class Job:
     link: ray.actor.ActorHandle
     score_test: bool = True
     use_gpu: bool = False
+    began: float = field(default_factory=time.time)

@@ -20,19 +20,20 @@ from unet.data.ingest import Batch, Reader
 from unet.data.shards import opened
 from unet.errors import StorageFailed
 from unet.progress import Clock, Live
-from unet.recipe.optimizer import learning_rate
+from unet.recipe.schedule import Horizon
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.state import State, name_of
 from unet.storage import Folder, persistently, reported
 from unet.training.equality import equality_of
 from unet.training.job import Job
 from unet.training.link import WorkerLink
+from unet.training.plan import Pace, change_of_rate, has_ended, horizon, planned_steps
 from unet.training.scoring import score
 
 if TYPE_CHECKING:
     from unet.recipe.step import Learner, StepResult
 
-SAVE, STOP, LEAVE = 1, 2, 4
+SAVE, STOP, LEAVE, ESTIMATE = 1, 2, 4, 8
 ENDS = {STOP: "stopped", LEAVE: "left"}
 
 
@@ -63,11 +64,11 @@ class Loop:
     def __post_init__(self):
         self.settings = self.job.settings
         self.plan = self.reader.ingest.plan("train", self.world_size)
-        self.steps = self.plan.steps * self.settings.training.epochs
         self.checkpoints = Checkpoints(Folder(self.job.run))
         every = self.settings.run.checkpoint_every
         self.interval = parse_interval(every) if every else ("never", math.inf)
         self._restore()
+        self.pace = self._pace()
         self.last_save = time.monotonic()
 
     def _restore(self) -> None:
@@ -78,15 +79,40 @@ class Loop:
             self.state = State(
                 seed, job.data_digest, job.public_settings, equality, classes=list(job.classes), window=window
             )
+            self.state.planned_steps = planned_steps(self.settings, self.state, self.plan.steps)
             self.learner.synchronise()
         else:
             self.state = self.checkpoints.state(job.checkpoint)
             self.checkpoints.load(job.checkpoint, self.learner)
             self.state.score = None  # of that step only
+            planned = planned_steps(self.settings, self.state, self.plan.steps)
+            change = change_of_rate(self.settings, self.state, planned, self.plan.steps)
+            self.state.planned_steps = planned
             changed = [key for key, value in equality.items() if self.state.equality.get(key) != value]
             self.state.equality, self.state.settings = equality, job.public_settings
             if changed and not self.is_done:
                 self.link.event("changed", changed)
+            if change and not self.is_done:
+                self.link.event("rate", change)
+        self._before = self.state.seconds
+
+    def _pace(self) -> Pace | None:
+        """What the length of the run is estimated by; None where its epochs are the length."""
+        minutes, ingest = self.settings.length.minutes, self.reader.ingest
+        if minutes is None:
+            return None
+        test = ingest.plan("test", self.world_size).steps if self.job.score_test else 0
+        return Pace(60 * minutes, self.plan.steps, ingest.plan("val", self.world_size).steps, test)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run, over all its starts."""
+        return self._before + max(0.0, time.time() - self.job.began)  # by the driver's clock, which may be another's
+
+    @property
+    def horizon(self) -> Horizon:
+        """What the learning rate goes by now."""
+        return horizon(self.state.planned_steps, self.plan.steps)
 
     def train(self, report: Callable[[dict], None]) -> bool:
         """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
@@ -99,10 +125,17 @@ class Loop:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last epoch is behind, or patience has run out."""
-        patience = self.settings.training.patience
-        stale = patience is not None and self.state.stale_epochs >= patience
-        return stale or self.state.epoch > self.settings.training.epochs
+        """Whether nothing is left to train."""
+        last = self.reader.ingest.epochs  # of a stream, where the settings name none
+        return has_ended(self.settings, self.state, self.state.planned_steps) or (
+            last is not None and self.state.epoch > last
+        )
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the run has its steps, and the epoch under way has some of them."""
+        planned = self.state.planned_steps
+        return planned is not None and self.state.step >= planned and 0 < self.state.epoch_step < self.plan.steps
 
     def run_epoch(self) -> dict | None:
         """What is left of the epoch under way, its validation and its checkpoint.
@@ -117,38 +150,55 @@ class Loop:
             return None
         began = time.perf_counter()
         validation = self._validate()
-        self.seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
         if validation is None:
             return None
+        if self.pace:
+            self.pace.validated(seconds)
         self._finish_epoch(clock, validation)
         return self.state.history[-1]
 
     def _train_epoch(self, clock: Clock) -> bool:
         """The steps that are left of the epoch; False if the run is to end here."""
         state, waited = self.state, time.perf_counter()
+        if self._is_cut:
+            return True
         for batch in self.reader.train(state.epoch, state.epoch_step):
             began = time.perf_counter()
             result = self.learner.train_step(
-                batch.images, batch.masks, state.step + 1, self._control(), self.steps, batch.draws
+                batch.images,
+                batch.masks,
+                state.step + 1,
+                self._control() | self._asks(),
+                self.horizon,
+                batch.draws,
             )
             ended = time.perf_counter()
             if not result.finite and not self._pass_over(batch, result):
                 return False
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
+            state.learning_rate = result.learning_rate
             if result.finite:
                 state.add_losses(result.loss_sums)
             images = min(self.plan.batch_size, self.plan.samples - batch.step * self.plan.batch_size)
             if self.stepped:  # the first step of all traces the graph
                 clock.add(images, began - waited, ended - began)
+                if self.pace:
+                    self.pace.stepped(ended - waited)
             else:
                 self.link.event("first_step", time.time())
                 self.stepped = True
+            if result.control & ESTIMATE:
+                self._estimate()
             self._report(clock, "train", batch.step + 1, self.plan.steps)
             if self._ends(result.control):
                 return False
             # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
             if self._is_due(result.control) and state.epoch_step < self.plan.steps:
                 self._save()
+            if self._is_cut:
+                break
             waited = time.perf_counter()
         return True
 
@@ -166,7 +216,7 @@ class Loop:
                 self._save()
 
         try:
-            return self.evaluate("val", self.reader.validation(self.state.epoch), handle)
+            return self.evaluate("val", self.reader.validation(self.state.epoch, self._is_cut), handle)
         except _Ended:
             return None
 
@@ -185,6 +235,15 @@ class Loop:
         unit, interval = self.interval
         due = unit == "seconds" and time.monotonic() - self.last_save >= interval
         return SAVE * due + {None: 0, "stop": STOP, "leave": LEAVE}[self.link.request]
+
+    def _asks(self) -> int:
+        """Whether rank 0 is to estimate the length of the run after the step that comes, which all workers are told."""
+        return ESTIMATE * bool(self.pace and self.rank == 0 and self.pace.is_due(self.elapsed))
+
+    def _estimate(self) -> None:
+        """Let all workers plan with the number of steps that rank 0 expects."""
+        planned = self.pace.planned(self.state, self.elapsed) if self.pace and self.rank == 0 else None
+        self.state.planned_steps = int(self.learner.sum_over_workers(np.array([planned or 0], np.int64))[0]) or None
 
     def _is_due(self, control: int) -> bool:
         unit, interval = self.interval
@@ -214,7 +273,7 @@ class Loop:
             "step": state.step,
             "time": int(time.time() * 1000),
             "train_loss": self.learner.loss.mean_of(state.loss_sums) if state.loss_sums else None,
-            "learning_rate": learning_rate(self.settings.optimizer, state.step, self.steps),
+            "learning_rate": state.learning_rate,
             "images_per_second": clock.images_per_second,
             "data_wait_fraction": clock.data_wait_fraction,
             **metrics.as_metrics("val", validation),
@@ -232,6 +291,8 @@ class Loop:
         state.history.append({k: v for k, v in record.items() if v is not None and math.isfinite(v)})
         state.score = score
         state.epoch, state.epoch_step, state.loss_sums = state.epoch + 1, 0, []
+        if self.pace and not self.is_done:
+            self._estimate()
         self._save()
         state.score = None
         is_kept = state.validation is validation  # else those of the best were told: they hold the confusion matrix
@@ -243,10 +304,13 @@ class Loop:
         Raises:
             StorageFailed: it could not be written; on all workers alike, so that none waits for one that gave up.
         """
+        began, self.state.seconds = time.perf_counter(), self.elapsed
         failure = self._write() if self.rank == 0 else None
         if self.learner.sum_over_workers(np.array([failure is not None], np.int64)).any():
             raise failure or FirstCannotWrite
         self.last_save = time.monotonic()
+        if self.pace:
+            self.pace.saving = time.perf_counter() - began
 
     def _write(self) -> StorageFailed | None:
         """Save and prune; what the storage says if it cannot be done."""
@@ -287,5 +351,8 @@ class Loop:
         seconds = (clock.waiting + clock.stepping) / clock.steps if clock.steps else None
         loss = self.learner.loss.mean_of(state.loss_sums) if state.loss_sums and phase == "train" else None
         self.link.live(
-            Live(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds)
+            Live(
+                *(state.epoch, step, steps, phase, loss, clock.images_per_second, clock.data_wait_fraction, seconds),
+                self.elapsed if self.pace else None,
+            )
         )

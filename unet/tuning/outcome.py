@@ -131,7 +131,7 @@ def conclude(
 ) -> dict | None:
     """What follows the last trial; the sweep's summary, or None if it was stopped before the best was scored."""
     settings, uri = sweep.settings, runs.own.uri
-    epochs, rows = settings.training.epochs, rank(ledger)
+    epochs, rows = settings.epochs, rank(ledger)
     write_files(sweep.folder, rows, ledger, settings, sweep.space, shared)
     best = rows[0]
     display.waiting(f"scoring the test split with {best['trial']}")
@@ -175,7 +175,7 @@ def send_missing(sweep: Sweep, ledger: Ledger, display: Display) -> None:
             if not run.summary.get("delivered", True):
                 with run.locked():
                     send_later(run, display)
-            report(runs.own, sweep.folder, rank(ledger), sweep.settings.training.epochs, summary)
+            report(runs.own, sweep.folder, rank(ledger), sweep.settings.epochs, summary)
             sweep.write_summary(delivered=runs.finish(), model_uri=run.summary["model_uri"])
     finally:
         runs.close()
@@ -189,7 +189,7 @@ def send_missing(sweep: Sweep, ledger: Ledger, display: Display) -> None:
 def show(sweep: Sweep, rows: list[dict], classes: Classes, display: Display) -> None:
     """The ranked table, the best trial's test score, and the commands that follow."""
     settings, summary, folder, name = sweep.settings, sweep.summary, sweep.folder, sweep.name
-    epochs = settings.training.epochs
+    epochs = settings.epochs
     width, title = display.console.width, "Trials, best first"
     display.console.print(trial_table(rows, lambda row: f"{row['epochs']}/{epochs}", classes, width, title))
     if summary.get("test"):

@@ -115,7 +115,7 @@ def _planned(sweep: Sweep, begun: int) -> int | None:
     if part.search == "grid":
         return sum(1 for _ in variants(sweep.space, "grid", 0))
     # PBT needs its whole population at once.
-    return part.num_samples or (None if part.minutes and part.scheduler != "pbt" else DEFAULT_TRIALS)
+    return part.num_samples or (None if sweep.settings.length.minutes and part.scheduler != "pbt" else DEFAULT_TRIALS)
 
 
 def _overview(session: Trials) -> list[tuple[str, str]]:
@@ -123,8 +123,8 @@ def _overview(session: Trials) -> list[tuple[str, str]]:
     settings, part = sweep.settings, sweep.settings.sweep
     mode = "read once and shared" if plan.kept else "streamed"
     trials = "as many as fit" if session.planned is None else str(session.planned)
-    if part.minutes:
-        trials += f", for {part.minutes:g} minutes"
+    if minutes := settings.length.minutes:
+        trials += f", for {minutes:g} minutes"
     if len(ledger):
         trials += f" ({len(ledger)} begun earlier, {len(ledger.unfinished())} of them continue)"
     workers = f"{plan.num_workers} worker(s) x {plan.cpus_per_worker:g} CPUs, {plan.threads} thread(s)"
@@ -134,7 +134,7 @@ def _overview(session: Trials) -> list[tuple[str, str]]:
         *checks_row(session.prepared),
         *([] if "precision" in sweep.space.draws else [("precision", settings.training.precision)]),
         ("space", sweep.space.described()),
-        ("search", f"{part.search}, {part.scheduler}, up to {settings.training.epochs} epochs a trial"),
+        ("search", f"{part.search}, {part.scheduler}, up to {settings.epochs} epochs a trial"),
         ("trials", f"{trials}; {session.at_a_time} at a time, {workers} each"),
         ("device", in_words(plan.use_gpu, plan.why_cpus)),
         ("results", str(sweep.folder)),

@@ -51,8 +51,8 @@ def make_scheduler(settings: TuneSettings, space: Space, ledger: Ledger) -> Tria
     if sweep.scheduler == "asha":
         asha = Asha(
             **common,
-            grace_period=min(sweep.grace_epochs, settings.training.epochs),
-            max_t=settings.training.epochs,
+            grace_period=min(sweep.grace_epochs, settings.epochs),
+            max_t=settings.epochs,
             reduction_factor=sweep.reduction_factor,
         )
         for row in ledger.rows:

@@ -72,6 +72,7 @@ class Sweep:
         """What all trials have in common: flat settings of a training, without those of the search."""
         kept = {k: v for k, v in self.public_settings().items() if k not in SweepSettings.model_fields}
         kept.pop("register")
+        kept.pop("minutes")  # which are the sweep's
         return kept | {"data": data, "storage_path": self.folder.uri, "tracking_uri": tracking_uri}
 
     def write_summary(self, **changes) -> None:

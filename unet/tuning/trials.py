@@ -111,7 +111,7 @@ class Trials:
                     ray.kill(self.link)
 
     def _run(self, stop_signal: threading.Event, shared: Shared) -> dict:
-        part, epochs = self.sweep.settings.sweep, self.sweep.settings.training.epochs
+        part, epochs = self.sweep.settings.sweep, self.sweep.settings.epochs
         self.recorder = TrialRecorder(self.ledger, self.runs, epochs, part.scheduler)
         for row in self.ledger.unfinished():  # a kill of an earlier start may have come before their rows were written
             self.ledger.refresh(row["trial"])
@@ -147,7 +147,7 @@ class Trials:
             samples=self.counts,
             batch_size=settings.training.batch_size,
             seed=settings.training.seed,
-            epochs=settings.training.epochs,
+            epochs=settings.epochs,
             start=(1, 0),
             memory=self.plan.stream_bytes // self.together,
             tasks=self.plan.stream_tasks,
@@ -174,7 +174,7 @@ class Trials:
         asked = {"CPU": plan.cpus_per_worker if warm else 0.001} | ({"GPU": 1} if warm and plan.use_gpu else {})
         trainable = tune.with_parameters(WarmTrial if warm else group_trial, shared=shared)
         self._forget()
-        epochs = settings.training.epochs
+        epochs = settings.epochs
         with Board(self.display, self.ledger, self.link, epochs, shared.classes, self._left) as board:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, asked),
@@ -220,7 +220,7 @@ class Trials:
     @property
     def seconds_of_budget(self) -> float | None:
         """What is left of --minutes, at least 0; None without."""
-        minutes, begun = self.sweep.settings.sweep.minutes, self.recorder.begun
+        minutes, begun = self.sweep.settings.length.minutes, self.recorder.begun
         if minutes is None:
             return None
         return max(0.0, 60 * minutes - (time.monotonic() - begun if begun else 0.0))
@@ -232,7 +232,7 @@ class Trials:
             left.append(self.seconds_of_budget)
         ended = [r["seconds"] for r in rows if r["end"] in ("finished", "pruned")]
         if ended and self.planned:
-            mean, epochs = sum(ended) / len(ended), self.sweep.settings.training.epochs
+            mean, epochs = sum(ended) / len(ended), self.sweep.settings.epochs
             running = [r for r in rows if r["end"] == "running"]
             rest = [(epochs - r["epochs"]) * r["seconds"] / r["epochs"] if r["epochs"] else mean for r in running]
             waiting = (self.planned - len(rows)) * mean
