@@ -5,7 +5,7 @@ import yaml
 from conftest import job
 
 from unet.commands.cli import parse
-from unet.config import RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat, with_recipe
+from unet.config import DEFAULT_EPOCHS, RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat, with_recipe
 from unet.errors import InputError
 from unet.recipe.networks import describe
 from unet.settings import defaults
@@ -28,10 +28,22 @@ def test_a_flag_beats_the_file_and_the_file_the_recipe(mine, tmp_path):
 
 def test_the_reference_is_what_all_settings_begin_with():
     found = flat(parse(TrainSettings, "", ["--recipe", "reference"]))
-    assert {name: found[name] for name in RECIPE_SETTINGS} == {
-        name: value for name, value in defaults(TrainSettings).items() if name in RECIPE_SETTINGS
-    }
+    begins = {name: value for name, value in defaults(TrainSettings).items() if name in RECIPE_SETTINGS}
+    assert {name: found[name] for name in RECIPE_SETTINGS} == begins | {"epochs": DEFAULT_EPOCHS}
     assert describe(parse(TrainSettings, "", ["--recipe", "reference"]).model, 3).parameters == 34_513_475
+
+
+def test_a_length_that_is_given_stands_for_the_recipes(mine):
+    mine.write_text("minutes: 30\n")
+    of = ["--recipe", str(mine)]
+    assert parse(TrainSettings, "", of).length_in_words == "30 minutes"
+    assert parse(TrainSettings, "", [*of, "--epochs", "3"]).length_in_words == "3 epochs"
+    assert parse(TrainSettings, "", [*of, "--minutes", "5"]).length_in_words == "5 minutes"
+    assert (
+        parse(TrainSettings, "", [*of, "--minutes", "5", "--epochs=3"]).length_in_words == "5 minutes, at most 3 epochs"
+    )
+    # The minutes of a sweep are its own; its trials take the usual epochs.
+    assert parse(TuneSettings, "", of).length.minutes is None and parse(TuneSettings, "", of).epochs == DEFAULT_EPOCHS
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -51,9 +63,9 @@ def test_a_job_that_names_none_takes_the_best():
 def test_settings_that_are_complete_need_no_recipe(mine):
     complete = flat(parse(TrainSettings, "", ["--recipe", str(mine)]))
     mine.write_text("dropout: 0.2\n")
-    assert with_recipe(str(mine), complete, ()) == complete
+    assert with_recipe(str(mine), complete) == complete
     mine.unlink()
-    assert with_recipe(str(mine), complete, ()) == complete
+    assert with_recipe(str(mine), complete) == complete
 
 
 @pytest.mark.parametrize(

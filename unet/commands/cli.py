@@ -118,10 +118,10 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
             raise InputError(f"--resume {given.resume} goes on with that run's own settings: leave out --recipe.")
         return values
     name = given.recipe or values.get("recipe") or config.BEST
-    lengths = {length for length in config.LENGTHS if getattr(given, length)}
+    without = set(config.LENGTHS if any(getattr(given, n) or n in values for n in config.LENGTHS) else ())
     if "sweep" in settings.model_fields:
-        lengths.add(config.MINUTES)  # which a sweep has of its own
-    return config.with_recipe(name, values, lengths) | {"recipe": name}
+        without.add(config.MINUTES)  # which are the whole sweep's there
+    return config.with_recipe(name, values, without) | {"recipe": name}
 
 
 def _with_dashes(argument: str) -> str:

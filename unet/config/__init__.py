@@ -5,7 +5,7 @@ from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
 from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config, read_named
 from unet.config.recipes import BEST, LENGTHS, MINUTES, RECIPE_SETTINGS, RECIPES, REFERENCE, with_recipe
-from unet.config.training import FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
+from unet.config.training import DEFAULT_EPOCHS, FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, parse_interval, unflat
@@ -13,6 +13,7 @@ from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, pa
 __all__ = [
     "BEST",
     "CONFIG",
+    "DEFAULT_EPOCHS",
     "FENCING_TOKEN",
     "LENGTHS",
     "MAY_CHANGE",

@@ -11,11 +11,11 @@ from unet.recipe.recipe import PARTS
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 REFERENCE, BEST = "reference", "best"
 """The published notebook's, which the defaults of all settings are; and that of a job that names none."""
-RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields)
-"""What a recipe may set."""
 MINUTES = "minutes"
 LENGTHS = ("epochs", MINUTES)
 """How long a run takes: where one is given, a recipe's other does not count."""
+RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields) | {MINUTES}
+"""What a recipe may set."""
 
 
 def recipe_name(value: str) -> str:
@@ -23,7 +23,7 @@ def recipe_name(value: str) -> str:
     return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
 
 
-def with_recipe(name: str, values: dict[str, Any], lengths: Collection[str]) -> dict[str, Any]:
+def with_recipe(name: str, values: dict[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """Flat settings, and under them those of a recipe.
 
     Settings that are complete, as a run or sweep saves them, need no recipe: its file may have changed since.
@@ -31,7 +31,7 @@ def with_recipe(name: str, values: dict[str, Any], lengths: Collection[str]) -> 
     Args:
         name: of the recipe, or its file.
         values: flat settings.
-        lengths: those of `LENGTHS` that are given elsewhere.
+        without: settings of the recipe that do not count.
 
     Raises:
         InputError: there is no such recipe, or it sets something else.
@@ -46,6 +46,4 @@ def with_recipe(name: str, values: dict[str, Any], lengths: Collection[str]) -> 
         raise InputError(
             f"{source} cannot set {', '.join(map(str, others))}: it can set {', '.join(sorted(RECIPE_SETTINGS))}."
         )
-    if lengths or values.keys() & set(LENGTHS):
-        found = {key: value for key, value in found.items() if key not in LENGTHS}
-    return found | values
+    return {key: value for key, value in found.items() if key not in without} | values
