@@ -27,7 +27,7 @@ def test_the_reference_network():
 
 def test_the_compact_network():
     model = build(describe(ModelSettings(network="compact", norm="batch", base_filters=32, dropout=0), 3), 128)
-    assert model.count_params() == 1_085_324
+    assert model.count_params() == 1_896_780
     widths = [model.get_layer(f"{block}_1_out").output.shape[1:] for block in ("encoder_1", "encoder_4", "bottleneck")]
     assert widths == [(64, 64, 32), (8, 8, 112), (4, 4, 128)]
 

@@ -135,8 +135,9 @@ def _overview(
         (
             "training",
             f"{s.length_in_words}, global batch {s.training.batch_size}, {in_few_words(s.optimizer)}, "
-            f"seed {s.training.seed}",
+            f"{s.loss.loss}, seed {s.training.seed}",
         ),
+        ("recipe", s.command.recipe),
         *([("class weights", s.loss.class_weights)] if s.loss.class_weights else []),
         *_augmentation_row(run),
         ("precision", f"{choice.precision}: {choice.reason}"),

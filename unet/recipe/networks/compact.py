@@ -2,7 +2,7 @@
 
 The image goes in as squares of two by two pixels (space to depth) and its logits come out so (Shi et al., 2016): most
 multiply-adds of a U-Net are those at full size, and a decoder enlarges what it found at half of it almost without loss.
-Widths grow less than twofold from level to level, and the decoder adds what the encoder found instead of concatenating
+Widths grow twofold at most from level to level, and the decoder adds what the encoder found instead of concatenating
 it (Chaurasia, Culurciello, 2017).
 
 Dropout stands where no norm measures what it makes of a variance, but for the deepest level (Li et al., 2019).
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from unet.recipe.network import INPUT, ModelSettings, Network
 from unet.recipe.networks.parts import Parts
 
-GROWTH = (1, 1.5, 2.5, 3.5, 4)
+GROWTH = (1, 2, 3.5, 4.5, 5.5)
 """The width of each level by that of the first; deeper ones are as wide as the last."""
 WHOLE = 8
-"""Widths are multiples of it, as processors compute: 32, 48, 80, 112 and 128 channels for 32."""
+"""Widths are multiples of it, as processors compute: 32, 64, 112, 144 and 176 channels for 32."""
 
 
 def describe(settings: ModelSettings, classes: int) -> Network:
