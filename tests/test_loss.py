@@ -327,6 +327,7 @@ def test_a_loss_of_nothing_is_none():
         ({"class_weights": "1,-1,2"}, "--class-weights 1,-1,2 are not weights"),
         ({"class_weights": "0,0,0"}, "--class-weights 0,0,0 are not weights"),
         ({"class_weights": "1,nan,1"}, "--class-weights 1,nan,1 are not weights"),
+        ({"class_weights": "1e308,1e308,1"}, "--class-weights 1e308,1e308,1 are not weights"),
         ({"class_weights": "1,2"}, "--class-weights 1,2 has 2 numbers, but the data have 3 classes: give one for each"),
     ],
 )

@@ -66,7 +66,7 @@ class LossSettings(SettingsGroup):
                 f"--class-weights {self.class_weights} has {len(found)} numbers, but the data have {classes} classes: "
                 "give one for each, in their order"
             )
-        return [number * classes / sum(found) for number in found]
+        return [number / sum(found) * classes for number in found]
 
 
 def _numbers(text: str) -> list[float]:
@@ -75,7 +75,7 @@ def _numbers(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not (any(found) and all(0 <= number < math.inf for number in found)):
+    if not (all(number >= 0 for number in found) and 0 < sum(found) < math.inf):
         raise ValueError(
             f"--class-weights {text} are not weights: write auto, or a number of 0 or more for each class, joined by "
             "commas, such as 1,0.5,2"
@@ -120,7 +120,8 @@ class Loss:
         found = []
         for _, term in self.terms:
             sums = [part if part.shape.rank > pixels.by_image else part[..., None] for part in term.sums(pixels)]
-            if (size := sum(part.shape[-1] for part in sums)) != term.size:
+            size = sum(part.shape[-1] for part in sums)
+            if size != term.size:
                 raise ValueError(f"{type(term).__name__} gives {size} sums, and says that it has {term.size}.")
             found += sums
         return tf.concat(found, -1)

@@ -210,7 +210,7 @@ class Lovasz:
 
         truth = pixels.truth
         errors = tf.abs(truth - pixels.probabilities) * tf.cast(pixels.valid, tf.float32)[..., None]
-        slopes = _lovasz_slopes(tf.stop_gradient(errors), truth, pixels.valid)
+        slopes = _lovasz_slopes(tf.stop_gradient(errors), truth)
         side = tf.shape(truth)[1]
         losses = tf.reduce_sum(errors * slopes, -1) * tf.cast(side * side, tf.float32)
         present = tf.reduce_sum(tf.reduce_max(truth, (1, 2)), -1)
@@ -242,16 +242,17 @@ def _weighted(pixels: Pixels, losses: "tf.Tensor", by_class: list[float] | None)
     return [pixels.add(losses * weights), pixels.add(weights)]
 
 
-def _lovasz_slopes(errors: "tf.Tensor", truth: "tf.Tensor", valid: "tf.Tensor") -> "tf.Tensor":
+def _lovasz_slopes(errors: "tf.Tensor", truth: "tf.Tensor") -> "tf.Tensor":
     """By how much each error counts: float32 (N, S, S, C), 0 for a class that the truth of an image lacks.
 
     Algorithm 1 of Berman et al. (2018): over the errors in falling order, how much each adds to one minus the IoU.
+    Pixels that are left out have an error of 0 and no truth: they come last, where they change nothing.
     """
     import tensorflow as tf
 
     shape, size = tf.shape(errors), errors.shape[1] * errors.shape[2]
     by_class = lambda values: tf.reshape(tf.transpose(values, (0, 3, 1, 2)), [-1, size])  # noqa: E731
-    errors, truth = by_class(tf.where(valid[..., None], errors, -1.0)), by_class(truth)  # ignored ones come last
+    errors, truth = by_class(errors), by_class(truth)
     order = tf.argsort(errors, direction="DESCENDING")
     true = tf.gather(truth, order, batch_dims=1)
     total, found = tf.reduce_sum(truth, 1, keepdims=True), tf.cumsum(true, 1)
