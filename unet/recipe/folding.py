@@ -24,7 +24,7 @@ def folded(network: Network) -> Network:
         if layer.name in convolutions:
             continue
         inputs = tuple(convolutions.get(name, name) for name in layer.inputs)
-        options = {**layer.options, **({"use_bias": True} if layer.name in pairs else {})}
+        options = {**layer.options, "use_bias": True} if layer.name in pairs else layer.options
         layers.append(replace(layer, inputs=inputs, options=options))
     return Network(tuple(layers))
 

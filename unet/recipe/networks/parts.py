@@ -43,15 +43,15 @@ class Parts:
         norm = self._settings.norm
         options: dict[str, Any] = {"kernel_size": size, "kernel_initializer": "he_normal"}
         if norm == "none":
-            fused: dict[str, Any] = {"activation": "relu"} if relu else {}
-            return self.add(f"{block}_conv{part}", "convolution", before, channels=channels, **options, **fused)
+            options |= {"activation": "relu"} if relu else {}
+            return self.add(f"{block}_conv{part}", "convolution", before, channels=channels, **options)
         x = self.add(f"{block}_conv{part}", "convolution", before, channels=channels, use_bias=False, **options)
-        kind, options = NORMS[norm]
-        x = self.add(f"{block}_norm{part}", kind, x, **options)
+        kind, own = NORMS[norm]
+        x = self.add(f"{block}_norm{part}", kind, x, **own)
         return self.add(f"{block}_relu{part}", "relu", x) if relu else x
 
     def dropout(self, block: str, before: str) -> str:
         """Dropout at the rate of the settings, with masks that no other layer of the network has."""
         self._dropouts += 1
-        key: dict[str, Any] = {"rate": self._settings.dropout, "layer_index": self._dropouts - 1}
-        return self.add(f"{block}_dropout", "dropout", before, **key)
+        rate, index = self._settings.dropout, self._dropouts - 1
+        return self.add(f"{block}_dropout", "dropout", before, rate=rate, layer_index=index)
