@@ -48,6 +48,21 @@ def test_draws_belong_to_the_sample_and_the_epoch():
     assert not np.isin(draw(places, 3, 3)[:3], together).any() and not np.isin(draw(places, 4, 2)[:3], together).any()
 
 
+def test_draws_are_those_of_splitmix64():
+    """In whole numbers, after the published algorithm; another stream would break every run under way."""
+    bits, key = 2**64 - 1, int(np.random.Philox(key=[3, 2], counter=[0, 0, 0, 2]).random_raw())
+
+    def following(state: int) -> int:
+        z = (state + 0x9E3779B97F4A7C15) & bits
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & bits
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & bits
+        return z ^ z >> 31
+
+    state = following(5 ^ key)
+    expected = [(following(state + place * 0x9E3779B97F4A7C15) >> 40) / 2**24 for place in range(len(DRAWS))]
+    assert draw(np.array([5]), 3, 2)[0].tolist() == expected
+
+
 def test_draws_are_even_and_independent():
     found = draw(np.arange(20_000), 0, 1).astype(np.float64)
     assert found.min() >= 0 and found.max() < 1
