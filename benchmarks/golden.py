@@ -72,6 +72,7 @@ def main() -> int:
 def train(storage: Path, name: str, settings: dict) -> tuple[str, dict]:
     """A training by the job itself: what its bits depend on, and what it came to."""
     flags = [f"--{key}={value}" for key, value in settings.items()]
+    flags.append("--recipe=reference")
     command = [sys.executable, f"{ROOT}/jobs/train.py", *flags, f"--storage-path={storage}", f"--run-name={name}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -46,6 +46,7 @@ SPEED_SECONDS = {"gpu": 8, "cpu": 1}
 LARGE = {"gpu": {"base_filters": 64, "batch_size": 32}, "cpu": {}}
 """The network whose speed is measured."""
 TRAINING = {
+    "recipe": "reference",
     **{"data": "synthetic:400", "image_size": 64, "base_filters": 8, "batch_size": 16, "epochs": 12},
     **{"grad_shards": 2, "checkpoint_every": 5, "deterministic": None},
 }

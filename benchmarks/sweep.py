@@ -81,7 +81,7 @@ def plain(folder: str, epochs: int) -> None:
 def measure(options, storage: str, number: int) -> dict:
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
     name = f"sweep-{number}"
-    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--data={options.data}", *flags]
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--recipe=reference", f"--data={options.data}", *flags]
     command += [f"--epochs={options.epochs}", f"--num-samples={options.trials}", f"--run-name={name}"]
     command += [f"--storage-path={storage}", f"--space={options.space}", f"--seed={options.seed + number}"]
     began = time.time()

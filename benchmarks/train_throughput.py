@@ -67,7 +67,13 @@ def run_bare(precision: str) -> dict:
 
 
 def run_job(precision: str, workers: int, storage: str, name: str, epochs: int = EPOCHS) -> dict:
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data=synthetic", f"--image-size={SIZE}"]
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "train.py"),
+        "--recipe=reference",
+        "--data=synthetic",
+        f"--image-size={SIZE}",
+    ]
     command += [f"--base-filters={FILTERS}", f"--batch-size={BATCH}", f"--precision={precision}", f"--epochs={epochs}"]
     command += [
         f"--limit-train={STEPS * BATCH}",

@@ -85,7 +85,7 @@ class Watched:
     def start(self, *more: str, resume: bool = False) -> None:
         """Start the job, in a process group of its own; its output is appended to `output.txt`."""
         own = f"--resume={self.name}" if resume else f"--run-name={self.name}"
-        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *self.flags, *more]
+        command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--recipe=reference", *self.flags, *more]
         command += [f"--storage-path={self.storage}", own]
         environment = {"PYTHONPATH": f"{ROOT / 'benchmarks' / 'ledger'}:{ROOT}", "UNET_LEDGER": str(self.folder)}
         if self.address != "local":

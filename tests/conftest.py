@@ -95,7 +95,7 @@ def packed(archives, tmp_path_factory) -> Path:
     return folder
 
 
-TINY = {"image_size": 32, "base_filters": 8, "depth": 2, "batch_size": 8, "epochs": 10}
+TINY = {"recipe": "reference", "image_size": 32, "base_filters": 8, "depth": 2, "batch_size": 8, "epochs": 10}
 TINY |= {"learning_rate": 0.005, "dropout": 0.1, "precision": "float32"}  # the same on every kind of machine
 
 
