@@ -8,7 +8,8 @@ from unet.config import TrainSettings, unflat
 from unet.data.synthetic import draw_pet
 from unet.recipe import muon
 from unet.recipe.layers import build
-from unet.recipe.network import ModelSettings, describe
+from unet.recipe.network import ModelSettings
+from unet.recipe.networks import describe
 from unet.recipe.optimizer import Optimizer, OptimizerSettings, variable_shapes
 from unet.recipe.schedule import Horizon
 from unet.recipe.step import Learner
