@@ -26,8 +26,8 @@ requirements: setup  ## requirements.txt anew from pyproject.toml. Pins stay; UP
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --strip-extras --no-annotate --extra test \
 		--custom-compile-command "make requirements" $(UPGRADE) --output-file requirements.txt pyproject.toml
 
-train: setup  ## Train on drawn pets with two workers: about three minutes on two cores
-	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --base-filters 16 --batch-size 32 --epochs 15 --num-workers 2
+train: setup  ## Train on drawn pets with two workers, for three minutes on any machine
+	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --minutes 3 --num-workers 2
 
 test: setup  ## The suite, about thirteen minutes
 	$(BIN)/python -m pytest -q

@@ -11,6 +11,7 @@ from conftest import job
 from pages import pets, write_prepared
 from ray.tune.search import Searcher
 
+from unet.commands.cli import parse
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.shards import Prepared
 from unet.errors import InputError
@@ -30,7 +31,9 @@ def space_of(text: str, **settings):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
 def test_every_space_of_the_folder_is_valid(name):
-    space = parse_space(read_space(name), name, TuneSettings())
+    space = parse_space(
+        read_space(name), name, parse(TuneSettings, "", [])
+    )  # over the recipe of a sweep that names none
     assert set(space.draws) == set(yaml.safe_load(space.text)) >= {"dropout", "learning_rate"}
     assert name == "pbt" or "base_filters" in space.draws
 
