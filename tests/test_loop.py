@@ -54,7 +54,7 @@ def reading(ray_cluster, storage, packed) -> Ingest:
     return keep(Ingest(prepared.folder.uri, 32, counts, 4, 0, 2, (1, 0), int(256e6)))
 
 
-def loop_of(storage, name, reading, link, checkpoint=None, **changes) -> Loop:
+def loop_of(storage, name, reading, link, checkpoint=None, learner=None, **changes) -> Loop:
     values = {"num_workers": 1, "batch_size": 4, "epochs": 2, "run_name": name}
     settings = tiny_settings(storage, "x", **values | changes)
     run = Run.load(name, settings)
@@ -62,7 +62,8 @@ def loop_of(storage, name, reading, link, checkpoint=None, **changes) -> Loop:
     job = Job(settings, run.public_settings(), run.folder.uri, 1, "digest", PETS.classes, checkpoint, None, None)
     state = run.checkpoints.state(checkpoint) if checkpoint else None
     here = replace(reading, start=(state.epoch, state.epoch_step) if state else (1, 0))
-    return Loop(job, Learner(settings.recipe(3)), WorkerShard(here, 0, 1).reader(), link, 0, 1)
+    learner = learner or Learner(settings.recipe(3))
+    return Loop(job, learner, WorkerShard(here, 0, 1).reader(), link, 0, 1)
 
 
 def same(record: dict) -> dict:
@@ -313,7 +314,8 @@ def test_a_run_of_minutes_ends_with_its_time_and_a_stop_does_not_begin_it_anew(r
     assert second.train(lambda record: None) and spent - 3 <= second.elapsed <= spent
     assert second.state.step == pytest.approx(loop.state.step - 10, abs=3)  # ten seconds went to the second start
 
-    more = timed_loop(monkeypatch, storage, "timed-in-two", reading, name_of(second.state.step), minutes=2 * minutes)
+    longer = {"minutes": 2 * minutes, "learner": second.learner}
+    more = timed_loop(monkeypatch, storage, "timed-in-two", reading, name_of(second.state.step), **longer)
     assert not more.is_done and more.state.planned_steps == 2 * second.state.step
     ((kind, sentence),) = more.link.events
     assert kind == "rate" and sentence.endswith("as in a run of 3 minutes.")
