@@ -60,7 +60,7 @@ def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path):
     ("flags", "words"),
     [
         (["--dropout", "1.5"], "--dropout 1.5"),
-        (["--image-size", "100"], "the nearest are 96 and 112"),
+        (["--image-size", "100"], "the nearest are 96 and 128"),
         (["--num-workers", "9", "--batch-size", "4"], "--num-workers 9 is more than --batch-size 4"),
         (["--grad-shards", "3", "--num-workers", "2"], "--grad-shards 3"),
         (["--memory-budget", "much"], "8GB"),

@@ -29,7 +29,7 @@ def test_the_compact_network():
     model = build(describe(ModelSettings(network="compact", norm="batch", base_filters=32, dropout=0), 3), 128)
     assert model.count_params() == 1_896_780
     widths = [model.get_layer(f"{block}_1_out").output.shape[1:] for block in ("encoder_1", "encoder_4", "bottleneck")]
-    assert widths == [(64, 64, 32), (8, 8, 112), (4, 4, 128)]
+    assert widths == [(64, 64, 32), (8, 8, 144), (4, 4, 176)]
 
 
 def test_every_pixel_of_the_compact_network_has_its_own_logits():

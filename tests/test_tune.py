@@ -132,12 +132,12 @@ def test_a_trial_is_the_training_that_its_settings_mean(swept, ray_cluster, stor
     folder, _, _ = swept
     finished = [r for r in rows_of(folder) if r["end"] == "finished"]
     row = max(finished, key=lambda r: int(r["trial"][-3:]))  # the last to start: its process had others before
-    train(storage, packed, run_name="plain", as_trial=True, num_workers=1, epochs=EPOCHS, **row["settings"])
-    last = sorted(p.name for p in (storage / "plain" / "checkpoints").iterdir())[-1]
-    plain, trial = weights_of(storage / "plain", last), weights_of(folder / row["trial"], last)
+    train(storage, packed, run_name="as_in_the_sweep", as_trial=True, num_workers=1, epochs=EPOCHS, **row["settings"])
+    last = sorted(p.name for p in (storage / "as_in_the_sweep" / "checkpoints").iterdir())[-1]
+    plain, trial = weights_of(storage / "as_in_the_sweep", last), weights_of(folder / row["trial"], last)
     assert plain.keys() == trial.keys() and all(np.array_equal(plain[k], trial[k]) for k in plain)
     scores = [line["val_mean_iou"] for line in metrics_of(folder, row["trial"])]
-    assert [line["val_mean_iou"] for line in metrics_of(storage, "plain")] == scores
+    assert [line["val_mean_iou"] for line in metrics_of(storage, "as_in_the_sweep")] == scores
 
 
 def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
