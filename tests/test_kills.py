@@ -25,6 +25,10 @@ EVERY = 3
 START_SECONDS = 10
 """About how long workers take to start."""
 REAL_SIZE = {"image_size": 128, "base_filters": 16, "depth": 4, "batch_size": 16, "limit_train": 90, "epochs": 3}
+# With everything on that a recipe can ask for beside the loss' plainest form.
+REAL_SIZE |= {"network": "compact", "norm": "batch", "optimizer": "muon", "weight_decay": 0.05, "ema_decay": 0.9}
+REAL_SIZE |= {"schedule": "cosine", "warmup": "5%", "loss": "cross_entropy+jaccard+0.5*lovasz", "class_weights": "auto"}
+REAL_SIZE |= {"label_smoothing": 0.05, "augment": 0.5, "mix": 0.5}
 DRAWN = "synthetic:150"
 
 
