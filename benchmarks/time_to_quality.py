@@ -1,12 +1,13 @@
 """The test score that a time gives: the job's default recipe, the notebook's in plain Keras, a good one in PyTorch.
 
-    python benchmarks/time_to_quality.py --data FOLDER [--shares 0.1 1] [--seeds 0] [--torch PYTHON]
+    python benchmarks/time_to_quality.py --data FOLDER [--shares 0.1 1] [--seeds 0] [--torch PYTHON] [--also RUN_FOLDER]
 
 The time is that of 48 epochs of the reference network with 16 filters on this machine, measured first with the job
 itself (its images/s and the time of a validation), and the shares of it that are asked for. Each row is a training of
 its own, whose schedule knows its time; all have the same prepared data, cores and precision, one after another. The
 time of each begins with its training: imports and the start of Ray are shown, not counted. PYTHON has PyTorch (`pip
-install '.[benchmarks]'`); without it that row is left out. It writes `time_to_quality.json` and `.png`.
+install '.[benchmarks]'`); without it that row is left out. RUN_FOLDER is a run of the job with `--minutes` on this
+machine that has ended; it becomes a row. It writes `time_to_quality.json` and `.png`.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -39,26 +42,29 @@ def reference_minutes(data: str, storage: str, workers: str) -> tuple[float, str
     flags = ("--recipe", "reference", "--base-filters", "16", "--epochs", "3", "--num-workers", workers)
     _, lines = train(data, storage, "reference", *flags)
     a_pass = statistics.median(after["time"] - before["time"] for before, after in itertools.pairwise(lines))
-    return EPOCHS * a_pass / 60_000, _config(storage, "reference")["precision"]
-
-
-def _config(storage: str, name: str) -> dict:
-    import yaml
-
-    return yaml.safe_load((Path(storage) / name / "config.yaml").read_text())
+    config = yaml.safe_load((Path(storage) / "reference" / "config.yaml").read_text())
+    return EPOCHS * a_pass / 60_000, config["precision"]
 
 
 def row_of_job(data: str, storage: str, workers: str, minutes: float, seed: int) -> dict:
     flags = ("--minutes", f"{minutes:.3f}", "--seed", str(seed), "--num-workers", workers)
-    begun = time.time()
-    summary, lines = train(data, storage, f"job-{minutes:.1f}-{seed}", *flags)
-    first = lines[0]["time"] / 1000
+    begun, name = time.time(), f"job-{minutes:.1f}-{seed}"
+    train(data, storage, name, *flags)
+    return row_of_run(Path(storage) / name) | {"wall_minutes": (time.time() - begun) / 60}
+
+
+def row_of_run(folder: Path) -> dict:
+    """Of a run of the job that has ended."""
+    summary, config = (
+        json.loads((folder / "summary.json").read_text()),
+        yaml.safe_load((folder / "config.yaml").read_text()),
+    )
     return {
         "score": summary["test"]["mean_iou"],
-        "minutes": minutes,
-        "wall_minutes": (time.time() - begun) / 60,
+        "minutes": config["minutes"],
+        "wall_minutes": (summary["ended"] - summary["started"]) / 60_000,
         "parameters": summary["parameters"],
-        "curve": [(line["time"] / 60_000 - first / 60, line.get("val_mean_iou")) for line in lines],
+        "seed": config["seed"],
     }
 
 
@@ -82,15 +88,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--num-workers", default="2")
     parser.add_argument("--torch", help="a Python that has PyTorch")
-    parser.add_argument("--reference-minutes", type=float, help="do not measure it")
+    parser.add_argument("--also", nargs="*", default=[], help="folders of runs of the job")
     parser.add_argument("--output", default="time_to_quality", help="name of the JSON and the picture")
     args = parser.parse_args()
     data = str(Path(args.data).absolute())
     with tempfile.TemporaryDirectory() as storage:
         minutes, precision = reference_minutes(data, storage, args.num_workers)
-        minutes = args.reference_minutes or minutes
         print(f"{EPOCHS} epochs of the reference with 16 filters: {minutes:.1f} minutes, {precision}", flush=True)
-        rows = []
+        rows = [{"trainer": JOB, "share": None, **row_of_run(Path(folder))} for folder in args.also]
+        for row in rows:
+            print(_line(row), flush=True)
         for share in args.shares:
             for seed in args.seeds:
                 for name, run in _trainers(args, data, storage, precision).items():
