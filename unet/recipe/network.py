@@ -27,8 +27,8 @@ class ModelSettings(SettingsGroup):
     """unet: the U-Net of 2015. compact: one of residual blocks and few multiply-adds, which begins and ends at half
     the picture's size."""
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to four
-    times as many."""
+    """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to
+    5.5 times as many."""
     depth: Annotated[int, Field(ge=1, le=7)] = 4
     """Number of pooling steps, each of which halves the picture's sides."""
     blocks: Annotated[int, Field(ge=1, le=16)] = 1
