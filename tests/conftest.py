@@ -13,6 +13,7 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
@@ -21,6 +22,8 @@ from PIL import Image
 from unet import environment
 
 environment.pin()
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a machine may be slow
+hypothesis.settings.load_profile("unhurried")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 ROOT = Path(__file__).resolve().parent.parent

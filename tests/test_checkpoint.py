@@ -211,7 +211,7 @@ def test_a_run_of_damaged_ones_only_is_refused_and_left_as_it_is(run):
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from([STATE, WEIGHTS, OPTIMIZER, "COMMIT"]),
     change=st.sampled_from([flip, cut]),
@@ -232,7 +232,7 @@ def test_any_byte_changed_anywhere_is_passed_over_or_changes_nothing(written, tm
         assert name == SECOND and len(sentences) == 1
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from([STATE, WEIGHTS, OPTIMIZER]), change=st.sampled_from([flip, cut]), place=st.integers(0, 2**31)
 )

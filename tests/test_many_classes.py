@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -20,7 +20,6 @@ from unet.recipe.loss import LossSettings
 from unet.terminal import score_table
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_counts_of_few_cells_are_those_of_whole_matrices(images, classes, seed):
     rng = np.random.default_rng(seed)

@@ -1,11 +1,10 @@
 """How long a run is to be: steps that fit into a time, and what a change of the length means."""
 
-import pytest
 from conftest import state_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet.config import TrainSettings, TuneSettings, flat, unflat
+from unet.config import TrainSettings, TuneSettings, unflat
 from unet.training.plan import FINISH_SECONDS, Pace, change_of_rate, has_ended, planned_steps, steps_that_fit
 
 seconds = st.floats(0.001, 1000)
@@ -83,4 +82,3 @@ def test_another_length_says_what_becomes_of_the_rate():
     assert said(settings_of(minutes=6, epochs=40), timed).endswith("0.5, as in a run of 6 minutes, at most 40 epochs.")
     assert planned_steps(settings_of(minutes=6), timed, 10) == 200
     assert planned_steps(settings_of(minutes=6), state, 10) is None and said(settings_of(minutes=6), state) is None
-    assert flat(settings_of(minutes=6))["minutes"] == pytest.approx(6)

@@ -5,7 +5,7 @@ import yaml
 from conftest import job
 
 from unet.commands.cli import parse
-from unet.config import DEFAULT_EPOCHS, RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat, with_recipe
+from unet.config import DEFAULT_EPOCHS, RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat
 from unet.errors import InputError
 from unet.recipe.networks import describe
 from unet.settings import defaults
@@ -46,6 +46,34 @@ def test_a_length_that_is_given_stands_for_the_recipes(mine):
     assert parse(TuneSettings, "", of).length.minutes is None and parse(TuneSettings, "", of).epochs == DEFAULT_EPOCHS
 
 
+def test_a_length_by_flag_stands_for_that_of_a_file_or_a_run(mine, tmp_path):
+    (tmp_path / "run").mkdir()
+    for config in (tmp_path / "run" / "config.yaml", tmp_path / "some.yaml"):
+        config.write_text(yaml.safe_dump(flat(parse(TrainSettings, "", ["--recipe", str(mine)]))))
+    for source in (["--resume", "run", "--storage-path", str(tmp_path)], ["--config", str(tmp_path / "some.yaml")]):
+        assert parse(TrainSettings, "", source).length_in_words == "7 epochs"
+        assert parse(TrainSettings, "", [*source, "--minutes", "5"]).length_in_words == "5 minutes"
+        assert parse(TrainSettings, "", [*source, "--epochs", "9"]).length_in_words == "9 epochs"
+
+
+def test_the_minutes_of_a_sweep_leave_the_epochs_of_its_trials(mine, tmp_path):
+    assert parse(TuneSettings, "", ["--recipe", str(mine), "--minutes", "60"]).epochs == 7
+    timed = flat(parse(TrainSettings, "", ["--recipe", str(mine), "--minutes", "20"]))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(timed))
+    assert parse(TuneSettings, "", ["--config", str(tmp_path / "run.yaml")]).length.minutes is None
+
+
+def test_settings_that_are_complete_take_no_other_recipe(mine, tmp_path):
+    """A run's or a sweep's own, which need no recipe: its file may be gone."""
+    complete = flat(parse(TrainSettings, "", ["--recipe", str(mine)]))
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({k: v for k, v in complete.items() if k != "minutes"}))
+    mine.unlink()
+    config = ["--config", str(tmp_path / "all.yaml")]
+    assert flat(parse(TrainSettings, "", config)) | {"config": None} == complete
+    with pytest.raises(InputError, match="has every setting of a recipe: leave out --recipe"):
+        parse(TrainSettings, "", [*config, "--recipe", "reference"])
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("settings", [TrainSettings, TuneSettings])
 def test_every_recipe_fits_a_training_and_a_sweep(path, settings):
@@ -58,14 +86,6 @@ def test_every_recipe_fits_a_training_and_a_sweep(path, settings):
 def test_a_job_that_names_none_takes_the_best():
     best = flat(parse(TrainSettings, "", ["--recipe", "best"]))
     assert flat(parse(TrainSettings, "", [])) == best != flat(TrainSettings())
-
-
-def test_settings_that_are_complete_need_no_recipe(mine):
-    complete = flat(parse(TrainSettings, "", ["--recipe", str(mine)]))
-    mine.write_text("dropout: 0.2\n")
-    assert with_recipe(str(mine), complete) == complete
-    mine.unlink()
-    assert with_recipe(str(mine), complete) == complete
 
 
 @pytest.mark.parametrize(
@@ -105,5 +125,5 @@ def test_a_run_that_continues_keeps_its_recipe(mine, tmp_path):
     now, before = (flat(parse(TrainSettings, "", ["--resume", name, *here])) for name in ("now", "old"))
     assert {n: now[n] for n in RECIPE_SETTINGS} == {n: before[n] for n in RECIPE_SETTINGS}
     assert now["recipe"] == str(mine) and before["recipe"] == "reference"
-    with pytest.raises(InputError, match="--resume now goes on with that run's own settings: leave out --recipe"):
+    with pytest.raises(InputError, match="now goes on with its own settings: leave out --recipe"):
         parse(TrainSettings, "", ["--resume", "now", "--recipe", "reference", *here])

@@ -112,15 +112,23 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     Raises:
         InputError: there is no such recipe.
     """
+    is_sweep, flags = "sweep" in settings.model_fields, {n for n in config.LENGTHS if getattr(given, n)}
+    if len(flags) == 1 and not is_sweep:  # else --epochs of a run of minutes would change nothing
+        values |= {name: None for name in config.LENGTHS if name in values}
     if given.resume or given.sync:  # with settings that are complete, but for those that are newer than the run
         values = {"recipe": config.REFERENCE} | values
-        if given.recipe not in (None, values["recipe"]):
-            raise InputError(f"--resume {given.resume} goes on with that run's own settings: leave out --recipe.")
+        if given.recipe and config.recipe_name(given.recipe) != values["recipe"]:
+            raise InputError(f"{given.resume or given.sync} goes on with its own settings: leave out --recipe.")
         return values
     name = given.recipe or values.get("recipe") or config.BEST
-    without = set(config.LENGTHS if any(getattr(given, n) or n in values for n in config.LENGTHS) else ())
-    if "sweep" in settings.model_fields:
-        without.add(config.MINUTES)  # which are the whole sweep's there
+    if config.is_complete(values):
+        if given.recipe and config.recipe_name(name) != values.get("recipe"):
+            raise InputError(f"--config {given.config} has every setting of a recipe: leave out --recipe.")
+        is_of_training = is_sweep and "space" not in values  # whose minutes are not those of a sweep
+        return {key: value for key, value in values.items() if not (is_of_training and key == config.MINUTES)}
+    without = set(config.LENGTHS) if not is_sweep and (flags or values.keys() & set(config.LENGTHS)) else set()
+    if is_sweep:
+        without.add(config.MINUTES)
     return config.with_recipe(name, values, without) | {"recipe": name}
 
 

@@ -4,7 +4,17 @@ from unet.config.common import StoreSettings
 from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
 from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config, read_named
-from unet.config.recipes import BEST, LENGTHS, MINUTES, RECIPE_SETTINGS, RECIPES, REFERENCE, with_recipe
+from unet.config.recipes import (
+    BEST,
+    LENGTHS,
+    MINUTES,
+    RECIPE_SETTINGS,
+    RECIPES,
+    REFERENCE,
+    is_complete,
+    recipe_name,
+    with_recipe,
+)
 from unet.config.training import DEFAULT_EPOCHS, FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
@@ -39,6 +49,7 @@ __all__ = [
     "TuneSettings",
     "defaults",
     "flat",
+    "is_complete",
     "is_source_name",
     "load_yaml",
     "moved_with",
@@ -47,6 +58,7 @@ __all__ = [
     "parse_yaml",
     "read_config",
     "read_named",
+    "recipe_name",
     "unflat",
     "with_recipe",
 ]

@@ -23,10 +23,16 @@ def recipe_name(value: str) -> str:
     return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
 
 
+def is_complete(values: dict[str, Any]) -> bool:
+    """Whether flat settings say all that a recipe can, as those that a run or sweep saves.
+
+    They need no recipe, whose file may have changed since.
+    """
+    return values.keys() >= RECIPE_SETTINGS - {MINUTES}
+
+
 def with_recipe(name: str, values: dict[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """Flat settings, and under them those of a recipe.
-
-    Settings that are complete, as a run or sweep saves them, need no recipe: its file may have changed since.
 
     Args:
         name: of the recipe, or its file.
@@ -36,8 +42,6 @@ def with_recipe(name: str, values: dict[str, Any], without: Collection[str] = ()
     Raises:
         InputError: there is no such recipe, or it sets something else.
     """
-    if values.keys() >= RECIPE_SETTINGS:
-        return values
     source = f"The recipe {name}"
     found = parse_yaml(read_named("recipe", name, RECIPES), source) or {}
     if not isinstance(found, dict):

@@ -27,7 +27,7 @@ DEFAULT_EPOCHS = 10
 class LengthSettings(SettingsGroup):
     """How long it takes."""
 
-    minutes: Annotated[float | None, Field(gt=0)] = None
+    minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     """Train as long as that, from the start of the workers to the model's package, --epochs at most; a run that is
     continued goes on with the time it had left. The schedule ends with it, by the measured speed, so the numbers
     depend on that. None: until --epochs."""
@@ -163,6 +163,11 @@ class TrainSettings(SettingsGroup):
             raise ValueError(
                 f"--grad-shards {shards} must be a multiple of --num-workers {compute.num_workers} and divide "
                 f"--batch-size {batch}"
+            )
+        if self.epochs and self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"--warmup {self.optimizer.warmup} leaves nothing of {self.epochs} epochs to train at the full rate: "
+                "give less"
             )
         return self
 

@@ -33,7 +33,7 @@ class SweepSettings(SettingsGroup):
 class SweepLengthSettings(LengthSettings):
     """How long it takes."""
 
-    minutes: Annotated[float | None, Field(gt=0)] = None
+    minutes: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     """Stop this many minutes after the first trial of this start began; running trials keep their scores so far."""
 
 

@@ -52,13 +52,21 @@ class OptimizerSettings(SettingsGroup):
     def _fits_together(self):
         if self.weight_decay and self.optimizer == "adam":
             raise ValueError(
-                f"--weight-decay {self.weight_decay:g} is not for adam: give --optimizer adamw, which is adam with it"
+                f"--weight-decay {self.weight_decay:g} is not for adam: give --optimizer adamw, which is adam with it, "
+                "or --weight-decay 0"
             )
         if self.momentum is not None and self.optimizer not in USUAL_MOMENTUM:
-            raise ValueError(f"--momentum {self.momentum:g} is for sgd and muon: leave it out with {self.optimizer}")
+            raise ValueError(
+                f"--momentum {self.momentum:g} is for sgd and muon: give --momentum None with {self.optimizer}"
+            )
         if self.schedule == "one_cycle" and warmup_steps(self.warmup, Horizon(1, 1)):
-            raise ValueError(f"--warmup {self.warmup}: --schedule one_cycle has a rise of its own: leave out --warmup")
+            raise ValueError(f"--warmup {self.warmup}: --schedule one_cycle has a rise of its own: give --warmup 0")
         return self
+
+    @property
+    def warmup_epochs(self) -> float:
+        """What a warm-up in epochs means; 0 for one of steps, or of a part of the run."""
+        return warmup_steps(self.warmup, Horizon(0, 1)) if self.warmup.strip().endswith("e") else 0.0
 
     @property
     def used_momentum(self) -> float:

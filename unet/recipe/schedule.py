@@ -37,7 +37,7 @@ def warmup_steps(text: str, horizon: Horizon) -> float:
     '200' steps, '2e' epochs or '5%' of the run.
 
     Raises:
-        ValueError: it is written otherwise, or means all of a run or more.
+        ValueError: it is written otherwise, or is 100% of the run or more.
     """
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)(e|%)", text.strip())
     if not match:

@@ -114,7 +114,7 @@ class Learner:
             if own.get(name) != described.get(name):
                 raise RunFailed(
                     f"The recipe describes {name} as {described.get(name, 'absent')}, but model or optimizer have it "
-                    f"as {own.get(name, 'absent')}: correct unet/recipe/network.py or unet/recipe/optimizer.py."
+                    f"as {own.get(name, 'absent')}: correct unet/recipe/network.py, networks/ or optimizer.py."
                 )
 
     def restart(self, recipe: Recipe) -> None:

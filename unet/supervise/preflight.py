@@ -90,7 +90,10 @@ def refuse_changes(name: str, before: dict, now: dict, may_change: frozenset[str
     changed = sorted(k for k in now.keys() - may_change if before.get(k) != now[k])
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} (was {before[k]}, is {now[k]})" for k in changed)
-        raise InputError(f"The run {name} was started with other settings: {flags}. Give another --run-name.")
+        raise InputError(
+            f"The run {name} was started with other settings: {flags}. Give another --run-name, "
+            f"or --resume {name}, which goes on with its own."
+        )
 
 
 def check_disk(settings: TrainSettings, storage: Folder, recipe: Recipe, runs: int = 1) -> None:

@@ -48,7 +48,9 @@ def keep(run: Run, state: State, history: list[dict], results: Results) -> None:
 def more(settings: TrainSettings, epochs: int) -> str:
     """The flag with which a run that has ended, after so many epochs, goes on."""
     minutes = settings.length.minutes
-    return f"--epochs {epochs + 10}" if minutes is None else f"--minutes {2 * minutes:g}"
+    if minutes is None or (settings.epochs is not None and epochs >= settings.epochs):
+        return f"--epochs {epochs + 10}"
+    return f"--minutes {2 * minutes:g}"
 
 
 def draw(history: list[dict], test: dict, gallery: dict, classes: Classes) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from unet.storage import Folder, persistently, reported
 from unet.training.equality import equality_of
 from unet.training.job import Job
 from unet.training.link import WorkerLink
-from unet.training.plan import Pace, change_of_rate, has_ended, horizon, planned_steps
+from unet.training.plan import Pace, capped, change_of_rate, has_ended, horizon, planned_steps
 from unet.training.scoring import score
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Loop:
     @property
     def horizon(self) -> Horizon:
         """What the learning rate goes by now."""
-        return horizon(self.state.planned_steps, self.plan.steps)
+        return horizon(self.settings, self.state.planned_steps, self.plan.steps)
 
     def train(self, report: Callable[[dict], None]) -> bool:
         """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
@@ -243,7 +243,8 @@ class Loop:
     def _estimate(self) -> None:
         """Let all workers plan with the number of steps that rank 0 expects."""
         planned = self.pace.planned(self.state, self.elapsed) if self.pace and self.rank == 0 else None
-        self.state.planned_steps = int(self.learner.sum_over_workers(np.array([planned or 0], np.int64))[0]) or None
+        planned = capped(self.settings, planned or 0, self.plan.steps)
+        self.state.planned_steps = int(self.learner.sum_over_workers(np.array([planned], np.int64))[0]) or None
 
     def _is_due(self, control: int) -> bool:
         unit, interval = self.interval

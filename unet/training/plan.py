@@ -34,7 +34,13 @@ def planned_steps(settings: TrainSettings, state: State, epoch_steps: int) -> in
         return epoch_steps * settings.epochs
     if state.planned_steps is None or before is None:
         return None
-    return state.planned_steps if minutes == before else round(state.planned_steps * minutes / before)
+    planned = state.planned_steps if minutes == before else round(state.planned_steps * minutes / before)
+    return capped(settings, planned, epoch_steps)
+
+
+def capped(settings: TrainSettings, planned: int, epoch_steps: int) -> int:
+    """So many steps, but no more than those of the epochs that the settings allow."""
+    return planned if settings.epochs is None else min(planned, settings.epochs * epoch_steps)
 
 
 def has_ended(settings: TrainSettings, state: State, planned: int | None) -> bool:
@@ -49,9 +55,10 @@ def has_ended(settings: TrainSettings, state: State, planned: int | None) -> boo
     return planned is not None and state.step >= planned
 
 
-def horizon(planned: int | None, epoch_steps: int) -> Horizon:
+def horizon(settings: TrainSettings, planned: int | None, epoch_steps: int) -> Horizon:
     """What the learning rate goes by."""
-    return Horizon(planned or max(GUESSED_EPOCHS * epoch_steps, GUESSED_STEPS), epoch_steps)
+    guess = capped(settings, max(GUESSED_EPOCHS * epoch_steps, GUESSED_STEPS), epoch_steps)
+    return Horizon(planned or guess, epoch_steps)
 
 
 def change_of_rate(settings: TrainSettings, state: State, planned: int | None, epoch_steps: int) -> str | None:
@@ -126,7 +133,10 @@ class Pace:
         return enough or self._left(elapsed) - self._epoch_end() <= (self.step or 0.0)
 
     def planned(self, state: State, elapsed: float) -> int | None:
-        """How many steps the run is to have in all, so many seconds after its beginning; None if nothing is known."""
+        """How many steps the run is to have in all, so many seconds after its beginning.
+
+        What was planned before, or None, where this start has measured nothing.
+        """
         if self._steps >= MEASURED_STEPS or (self._steps and self.step is None):
             measured = self._stepping / self._steps
             # Half of it is what was known before: a machine that others use goes up and down.
@@ -134,7 +144,7 @@ class Pace:
             self._steps, self._stepping, self._estimated_at = 0, 0.0, elapsed
         left = self._left(elapsed)
         if self.step is None:
-            return None if left > 0 else state.step
+            return state.planned_steps if left > 0 else state.step
         return state.step + steps_that_fit(left, self.step, self._epoch_end(), self.epoch_steps, state.epoch_step)
 
     def _left(self, elapsed: float) -> float:

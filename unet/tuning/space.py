@@ -111,9 +111,13 @@ def parse_space(text: str, source: str, settings: TrainSettings) -> Space:
     return Space(draws, text, _largest(settings, values, f"The space {source}, at its largest"))
 
 
+GROWING = ("base_filters", "depth", "blocks", "batch_size", "ema_decay")
+"""Settings of which more takes more memory, or some takes more than none."""
+
+
 def _largest(settings: TrainSettings, values: dict[str, list], what: str) -> TrainSettings:
     """Those of the drawn settings whose training takes the most memory: more of a number is never less of that."""
-    ends = {name: [max(values[name])] for name in ("base_filters", "depth", "blocks", "batch_size") if name in values}
+    ends = {name: [max(values[name])] for name in GROWING if name in values}
     kinds = {name: values[name] for name in ("network", "norm") if name in values}
     drawn = ends | kinds
     trials = (_settings(settings, dict(zip(drawn, each, strict=True)), what) for each in product(*drawn.values()))
