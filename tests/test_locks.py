@@ -87,7 +87,10 @@ def test_a_folder_that_another_process_has_is_refused_until_it_ends(folder):
 def test_a_run_and_a_sweep_have_one_driver(folder, tmp_path):
     """Refused before anything is looked at, so that no Ray is needed."""
     storage = {"storage_path": folder.uri.replace("/x", ""), "run_name": "x", "data": "synthetic:20"}
-    storage["tracking_uri"] = f"sqlite:///{tmp_path}/mlflow.db"
+    storage |= {
+        "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "optimizer": "adamw",
+    }  # the default space decays weights
     run = open_run(unflat(TrainSettings, storage))
     sweep = open_sweep(unflat(TuneSettings, storage))
     with another_holds(folder) as other:
