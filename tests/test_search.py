@@ -31,9 +31,8 @@ def space_of(text: str, **settings):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
 def test_every_space_of_the_folder_is_valid(name):
-    space = parse_space(
-        read_space(name), name, parse(TuneSettings, "", [])
-    )  # over the recipe of a sweep that names none
+    of_a_sweep = parse(TuneSettings, "", [])  # which names no recipe
+    space = parse_space(read_space(name), name, of_a_sweep)
     assert set(space.draws) == set(yaml.safe_load(space.text)) >= {"dropout", "learning_rate"}
     assert name == "pbt" or "base_filters" in space.draws
 
