@@ -5,9 +5,9 @@
 The time is that of 48 epochs of the reference network with 16 filters on this machine, measured first with the job
 itself (its images/s and the time of a validation), and the shares of it that are asked for. Each row is a training of
 its own, whose schedule knows its time; all have the same prepared data, cores and precision, one after another. The
-time of each begins with its training: imports and the start of Ray are shown, not counted. PYTHON has PyTorch (`pip
-install '.[benchmarks]'`); without it that row is left out. RUN_FOLDER is a run of the job with `--minutes` on this
-machine that has ended; it becomes a row. It writes `time_to_quality.json` and `.png`.
+job's minutes hold the start of its workers, TensorFlow's import, validation, test and packaging; those of the others
+hold their training only. PYTHON has PyTorch (`pip install '.[benchmarks]'`); without it that row is left out.
+RUN_FOLDER is a run of the job with `--minutes` on this machine that has ended; it becomes a row. It writes `time_to_quality.json` and `.png`.
 """
 
 import argparse
@@ -141,8 +141,11 @@ def draw(minutes: float, rows: list[dict], path: str) -> None:
     axes.text(
         0.99, 0.633, "published, 34.5 M parameters", transform=axes.get_yaxis_transform(), ha="right", va="bottom"
     )
+    times = sorted({round(row["minutes"], 1) for row in rows})
     axes.set(xscale="log", xlabel="minutes of training on this machine", ylabel="test mean IoU, 128 px")
     axes.set_title("The score that a time gives, each point a training of its own", fontsize=10)
+    axes.set_xticks(times, [f"{time:g}" for time in times])
+    axes.minorticks_off()
     axes.legend(loc="lower right", fontsize=8)
     axes.margins(y=0.15)
     figure.savefig(path, dpi=150)
