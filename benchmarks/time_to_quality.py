@@ -7,7 +7,8 @@ itself (its images/s and the time of a validation), and the shares of it that ar
 its own, whose schedule knows its time; all have the same prepared data, cores and precision, one after another. The
 job's minutes hold the start of its workers, TensorFlow's import, validation, test and packaging; those of the others
 hold their training only. PYTHON has PyTorch (`pip install '.[benchmarks]'`); without it that row is left out.
-RUN_FOLDER is a run of the job with `--minutes` on this machine that has ended; it becomes a row. It writes `time_to_quality.json` and `.png`.
+RUN_FOLDER is a run of the job with `--minutes` on this machine that has ended; it becomes a row. It writes
+`time_to_quality.json` and `.png`.
 """
 
 import argparse
