@@ -1,10 +1,22 @@
 """A prepared folder as arrays in memory, and a test score, for scripts that share no code with the project."""
 
+import argparse
 import glob
 import time
 
 import numpy as np
 import pyarrow.parquet as pq
+
+
+def arguments(description: str | None, filters: int) -> argparse.Namespace:
+    """What a peer is told on its command line; `filters` is the default width of its first level."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("minutes", type=float)
+    parser.add_argument("--filters", type=int, default=filters)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
 
 
 def load(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:

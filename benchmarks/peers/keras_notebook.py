@@ -6,7 +6,6 @@ The U-Net with dropout, Adam at a constant rate, cross-entropy, photos mirrored 
 `--precision` says so. The last line is JSON: minutes trained, and the test mean IoU of the last weights.
 """
 
-import argparse
 import json
 import os
 
@@ -15,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
-from arrays import Clock, load, mean_iou
+from arrays import Clock, arguments, load, mean_iou
 from keras import layers
 
 
@@ -59,13 +58,7 @@ def mirrored(image, mask):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("minutes", type=float)
-    parser.add_argument("--filters", type=int, default=64)
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, 64)
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
     images, masks = load(args.folder, "train")

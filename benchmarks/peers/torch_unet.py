@@ -7,14 +7,13 @@ cross-entropy, and for each batch mirroring, scale, rotation, shift, brightness 
 bfloat16 where `--precision` says so. The last line is JSON: minutes trained, and the test mean IoU of the last weights.
 """
 
-import argparse
 import json
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arrays import Clock, load, mean_iou
+from arrays import Clock, arguments, load, mean_iou
 from torch import nn
 
 
@@ -60,13 +59,7 @@ def augmented(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("minutes", type=float)
-    parser.add_argument("--filters", type=int, default=16)
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, 16)
     torch.manual_seed(args.seed)
     order = np.random.default_rng(args.seed)
     images, masks = (torch.from_numpy(a.copy()) for a in load(args.folder, "train"))

@@ -20,6 +20,7 @@ WHOLE = 8
 
 
 def describe(settings: ModelSettings, classes: int) -> Network:
+    """The network of these settings, with an output for each class."""
     parts, widths = Parts(settings), [_width(settings.base_filters, level) for level in range(settings.depth + 1)]
     x = parts.add("squares", "space_to_depth", INPUT, channels=12, stride=2)
     x = parts.convolution("stem", "", x, widths[0])

@@ -10,6 +10,7 @@ from unet.recipe.networks.parts import Parts
 
 
 def describe(settings: ModelSettings, classes: int) -> Network:
+    """The network of these settings, with an output for each class."""
     parts, widths = Parts(settings), [settings.base_filters * 2**level for level in range(settings.depth + 1)]
 
     def convolutions(block: str, before: str, channels: int) -> str:
