@@ -17,6 +17,7 @@ from unet.storage import Folder
 SMALL = {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
 EPSILON, MOMENTUM = 1e-3, 0.75
 PRECISIONS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+EACH = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.bfloat16)]
 """How far, by the largest value, numbers of a dtype may be from those of NumPy in float64."""
 
 
@@ -61,7 +62,7 @@ def close(found, expected, dtype):
         np.testing.assert_allclose(one, other.reshape(one.shape), atol=PRECISIONS[dtype] * np.abs(other).max())
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", EACH)
 def test_batch_norm_is_that_of_the_rows_up_to_the_last_sample(dtype):
     x, values, slope, (gamma, beta) = given(dtype, 12)
     layer = BatchNorm(MOMENTUM, EPSILON, dtype=f"mixed_{dtype}" if dtype != "float32" else dtype)
@@ -86,7 +87,7 @@ def test_batch_norm_is_that_of_the_rows_up_to_the_last_sample(dtype):
     assert {w.dtype for w in layer.weights} == {"float32"}
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", EACH)
 def test_a_micro_shard_of_padding_is_finite_and_moves_nothing(dtype):
     layer = BatchNorm(MOMENTUM, EPSILON, dtype=f"mixed_{dtype}" if dtype != "float32" else dtype)
     for x in (np.zeros((2, 5, 4, 12)), np.random.default_rng(0).normal(3, 2, (2, 5, 4, 12))):
@@ -95,7 +96,7 @@ def test_a_micro_shard_of_padding_is_finite_and_moves_nothing(dtype):
         assert not any(float(m.count) or m.total.numpy().any() for m in current.moved.values())
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", EACH)
 @pytest.mark.parametrize(("channels", "size"), [(16, 8), (12, 6), (7, 7)])
 def test_group_norm_is_that_of_each_sample(dtype, channels, size):
     x, values, slope, (gamma, beta) = given(dtype, channels)

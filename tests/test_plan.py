@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet.config import TrainSettings, TuneSettings, unflat
-from unet.training.plan import FINISH_SECONDS, Pace, change_of_rate, has_ended, planned_steps, steps_that_fit
+from unet.training.plan import (
+    FINISH_SECONDS,
+    Pace,
+    change_of_rate,
+    has_ended,
+    horizon,
+    planned_steps,
+    steps_that_fit,
+)
 
 seconds = st.floats(0.001, 1000)
 
@@ -81,4 +89,8 @@ def test_another_length_says_what_becomes_of_the_rate():
     assert said(settings_of(minutes=3), timed) is None
     assert said(settings_of(minutes=6, epochs=40), timed).endswith("0.5, as in a run of 6 minutes, at most 40 epochs.")
     assert planned_steps(settings_of(minutes=6), timed, 10) == 200
+    # Epochs that are given as well end the schedule, but do not make a run that the clock ended a finished one.
+    both = settings_of(minutes=6, epochs=12)
+    assert horizon(both, 200, 10).steps == 120 and horizon(both, None, 10).steps == 120
+    assert not has_ended(both, state_of(both, step=100, epoch=11), planned_steps(both, timed, 0))
     assert planned_steps(settings_of(minutes=6), state, 10) is None and said(settings_of(minutes=6), state) is None

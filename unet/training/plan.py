@@ -34,8 +34,7 @@ def planned_steps(settings: TrainSettings, state: State, epoch_steps: int) -> in
         return epoch_steps * settings.epochs
     if state.planned_steps is None or before is None:
         return None
-    planned = state.planned_steps if minutes == before else round(state.planned_steps * minutes / before)
-    return capped(settings, planned, epoch_steps)
+    return state.planned_steps if minutes == before else round(state.planned_steps * minutes / before)
 
 
 def capped(settings: TrainSettings, planned: int, epoch_steps: int) -> int:
@@ -57,8 +56,8 @@ def has_ended(settings: TrainSettings, state: State, planned: int | None) -> boo
 
 def horizon(settings: TrainSettings, planned: int | None, epoch_steps: int) -> Horizon:
     """What the learning rate goes by."""
-    guess = capped(settings, max(GUESSED_EPOCHS * epoch_steps, GUESSED_STEPS), epoch_steps)
-    return Horizon(planned or guess, epoch_steps)
+    steps = planned or max(GUESSED_EPOCHS * epoch_steps, GUESSED_STEPS)
+    return Horizon(capped(settings, steps, epoch_steps), epoch_steps)
 
 
 def change_of_rate(settings: TrainSettings, state: State, planned: int | None, epoch_steps: int) -> str | None:
@@ -67,7 +66,7 @@ def change_of_rate(settings: TrainSettings, state: State, planned: int | None, e
         return None
     step, optimizer = state.step + 1, settings.optimizer
     old = learning_rate(optimizer, step, Horizon(state.planned_steps, epoch_steps))
-    new = learning_rate(optimizer, step, Horizon(planned, epoch_steps))
+    new = learning_rate(optimizer, step, horizon(settings, planned, epoch_steps))
     if old == new:
         return None
     if state.step >= state.planned_steps:
