@@ -177,7 +177,10 @@ def command(name: str, *flags) -> int:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
-    return end.value.code
+    code = end.value.code
+    del end  # an error's traceback holds what its process would have let go of, such as actors
+    gc.collect()
+    return code
 
 
 def listening():
