@@ -31,6 +31,12 @@ def test_the_steps_that_fit_fit_with_their_validations_and_little_is_left(left, 
     assert left - taken(found) <= 2 * (epoch_end + step) + 1e-6
 
 
+def test_a_last_part_that_is_shorter_than_its_validation_is_left_out():
+    assert steps_that_fit(9, 1, 5, epoch_steps=10, done=0) == 0 and steps_that_fit(11, 1, 5, 10, done=0) == 6
+    assert steps_that_fit(9, 1, 5, epoch_steps=10, done=1) == 4  # one that is begun is scored as it is
+    assert steps_that_fit(15 + 9, 1, 5, epoch_steps=10, done=0) == 10
+
+
 def settings_of(**changes) -> TrainSettings:
     return unflat(TrainSettings, {"schedule": "linear", "learning_rate": 1.0} | changes)
 

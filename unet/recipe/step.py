@@ -228,6 +228,10 @@ class Learner:
             for weight in self.float32_model.weights:
                 weight.assign(variables[self.recipe.scored[weight.path]])
 
+    def trace_evaluation(self) -> None:
+        """Make the graph of `evaluate`, if there is none yet."""
+        self._evaluate.get_concrete_function()
+
     def evaluate(self, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 (C, C) confusion of this worker's share (row = truth), and float64 (`loss.size`,) sums of its loss."""
         confusion, sums = self._evaluate(images, masks)

@@ -6,8 +6,8 @@ from unet.data.shards import opened, pixels
 from unet.recipe.augment import draw, flips, mirror
 from unet.training.loop import Loop
 
-SHOWN = 16
-"""How many training samples are shown."""
+SHOWN, SHOWN_PIXELS = 16, 2**22
+"""How many training samples are shown, and pixels in all: of large ones fewer, since each is varied in float32."""
 
 
 def begin(loop: Loop) -> None:
@@ -23,7 +23,8 @@ def begin(loop: Loop) -> None:
 def _augmented(loop: Loop) -> dict:
     """Their names, images uint8 (N, S, S, 3) and masks uint8 (N, S, S)."""
     ingest = loop.reader.ingest
-    count, size = min(SHOWN, ingest.samples["train"]), ingest.image_size
+    size = ingest.image_size
+    count = min(SHOWN, ingest.samples["train"], max(1, SHOWN_PIXELS // size**2))
     table = opened(ingest.folder).read_chunk("train", 0, ("name", "image", "mask")).slice(0, count)
     images, masks = pixels(table["image"], (size, size, 3)).copy(), pixels(table["mask"], (size, size)).copy()
     indices = np.arange(count)

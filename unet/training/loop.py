@@ -148,6 +148,7 @@ class Loop:
         self.seconds += clock.waiting + clock.stepping
         if not trained:
             return None
+        self.learner.trace_evaluation()  # its time is none of a validation's, of which there will be more
         began = time.perf_counter()
         validation = self._validate()
         seconds = time.perf_counter() - began

@@ -87,13 +87,16 @@ def steps_that_fit(seconds: float, step: float, epoch_end: float, epoch_steps: i
         done: steps of the epoch under way that are done.
     """
     to_epoch_end = (epoch_steps - done) * step + epoch_end
+
+    def part(seconds: float, is_begun: bool = False) -> int:
+        """Steps of an epoch that is cut: one that is shorter than its validation would change little."""
+        training = seconds - epoch_end
+        return max(0, math.floor(training / step)) if is_begun or training > epoch_end else 0
+
     if seconds < to_epoch_end:
-        return max(0, math.floor((seconds - epoch_end) / step))
-    seconds -= to_epoch_end
-    epochs, seconds = divmod(seconds, epoch_steps * step + epoch_end)
-    last = seconds - epoch_end
-    # A last part that is shorter than its validation would change little.
-    return epoch_steps - done + int(epochs) * epoch_steps + (math.floor(last / step) if last > epoch_end else 0)
+        return part(seconds, done > 0)
+    epochs, seconds = divmod(seconds - to_epoch_end, epoch_steps * step + epoch_end)
+    return epoch_steps - done + int(epochs) * epoch_steps + part(seconds)
 
 
 @dataclass
