@@ -45,6 +45,7 @@ def main(rank, ports, output, values, steps, poison, devices):
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
     from unet.recipe.augment import draw
+    from unet.recipe.schedule import Horizon
     from unet.recipe.step import Learner
 
     if values.pop("toys", False):
@@ -65,7 +66,7 @@ def main(rank, ports, output, values, steps, poison, devices):
 
     def train(step):
         *pixels, drawn = rows(step)
-        return learner.train_step(*pixels, step + 1, draws=drawn)
+        return learner.train_step(*pixels, step + 1, horizon=Horizon(steps, 2), draws=drawn)
 
     *pixels, drawn = rows(0)
     results = {f"gradient/{i}": g for i, g in enumerate(learner.gradients(*pixels, 1, drawn))}

@@ -206,24 +206,32 @@ def test_an_export_used_as_its_readme_says_agrees_with_the_training(handed, expo
 
 
 HANDED_ON = [
-    ("compact", "batch"),
-    ("compact", "group"),
+    {"network": "compact", "norm": "batch"},
+    {"network": "compact", "norm": "group"},
+    {"network": "compact", "norm": "group", "encoder": "efficientnet-lite0"},
     *(
-        pytest.param(*one, marks=pytest.mark.slow)
-        for one in (("compact", "none"), ("unet", "batch"), ("unet", "group"))
+        pytest.param(one, marks=pytest.mark.slow)
+        for one in (
+            {"network": "compact", "norm": "none"},
+            {"network": "unet", "norm": "batch"},
+            {"network": "unet", "norm": "group"},
+            {"network": "compact", "norm": "batch", "encoder": "mobilenetv3-large"},
+            {"network": "compact", "norm": "batch", "encoder": "efficientnetv2-b0"},
+            {"network": "compact", "norm": "batch", "encoder": "resnet50"},
+        )
     ),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-@pytest.mark.parametrize(("network", "norm"), HANDED_ON)
-def test_every_network_and_norm_is_handed_on_as_it_is_scored(network, norm, tmp_path):
+@pytest.mark.parametrize("network", HANDED_ON, ids=lambda network: "-".join(network.values()))
+def test_every_network_and_norm_is_handed_on_as_it_is_scored(network, tmp_path):
     """With batch norms folded: package and forms give the classes of the network that training scores with."""
-    own = {"network": network, "norm": norm, "depth": 1, "precision": "float32"}
+    own = {"depth": 2 if "encoder" in network else 1, "precision": "float32"} | network
     settings, rng = unflat(TrainSettings, SETTINGS | own), np.random.default_rng(0)
     learner, run = Learner(settings.recipe(len(CLASSES))), Folder(tmp_path / "run")
     for name, weight in learner.variables().items():
-        if "norm" in name and name.startswith("weights/"):
+        if name.endswith(("gamma", "beta", "moving_mean", "moving_variance")) and name.startswith("weights/"):
             around = 1 if name.endswith(("gamma", "moving_variance")) else 0
             weight.assign(around + rng.uniform(-0.5, 0.5, weight.shape))
     run.write_text("config.yaml", "")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, read_json, state_of, vouch
+from torch_files import write_torch
 
 from unet.commands import cli
 from unet.config import TrainSettings, TuneSettings, unflat
@@ -28,6 +29,7 @@ from unet.data.shards import Prepared
 from unet.data.sources.archives import extract
 from unet.data.sources.description import describe
 from unet.errors import InputError
+from unet.models.torch_file import read_torch
 from unet.runs.arrays import arrays_file, weights_file
 from unet.runs.checkpoint import Checkpoints
 from unet.storage import Folder
@@ -104,6 +106,36 @@ def pickle_in_a_zip(path: Path, canary: Path):
 def test_an_optimizer_that_is_pickled_is_not_unpickled(tmp_path, canary, plant):
     plant(checkpoint(tmp_path) / "optimizer.npz", canary)
     refused(tmp_path, r"\(optimizer.npz: ")
+
+
+class Named:
+    """Pickled, it is a call of what it names, with an array as any file of weights has it beside it."""
+
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda canary: Exploit(canary),
+        lambda canary: Named(eval, f"open({str(canary)!r}, 'w')"),
+        lambda canary: Named(getattr, "a", "upper"),
+        lambda canary: Named(np.zeros, 3),
+        lambda canary: Named(bytearray, 10**12),
+    ],
+)
+def test_a_file_of_weights_names_nothing_but_arrays(tmp_path, canary, planted, is_archive):
+    arrays = {"a.weight": np.ones(3, np.float32)}
+    assert read_torch(write_torch(tmp_path / "good.pth", arrays, is_archive)).keys() == arrays.keys()
+    path = tmp_path / "bad.pth"
+    write_torch(path, arrays | {"more": planted(canary)}, is_archive)
+    with pytest.raises(InputError, match=r"bad\.pth is not a file of weights alone: it asks for \w"):
+        read_torch(path)
 
 
 def test_a_packed_array_is_not_unpacked(tmp_path):
@@ -345,5 +377,5 @@ def test_the_code_calls_nothing_that_could_load_code():
                     found.add(call)
     # Of JSON, of this project, of Pillow, and of an export that the same process has just written.
     own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load", "learner.load", "self.load"}
-    own |= {"loop.checkpoints.load"}
+    own |= {"loop.checkpoints.load", "_Unpickler(file).load"}  # which knows three words
     assert found == own | {"json.loads", "image.load", "tf.saved_model.load"}

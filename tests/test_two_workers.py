@@ -96,6 +96,8 @@ def test_the_optimizers_and_the_average_agree(tmp_path, optimizer):
         "ema_decay": 0.9,
         "base_filters": 8,
         "grad_shards": 2,
+        "freeze": "encoder:1",  # the first two steps here
+        "encoder_rate": 0.5,
     }
     (one,), two = train(tmp_path, 1, values, 5), train(tmp_path, 2, values, 5)
     assert part(one, "weight/average/") and len(part(one, "weight/optimizer/")) > 2

@@ -9,8 +9,9 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
@@ -18,6 +19,8 @@ from unet import environment
 from unet.cluster import internals
 from unet.errors import InputError
 from unet.secrets import without_secrets
+
+Result = TypeVar("Result")
 
 ANSWER_SECONDS = 5
 """How long a cluster may take to answer at all."""
@@ -32,6 +35,14 @@ def cause_of(error: BaseException) -> BaseException:
     while cause := getattr(error, "cause", None) or error.__cause__:
         error = cause
     return error
+
+
+def in_task(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives: in a task of Ray if it is connected, else here. So a driver loads no TensorFlow."""
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized():
+        return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
+    return function(*arguments)
 
 
 @contextlib.contextmanager

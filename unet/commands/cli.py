@@ -81,8 +81,9 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
         InputError: a file, a run or a value that cannot be used.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("config", "resume", "sync", "storage-path", "tracking-uri", "data", "recipe", *config.LENGTHS):
-        early.add_argument(f"--{flag}")
+    known = ("config", "resume", "sync", "storage-path", "tracking-uri", "data", "recipe")
+    for flag in (*known, *config.BEGINNINGS, *config.LENGTHS):
+        early.add_argument(f"--{flag.replace('_', '-')}")
     given, _ = early.parse_known_args([_with_dashes(a) for a in argv])
     values: dict[str, Any] = {}
     if name := given.resume or given.sync:
@@ -120,7 +121,8 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
         if given.recipe and config.recipe_name(given.recipe) != values["recipe"]:
             raise InputError(f"{given.resume or given.sync} goes on with its own settings: leave out --recipe.")
         return values
-    name = given.recipe or values.get("recipe") or config.BEST
+    begin = {name: getattr(given, name) for name in config.BEGINNINGS if getattr(given, name)}
+    name = given.recipe or values.get("recipe") or config.usual_recipe(values | begin)
     if config.is_complete(values):
         if given.recipe and config.recipe_name(name) != values.get("recipe"):
             raise InputError(f"--config {given.config} has every setting of a recipe: leave out --recipe.")
@@ -129,7 +131,22 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     without = set(config.LENGTHS) if not is_sweep and (flags or values.keys() & set(config.LENGTHS)) else set()
     if is_sweep:
         without.add(config.MINUTES)
+    if model := begin.get("init_from") or values.get("init_from"):
+        values = _network_of(model, values, given) | values
     return config.with_recipe(name, values, without) | {"recipe": name}
+
+
+def _network_of(model: str, values: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the network of an earlier model, which one that begins with it has unless something else is said.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    from unet.models.trained import TrainedModel
+
+    storage = _storage(given.storage_path or values.get("storage_path"))
+    uri = given.tracking_uri or values.get("tracking_uri")
+    return TrainedModel.find(model, Folder(storage), uri).network.model_dump(exclude={"dropout"})
 
 
 def _with_dashes(argument: str) -> str:
@@ -138,8 +155,13 @@ def _with_dashes(argument: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
 
 
+def _storage(path: str | None) -> str:
+    """The storage path that was given, or the usual one."""
+    return config.StoreSettings(**({"storage_path": path} if path else {})).storage_path
+
+
 def _settings_of_run(name: str, storage_path: str | None) -> dict[str, Any]:
-    storage = config.StoreSettings(**({"storage_path": storage_path} if storage_path else {})).storage_path
+    storage = _storage(storage_path)
     folder = Folder(storage) / name
     if not folder.exists(config.CONFIG):
         known = [n for n in Folder(storage).names() if (Folder(storage) / n).exists(config.CONFIG)]

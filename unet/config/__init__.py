@@ -5,7 +5,7 @@ from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
 from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config, read_named
 from unet.config.recipes import (
-    BEST,
+    BEGINNINGS,
     LENGTHS,
     MINUTES,
     RECIPE_SETTINGS,
@@ -13,6 +13,7 @@ from unet.config.recipes import (
     REFERENCE,
     is_complete,
     recipe_name,
+    usual_recipe,
     with_recipe,
 )
 from unet.config.training import DEFAULT_EPOCHS, FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
@@ -21,7 +22,7 @@ from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, parse_interval, unflat
 
 __all__ = [
-    "BEST",
+    "BEGINNINGS",
     "CONFIG",
     "DEFAULT_EPOCHS",
     "FENCING_TOKEN",
@@ -60,5 +61,6 @@ __all__ = [
     "read_named",
     "recipe_name",
     "unflat",
+    "usual_recipe",
     "with_recipe",
 ]

@@ -9,9 +9,11 @@ from unet.errors import InputError
 from unet.recipe.recipe import PARTS
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
-REFERENCE, BEST = "reference", "best"
-"""The published notebook's, which the defaults of all settings are; and that of a job that names none."""
+REFERENCE, BEST, PRETRAINED, FINETUNE = "reference", "best", "pretrained", "finetune"
+"""The published notebook's, which the defaults of all settings are; and those of a job that names none."""
 MINUTES = "minutes"
+BEGINNINGS = ("init_from", "encoder")
+"""What a training may begin with, by which a job that names no recipe chooses one."""
 LENGTHS = ("epochs", MINUTES)
 """How long a run takes: where one is given, a recipe's other does not count."""
 RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields) | {MINUTES}
@@ -21,6 +23,13 @@ RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.mod
 def recipe_name(value: str) -> str:
     """The name of a recipe, or the absolute path of a file."""
     return str(absolute(value)) if value.endswith((".yaml", ".yml")) else value
+
+
+def usual_recipe(values: dict[str, Any]) -> str:
+    """The recipe of a job that names none, by what its flat settings begin with."""
+    if values.get("init_from"):
+        return FINETUNE
+    return PRETRAINED if values.get("encoder", "none") != "none" else BEST
 
 
 def is_complete(values: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from unet.recipe.network import ModelSettings
 from unet.recipe.networks import describe
 from unet.recipe.optimizer import OptimizerSettings
 from unet.recipe.recipe import Recipe, TrainingSettings
+from unet.recipe.start import StartSettings
 from unet.settings import Device, SettingsGroup, parse_interval
 
 FENCING_TOKEN = ".fencing-token"
@@ -145,6 +146,7 @@ class TrainSettings(SettingsGroup):
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
     augment: AugmentSettings = AugmentSettings()
+    start: StartSettings = StartSettings()
     length: LengthSettings = LengthSettings()
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
@@ -181,6 +183,7 @@ class TrainSettings(SettingsGroup):
             optimizer=self.optimizer,
             loss=self.loss,
             augment=self.augment,
+            start=self.start,
         )
 
     @property

@@ -5,7 +5,6 @@ A job's driver needs no TensorFlow: a task of Ray reads the variables of an MLfl
 
 import errno
 import re
-import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from unet.classes import Classes, ClassInfo
-from unet.cluster.session import cause_of
+from unet.cluster.session import cause_of, in_task
 from unet.config import (
     CONFIG,
     DataSettings,
@@ -264,15 +263,11 @@ def _resolved(uri: str, client) -> tuple[str, str | None]:
 def _read_variables(folder: Folder, place: str, shapes: Shapes, name: str) -> dict[str, np.ndarray]:
     """The arrays of a packaged model, by name, from its files that begin with `place`.
 
-    TensorFlow reads them: in a task of Ray if it is connected, so that the driver does not load it, else here.
+    TensorFlow reads them.
     """
     kept = {file: folder.read_bytes(file) for file in folder.files() if file.startswith(place)}
-    ray = sys.modules.get("ray")
     try:
-        if ray and ray.is_initialized():
-            arrays = ray.get(ray.remote(num_cpus=0)(_variables).remote(kept, list(shapes)))
-        else:
-            arrays = _variables(kept, list(shapes))
+        arrays = in_task(_variables, kept, list(shapes))
     except Exception as error:  # whatever TensorFlow makes of damaged bytes
         raise InputError(
             f"The variables of {name} cannot be read ({first_line(cause_of(error))}): package it again."

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from unet.classes import IGNORE
 from unet.recipe.loss import Loss, counted
+from unet.recipe.network import is_of_encoder
 from unet.recipe.passes import MovingAverage, TrainingPass, training_pass
 from unet.recipe.recipe import Recipe
 from unet.recipe.terms import Pixels
@@ -24,13 +25,13 @@ class Summed:
     """What a step needs to know of its global batch, the same on every worker.
 
     Attributes:
-        gradients: of the loss by the weights, in their order.
+        gradients: of the loss by the weights that learn, by their names.
         sums: of the loss' terms (`Loss.size`,).
         averages: the moving averages of the layers.
         control: the sum of what the workers passed as `control`.
     """
 
-    gradients: list[tf.Tensor]
+    gradients: dict[str, tf.Tensor]
     sums: tf.Tensor
     averages: list[MovingAverage]
     control: tf.Tensor
@@ -60,9 +61,10 @@ class GlobalBatch:
         self._augmentation = Augmentation(recipe.augment)
         self._moved: list[MovingAverage] = []  # as tracing finds them
 
-    def gradients(self, images, masks, drawn: Drawn, step, control, dropout) -> Summed:
+    def gradients(self, images, masks, drawn: Drawn, step, control, dropout, trains_encoder: bool = True) -> Summed:
         """Of this worker's share and those of the others: images uint8 (share, S, S, 3), masks uint8 (share, S, S)."""
-        shards = self._shards(images, masks, drawn, step, dropout)
+        shards = self._shards(images, masks, drawn, step, dropout, trains_encoder)
+        weights = [w for w in self._model.trainable_variables if trains_encoder or not is_of_encoder(w.path)]
         if self._loss.is_mean:
             # The constant keeps numbers near one (for float16); the true count is known only after the sum.
             constant = self._loss_scale / self._nominal_pixels
@@ -74,30 +76,30 @@ class GlobalBatch:
             # their backward pass would take the memory that micro-shards are to save.
             whole = self._slopes(self._add(_tree_sum(_in_turn(shards, self._local_sums))[0]))
             slopes = lambda sums: whole  # noqa: E731
-        own = _in_turn(shards, lambda *shard: self._local_gradients(*shard, slopes))
+        own = _in_turn(shards, lambda *shard: self._local_gradients(*shard, weights, slopes))
         *gradients, sums, moved = _tree_sum(own)
         flat = tf.concat([tf.reshape(g, [-1]) for g in gradients] + [sums, moved, [control]], 0)
         flat = self._add(flat)
-        weights = self._model.trainable_variables
         sizes = [int(np.prod(v.shape)) for v in weights]
         *gradients, sums, moved, control = tf.split(flat, [*sizes, self._loss.size, int(moved.shape[0]), 1])
         gradients = [tf.reshape(g, v.shape) for g, v in zip(gradients, weights, strict=True)]
-        return Summed(self._unscaled(gradients, sums), sums, self._averages(moved), control[0])
+        by_name = {w.path: g for w, g in zip(weights, self._unscaled(gradients, sums), strict=True)}
+        return Summed(by_name, sums, self._averages(moved), control[0])
 
-    def _shards(self, images, masks, drawn, step, dropout) -> list[tuple]:
+    def _shards(self, images, masks, drawn, step, dropout, trains_encoder) -> list[tuple]:
         """The micro-shards of this worker's share: what `_forward` takes."""
         rows, shards = self._share // self._micro_shards, []
         for i in range(self._micro_shards):
             place = slice(i * rows, (i + 1) * rows if i + 1 < self._micro_shards else None)
             position = tf.constant(self._rank * self._share + i * rows, tf.int64)
             draws = drawn._replace(draws=drawn.draws[place])
-            shards.append((images[place], masks[place], draws, step, position, dropout))
+            shards.append((images[place], masks[place], draws, step, position, dropout, trains_encoder))
         return shards
 
-    def _forward(self, images, masks, drawn, step, position, dropout) -> tuple[tf.Tensor, TrainingPass]:
+    def _forward(self, images, masks, drawn, step, position, dropout, trains_encoder) -> tuple[tf.Tensor, TrainingPass]:
         """The sums of the loss' terms over a micro-shard, and what its layers left behind."""
         samples = tf.reduce_any(masks != IGNORE, (1, 2))
-        current = TrainingPass(self._recipe.training.seed, step, position, dropout, samples)
+        current = TrainingPass(self._recipe.training.seed, step, position, dropout, samples, trains_encoder)
         inputs, masks = self._augmentation(as_input(images), masks, drawn)
         with training_pass(current):
             logits = self._model(inputs, training=True)
@@ -106,15 +108,16 @@ class GlobalBatch:
     def _local_sums(self, *shard):
         return [self._forward(*shard)[0]]
 
-    def _local_gradients(self, *shard_and_slopes):
+    def _local_gradients(self, *shard_and_more):
         """Scaled gradients over a micro-shard, then the sums of the loss' terms, then those of moving averages.
 
-        `slopes` gives the scaled derivatives of the loss by its sums, from this micro-shard's own.
+        Behind the shard stand the weights, and `slopes`, which gives the scaled derivatives of the loss by its sums,
+        from this micro-shard's own.
         """
-        *shard, slopes = shard_and_slopes
+        *shard, weights, slopes = shard_and_more
         with tf.GradientTape() as tape:
             sums, current = self._forward(*shard)
-        gradients = tape.gradient(sums, self._model.trainable_variables, output_gradients=slopes(sums))
+        gradients = tape.gradient(sums, weights, output_gradients=slopes(sums))
         averages = list(current.moved.values())
         self._moved = averages
         moved = [tf.reshape(t, [-1]) for average in averages for t in (average.total, average.count)]

@@ -13,6 +13,7 @@ import numpy as np
 from unet.recipe.network import Layer, Network
 
 Weights = Mapping[str, np.ndarray]
+CONVOLUTIONS = ("convolution", "depthwise_convolution")
 
 
 def folded(network: Network) -> Network:
@@ -40,9 +41,30 @@ def folded_weights(network: Network, weights: Weights) -> dict[str, np.ndarray]:
         )
         scale = gamma / np.sqrt(variance + norms[norm].options["epsilon"])
         bias = weights.get(f"{convolution}/bias", np.zeros(len(mean)))
-        found[f"{convolution}/kernel"] = (weights[f"{convolution}/kernel"] * scale).astype(np.float32)
+        kernel = weights[f"{convolution}/kernel"]  # of a depthwise one the channels stand before the last axis
+        scales = scale if kernel.shape[-1] == len(scale) else scale[:, None]
+        found[f"{convolution}/kernel"] = (kernel * scales).astype(np.float32)
         found[f"{convolution}/bias"] = (beta + (bias - mean) * scale).astype(np.float32)
     return {name: found[name] for name in folded(network).variables}
+
+
+def unfolded_weights(network: Network, weights: Weights) -> dict[str, np.ndarray]:
+    """The reverse: weights of the network from those of `folded(network)`, with which it computes the same.
+
+    Its batch norms get means of 0 and variances of 1, so they add what the convolution's bias did.
+    """
+    found = {name: array for name, array in weights.items() if name in network.variables}
+    layers = {layer.name: layer for layer in network.layers}
+    for convolution, norm in _pairs(network).items():
+        if f"{convolution}/bias" not in weights:
+            continue
+        bias = weights[f"{convolution}/bias"]
+        one = np.ones_like(bias)
+        found[f"{norm}/gamma"] = one * np.float32(np.sqrt(1 + layers[norm].options["epsilon"]))
+        found |= {f"{norm}/beta": bias, f"{norm}/moving_mean": 0 * one, f"{norm}/moving_variance": one}
+        if f"{convolution}/bias" in network.variables:
+            found[f"{convolution}/bias"] = 0 * bias
+    return found
 
 
 def _pairs(network: Network) -> dict[str, str]:
@@ -58,4 +80,4 @@ def _pairs(network: Network) -> dict[str, str]:
 
 
 def _is_linear_convolution(layer: Layer | None) -> bool:
-    return layer is not None and layer.kind == "convolution" and "activation" not in layer.options
+    return layer is not None and layer.kind in CONVOLUTIONS and "activation" not in layer.options

@@ -11,13 +11,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unet.settings import SettingsGroup
 
 Shapes = dict[str, tuple[int, ...]]
 """Of variables, by name."""
 INPUT = "image"
+ENCODER_DEPTH = 4
+"""How often an encoder that is known from ImageNet can halve a picture's sides after the first time."""
+ENCODER_LAYERS = ("stem", "encoder_", "bottleneck")
+"""What the names of layers begin with that come before the decoder: `--freeze` and `--encoder-rate` are about them."""
+
+
+def is_of_encoder(name: str) -> bool:
+    """Whether a layer, or a variable, belongs to what comes before the decoder."""
+    return name.startswith(ENCODER_LAYERS)
 
 
 class ModelSettings(SettingsGroup):
@@ -26,11 +35,14 @@ class ModelSettings(SettingsGroup):
     network: Literal["unet", "compact"] = "unet"
     """unet: the U-Net of 2015. compact: one of residual blocks and few multiply-adds, which begins and ends at half
     the picture's size."""
+    encoder: Literal["none", "efficientnet-lite0", "mobilenetv3-large", "efficientnetv2-b0", "resnet50"] = "none"
+    """Of the compact network: an encoder that is known from ImageNet, in the place of its own. --encoder-weights says
+    where its weights come from."""
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
     """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to
-    5.5 times as many."""
+    5.5 times as many. Those of the decoder, where --encoder gives the others."""
     depth: Annotated[int, Field(ge=1, le=7)] = 4
-    """Number of pooling steps, each of which halves the picture's sides."""
+    """Number of pooling steps, each of which halves the picture's sides. With --encoder 4 at most."""
     blocks: Annotated[int, Field(ge=1, le=16)] = 1
     """Residual blocks at each of the two deepest levels of the compact network. The unet has none."""
     norm: Literal["none", "batch", "group"] = "none"
@@ -44,7 +56,19 @@ class ModelSettings(SettingsGroup):
     def title(self) -> str:
         """What a run's overview calls it."""
         kind = {"unet": "U-Net", "compact": "compact U-Net"}[self.network]
-        return kind if self.norm == "none" else f"{kind} with {self.norm} norm"
+        parts = [f"{self.norm} norm"] if self.norm != "none" else []
+        parts += [f"encoder {self.encoder}"] if self.encoder != "none" else []
+        return f"{kind} with {' and '.join(parts)}" if parts else kind
+
+    @model_validator(mode="after")
+    def _has_its_encoder(self):
+        if self.encoder != "none" and self.network != "compact":
+            raise ValueError(f"--encoder {self.encoder} is for the compact network: give --network compact with it")
+        if self.encoder != "none" and self.depth > ENCODER_DEPTH:
+            raise ValueError(
+                f"--depth {self.depth} is more than an --encoder of ImageNet has: give {ENCODER_DEPTH} or less"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,12 @@ def _convolution(layer: Layer, channels: int) -> Shapes:
     return kernel | ({"bias": (layer.channels,)} if layer.options.get("use_bias", True) else {})
 
 
+def _depthwise_convolution(layer: Layer, channels: int) -> Shapes:
+    side = layer.options["kernel_size"]
+    kernel: Shapes = {"kernel": (side, side, channels, 1)}
+    return kernel | ({"bias": (channels,)} if layer.options.get("use_bias", True) else {})
+
+
 def _transposed_convolution(layer: Layer, channels: int) -> Shapes:
     side = layer.options["kernel_size"]
     return {"kernel": (side, side, layer.channels, channels), "bias": (layer.channels,)}
@@ -107,12 +137,22 @@ def _scale_and_statistics(layer: Layer, channels: int) -> Shapes:
 STATISTICS = ("moving_mean", "moving_variance")
 KINDS = {
     "convolution": Kind("conv2d", _convolution),
+    "depthwise_convolution": Kind("depthwise_conv2d", _depthwise_convolution),
     "transposed_convolution": Kind("conv2d_transpose", _transposed_convolution),
+    "rescaling": Kind("rescaling"),
+    "padding": Kind("zero_padding2d"),
     "pooling": Kind("max_pooling2d"),
     "dropout": Kind("keyed_dropout"),
     "concatenation": Kind("concatenate"),
     "addition": Kind("add"),
+    "multiplication": Kind("multiply"),
+    "mean": Kind("global_average_pooling2d"),
     "relu": Kind("activation", in_place=True),
+    "relu6": Kind("activation", in_place=True),
+    "silu": Kind("activation"),
+    "hard_silu": Kind("activation"),
+    "sigmoid": Kind("activation", in_place=True),
+    "hard_sigmoid": Kind("activation"),
     "batch_norm": Kind("batch_norm", _scale_and_statistics, STATISTICS),
     "group_norm": Kind("group_norm", _scale),
     "upsampling": Kind("up_sampling2d"),

@@ -40,11 +40,13 @@ class BatchNorm(_Norm):
     is what is divided by afterwards. (A mean of squares would add the spread of the means, and lose digits.)
 
     Rows behind the last labelled sample, as the padding of a short batch is, count for nothing and come out as zeros.
+
+    Where it is `fixed`, or part of what a pass does not train, it goes by its moving averages, which stay.
     """
 
-    def __init__(self, momentum: float, epsilon: float, **kwargs):
+    def __init__(self, momentum: float, epsilon: float, fixed: bool = False, **kwargs):
         super().__init__(epsilon, **kwargs)
-        self.momentum = momentum
+        self.momentum, self.fixed = momentum, fixed
 
     def build(self, shape):
         super().build(shape)
@@ -52,7 +54,7 @@ class BatchNorm(_Norm):
         self.moving_variance = self._channels("moving_variance", shape, "ones", trainable=False)
 
     def call(self, inputs, training=False):
-        if not training:
+        if not training or self.fixed or current_pass().is_fixed(self.name):
             mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
             return self._fused(inputs, mean=mean, variance=variance, is_training=False)[0]
         rows, total = self._rows(inputs), tf.shape(inputs)[0]
@@ -82,7 +84,7 @@ class BatchNorm(_Norm):
             current_pass().move(variable, tf.stop_gradient(value) * weight, weight, self.momentum)
 
     def get_config(self):
-        return super().get_config() | {"momentum": self.momentum}
+        return super().get_config() | {"momentum": self.momentum, "fixed": self.fixed}
 
 
 class GroupNorm(_Norm):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unet.recipe import muon
-from unet.recipe.network import Shapes
+from unet.recipe.network import Shapes, is_of_encoder
 from unet.recipe.schedule import Horizon, Schedule, share_of_rate, warmup_steps
 from unet.settings import SettingsGroup
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ADAM = ("momentum", "velocity")
 """What Adam remembers of each weight, by Keras' names."""
 MOMENTUM = ("momentum",)
+COUNTS = ("iteration", "encoder_iteration")
+"""Of the updates of all weights, and of an encoder that is set apart."""
 USUAL_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
 
 
@@ -41,6 +43,12 @@ class OptimizerSettings(SettingsGroup):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0
     """Score and package a moving average of the weights, which keeps this share of itself in a step, such as 0.999, and
     less in the first steps. 0: no average."""
+    encoder_rate: Annotated[float, Field(gt=0, le=1)] = 1
+    """Share of the learning rate that the layers before the decoder take, which may know something already. With less
+    than 1 they have an Adam of their own (with sgd: an SGD)."""
+    freeze: Annotated[str | None, Field(pattern=r"^encoder(:\d+)?$")] = None
+    """encoder:2 leaves the layers before the decoder as they are for the first two epochs; encoder for the whole run.
+    Their batch norms go by what they have seen before. None: all layers learn."""
 
     @field_validator("warmup")
     @classmethod
@@ -69,6 +77,18 @@ class OptimizerSettings(SettingsGroup):
         return warmup_steps(self.warmup, Horizon(0, 1)) if self.warmup.strip().endswith("e") else 0.0
 
     @property
+    def sets_encoder_apart(self) -> bool:
+        """Whether the layers before the decoder learn otherwise than the rest."""
+        return self.encoder_rate < 1 or self.freeze is not None
+
+    def is_frozen(self, step: int, horizon: Horizon) -> bool:
+        """Whether a step, counted from 1, leaves the layers before the decoder as they are."""
+        if self.freeze is None:
+            return False
+        _, _, epochs = self.freeze.partition(":")
+        return not epochs or step <= int(epochs) * horizon.epoch_steps
+
+    @property
     def used_momentum(self) -> float:
         """Of sgd and muon."""
         return USUAL_MOMENTUM[self.optimizer] if self.momentum is None else self.momentum
@@ -89,57 +109,85 @@ def learning_rate(settings: OptimizerSettings, step: int, horizon: Horizon) -> f
 
 
 def variable_shapes(settings: OptimizerSettings, trainable: Shapes) -> Shapes:
-    """What the optimizer remembers of such weights: its count of steps, and `<weight>/<slot>`."""
+    """What the optimizer remembers of such weights: its counts of steps, and `<weight>/<slot>`."""
     kept: dict[str, tuple[str, ...]] = dict.fromkeys(trainable, ADAM)
     if settings.optimizer == "sgd":
         kept = dict.fromkeys(trainable, MOMENTUM if settings.used_momentum else ())
     elif settings.optimizer == "muon":
-        kept |= dict.fromkeys(muon.kernels(trainable), MOMENTUM)
+        kept |= dict.fromkeys(_muon_kernels(settings, trainable), MOMENTUM)
     slots = {f"{name}/{slot}": shape for name, shape in trainable.items() for slot in kept[name]}
-    return {"iteration": ()} | slots
+    counts = COUNTS if settings.sets_encoder_apart else COUNTS[:1]
+    return {name: () for name in counts} | slots
+
+
+def _muon_kernels(settings: OptimizerSettings, trainable: Shapes) -> list[str]:
+    """The weights that Muon takes: none of an encoder that knows something already."""
+    found = muon.kernels(trainable)
+    return [name for name in found if not (settings.sets_encoder_apart and is_of_encoder(name))]
 
 
 class Optimizer:
     """The optimizer of a model's weights, which `trainable` names in the order of the network.
 
-    Its rate is no part of what it remembers: it comes with every step.
+    Its rate is no part of what it remembers: it comes with every step. An encoder that is set apart has a count of its
+    own, since Adam's first steps are not its own without.
     """
 
     def __init__(self, settings: OptimizerSettings, trainable: Shapes, weights: "list[keras.Variable]"):
-        import keras
-
-        self._weights, self._names = weights, variable_shapes(settings, trainable)
-        inside = set(muon.kernels(trainable)) if settings.optimizer == "muon" else set[str]()
-        self._others = [weight for weight in weights if weight.path not in inside]
+        self._settings, self._names = settings, variable_shapes(settings, trainable)
+        inside = set(_muon_kernels(settings, trainable)) if settings.optimizer == "muon" else set[str]()
         kernels = [weight for weight in weights if weight.path in inside]
         self._muon = muon.Muon(kernels, settings.used_momentum, settings.weight_decay) if kernels else None
-        decay = settings.weight_decay or None
-        if settings.optimizer == "sgd":
-            momentum = settings.used_momentum
-            self._keras = keras.optimizers.SGD(momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
-        else:
-            self._keras = keras.optimizers.Adam(weight_decay=decay)
-        if decay:
-            self._keras.exclude_from_weight_decay([weight for weight in weights if len(weight.shape) < 2])
-        self._keras.build(self._others)
+        others = [weight for weight in weights if weight.path not in inside]
+        apart = [weight for weight in others if settings.sets_encoder_apart and is_of_encoder(weight.path)]
+        names = {weight.path for weight in apart}
+        self._main = _Part(settings, "main", [weight for weight in others if weight.path not in names])
+        self._encoder = _Part(settings, "encoder", apart) if settings.sets_encoder_apart else None
 
     @property
     def updates(self) -> "keras.Variable":
         """How many there were."""
-        return self._keras.iterations
+        return self._main.keras.iterations
 
-    def apply(self, gradients: "list[tf.Tensor]", rate: "tf.Tensor") -> None:
-        """Update the weights, in their order."""
-        by_name = {weight.path: gradient for weight, gradient in zip(self._weights, gradients, strict=True)}
-        self._keras.learning_rate.assign(rate)
-        self._keras.apply([by_name[weight.path] for weight in self._others], self._others)
+    def apply(self, gradients: "dict[str, tf.Tensor]", rate: "tf.Tensor") -> None:
+        """Update the weights by their gradients, by name; an encoder without gradients stays."""
+        self._main.apply(gradients, rate)
         if self._muon:
-            self._muon.apply(by_name, rate)
+            self._muon.apply(gradients, rate)
+        if self._encoder and self._encoder.weights[0].path in gradients:
+            self._encoder.apply(gradients, rate * self._settings.encoder_rate)
 
     def variables(self) -> "dict[str, keras.Variable | tf.Variable]":
         """What it remembers, by the names of `variable_shapes`."""
-        own = self._keras.name
-        by_path = {variable.path: variable for variable in self._keras.variables}
         found = {f"{name}/momentum": variable for name, variable in self._muon.momenta.items()} if self._muon else {}
-        paths = {name: f"{own}/{name.replace('/', '_')}" for name in self._names if name not in found}
-        return found | {name: by_path[path] for name, path in paths.items() if path in by_path}
+        found |= self._main.variables(self._names, COUNTS[0])
+        return found | (self._encoder.variables(self._names, COUNTS[1]) if self._encoder else {})
+
+
+class _Part:
+    """Some weights, and Keras' optimizer of them."""
+
+    def __init__(self, settings: OptimizerSettings, name: str, weights: "list[keras.Variable]"):
+        import keras
+
+        self.weights, decay = weights, settings.weight_decay or None
+        self.keras: keras.optimizers.Optimizer
+        if settings.optimizer == "sgd":
+            momentum = settings.used_momentum
+            self.keras = keras.optimizers.SGD(name=name, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
+        else:
+            self.keras = keras.optimizers.Adam(name=name, weight_decay=decay)
+        if decay:
+            self.keras.exclude_from_weight_decay([weight for weight in weights if len(weight.shape) < 2])
+        self.keras.build(weights)
+
+    def apply(self, gradients: "dict[str, tf.Tensor]", rate: "tf.Tensor") -> None:
+        self.keras.learning_rate.assign(rate)
+        self.keras.apply([gradients[weight.path] for weight in self.weights], self.weights)
+
+    def variables(self, names: Shapes, count: str) -> "dict[str, keras.Variable | tf.Variable]":
+        """Those of `names` that are its own; `count` is the name of its count of steps."""
+        own = {variable.path: variable for variable in self.keras.variables}
+        paths = {name: f"{self.keras.name}/{name.replace('/', '_')}" for name in names if name not in COUNTS}
+        found = {name: own[path] for name, path in paths.items() if path in own}
+        return found | {count: self.keras.iterations}

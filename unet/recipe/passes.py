@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import keras
 import tensorflow as tf
 
+from unet.recipe.network import is_of_encoder
+
 
 @dataclass
 class TrainingPass:
@@ -19,6 +21,7 @@ class TrainingPass:
         dropout: float64 scalar tensor, the share to drop, so that one traced graph serves many; None: the layers' own.
         samples: bool tensor (N,), which rows hold a sample: the padding of a short batch holds none. None: all. A
             micro-shard may be all padding, so a layer that divides by its samples' spread must stand a spread of 0.
+        trains_encoder: whether what comes before the decoder learns.
         moved: the moving averages that the step is to bring up to date, by the name of their variable.
     """
 
@@ -27,7 +30,12 @@ class TrainingPass:
     position: tf.Tensor
     dropout: tf.Tensor | None = None
     samples: tf.Tensor | None = None
+    trains_encoder: bool = True
     moved: dict[str, "MovingAverage"] = field(default_factory=dict)
+
+    def is_fixed(self, layer: str) -> bool:
+        """Whether a layer, by its name, is to be as it is in use."""
+        return not self.trains_encoder and is_of_encoder(layer)
 
     def move(self, variable: keras.Variable, total: tf.Tensor, count: tf.Tensor, momentum: float) -> None:
         """Let a variable follow the mean `total / count` over all micro-shards and workers of the step.

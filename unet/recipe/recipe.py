@@ -13,6 +13,7 @@ from unet.recipe.loss import AUTO_WEIGHTS, LossSettings
 from unet.recipe.network import ModelSettings, Network, Shapes
 from unet.recipe.networks import describe
 from unet.recipe.optimizer import OptimizerSettings
+from unet.recipe.start import StartSettings
 from unet.settings import SettingsGroup
 
 AUTO = "auto"
@@ -49,6 +50,7 @@ PARTS: dict[str, type[SettingsGroup]] = {
     "optimizer": OptimizerSettings,
     "loss": LossSettings,
     "augment": AugmentSettings,
+    "start": StartSettings,
 }
 """The groups of settings of a recipe."""
 
@@ -68,6 +70,7 @@ class Recipe(SettingsGroup):
     optimizer: OptimizerSettings
     loss: LossSettings
     augment: AugmentSettings
+    start: StartSettings = StartSettings()
 
     @model_validator(mode="after")
     def _has_a_weight_for_each_class(self):

@@ -8,7 +8,7 @@ Why: docs/decisions.md#plain-variables-one-collective-a-step
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import keras
@@ -59,12 +59,21 @@ class StepResult:
 class Learner:
     """The model of a recipe, its optimizer and the steps, in one worker of `world_size`.
 
+    `start` has values of weights to begin with, by their names, in the place of those that are drawn.
+
     Attributes:
         model: in the precision of the steps.
         float32_model: in float32, with the weights that are scored, once `refresh_float32` was called.
     """
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, strategy=None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        rank: int = 0,
+        world_size: int = 1,
+        strategy=None,
+        start: Mapping[str, np.ndarray] | None = None,
+    ):
         self.recipe, self.classes, self.image_size = recipe, recipe.classes, recipe.image_size
         self.rank, self.world_size, self.strategy = rank, world_size, strategy
         training = recipe.training
@@ -81,6 +90,7 @@ class Learner:
         is_scored = training.precision == "float32" and recipe.scores_its_weights
         self.float32_model = self.model if is_scored else build(recipe.network, recipe.image_size)
         self._check_variables()
+        self.load(self._places(start or {}))
         self._initial = {name: _compact(variable.numpy()) for name, variable in self.variables().items()}
         self.share = -(-training.batch_size // world_size)
         self.batch = GlobalBatch(
@@ -91,7 +101,8 @@ class Learner:
         step, control = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.float32)
         rate, dropout = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.float64)
         drawn = Drawn(tf.TensorSpec((self.share, len(DRAWS)), tf.float32), *[tf.TensorSpec((), tf.float32)] * 2)
-        self._step = _graph(self._step_graph, [images, masks, drawn, step, control, rate, dropout])
+        inputs = [images, masks, drawn, step, control, rate, dropout]
+        self._step, self._frozen_step = _graph(self._step_graph, inputs), _graph(self._frozen_step_graph, inputs)
         self._evaluate = _graph(self._evaluate_graph, [images, masks])
         self._predict = _graph(self._predict_graph, [images])
         self._sum = _graph(self._sum_over_workers)
@@ -116,6 +127,13 @@ class Learner:
                     f"The recipe describes {name} as {described.get(name, 'absent')}, but model or optimizer have it "
                     f"as {own.get(name, 'absent')}: correct unet/recipe/network.py, networks/ or optimizer.py."
                 )
+
+    def _places(self, weights: Mapping[str, np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
+        """Weights by the names of `variables`, each in every place where a run begins with it."""
+        for name, value in weights.items():
+            yield f"{WEIGHTS}{name}", value
+            if self.average:
+                yield self.recipe.scored[name], value
 
     def restart(self, recipe: Recipe) -> None:
         """Begin anew with a recipe of the same `traced_key`: equal, bit for bit, to a new learner."""
@@ -159,7 +177,8 @@ class Learner:
         settings, dropout = self.recipe.optimizer, self.recipe.model.dropout
         rate = settings.learning_rate if horizon is None else learning_rate(settings, step, horizon)
         drawn = self._drawn(draws)
-        found = self._step(images, masks, drawn, step, float(control), rate, dropout).numpy().tolist()
+        take = self._frozen_step if horizon and settings.is_frozen(step, horizon) else self._step
+        found = take(images, masks, drawn, step, float(control), rate, dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
         overflowed = not finite and math.isfinite(loss) and scale > MIN_LOSS_SCALE
         return StepResult(sums, loss, norm, bool(finite), round(control), overflowed, rate)
@@ -185,20 +204,23 @@ class Learner:
         @tf.function
         def compute(images, masks, drawn, step):
             dropout = tf.constant(self.recipe.model.dropout, tf.float64)
-            return self.batch.gradients(images, masks, drawn, step, tf.constant(0.0), dropout).gradients
+            return list(self.batch.gradients(images, masks, drawn, step, tf.constant(0.0), dropout).gradients.values())
 
         return [g.numpy() for g in compute(images, masks, self._drawn(draws), tf.constant(step, tf.int64))]
 
-    def _step_graph(self, images, masks, drawn, step, control, rate, dropout):
-        found = self.batch.gradients(images, masks, drawn, step, control, dropout)
+    def _frozen_step_graph(self, images, masks, drawn, step, control, rate, dropout):
+        return self._step_graph(images, masks, drawn, step, control, rate, dropout, trains_encoder=False)
+
+    def _step_graph(self, images, masks, drawn, step, control, rate, dropout, trains_encoder=True):
+        found = self.batch.gradients(images, masks, drawn, step, control, dropout, trains_encoder)
         gradients, sums = found.gradients, found.sums
         loss = self.loss.value(sums)
         scale = tf.identity(self.loss_scale)  # before the step changes it
-        norm = tf.linalg.global_norm(gradients)
+        norm = tf.linalg.global_norm(list(gradients.values()))
         # Of a batch without a label the sums are finite, and the loss is not.
         finite = tf.math.is_finite(norm) & tf.reduce_all(tf.math.is_finite(sums))
         if clip := self.recipe.optimizer.clip_norm:
-            gradients = [g * (clip / tf.maximum(norm, clip)) for g in gradients]
+            gradients = {name: g * (clip / tf.maximum(norm, clip)) for name, g in gradients.items()}
 
         def update():
             self.optimizer.apply(gradients, rate)

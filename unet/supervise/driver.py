@@ -10,6 +10,7 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
+from unet.models.start import Start, start_of
 from unet.recipe.optimizer import in_few_words
 from unet.runs.run import Run
 from unet.storage import Folder
@@ -89,9 +90,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     # The sweep of a trial has asked for its room.
     plan = material.plan if as_trial else take_room(settings, material.data_bytes)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe)
+    start = None if latest else start_of(material.settings, material.recipe, names, prepared)
     run.settings, choice = precision.settled(material.settings, plan.use_gpu)
 
-    display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice))
+    display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice, start))
     if choice.warning:
         display.say(choice.warning, "yellow")
     if latest:
@@ -103,7 +105,7 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
             "yellow",
         )
     recorder = RunRecorder(run, prepared, parameters, display, as_trial, started)
-    return Supervisor(recorder, counts, plan, callbacks, together, latest).run_to_end(stop_signal)
+    return Supervisor(recorder, counts, plan, callbacks, together, latest, start).run_to_end(stop_signal)
 
 
 def _finished(run: Run, display: Display, as_trial: bool) -> dict:
@@ -117,7 +119,13 @@ def _finished(run: Run, display: Display, as_trial: bool) -> dict:
 
 
 def _overview(
-    run: Run, prepared: Prepared, counts, parameters: int, plan: planner.Plan, choice: precision.Choice
+    run: Run,
+    prepared: Prepared,
+    counts: dict[str, int],
+    parameters: int,
+    plan: planner.Plan,
+    choice: precision.Choice,
+    start: Start | None,
 ) -> list[tuple[str, str]]:
     s = run.settings
     mode = "kept in memory" if plan.kept else "streamed"
@@ -132,6 +140,7 @@ def _overview(
             "model",
             f"{s.model.title}, {parameters:,} parameters, {s.data.image_size} px, {s.model.base_filters} filters",
         ),
+        *([("begins with", start.words)] if start else []),
         (
             "training",
             f"{s.length_in_words}, global batch {s.training.batch_size}, {in_few_words(s.optimizer)}, "

@@ -19,6 +19,7 @@ from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes
 from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import InputError, NoGpu, RunFailed, StorageFailed
+from unet.models.start import Start
 from unet.runs.state import State
 from unet.storage import reported
 from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
@@ -53,6 +54,7 @@ class Supervisor:
         callbacks: for Ray Train.
         together: how many such trainings share the cluster.
         latest: name and state of the last checkpoint.
+        start: weights to begin with, where there is no checkpoint.
         leaving: why the group under way is to be replaced.
     """
 
@@ -62,6 +64,7 @@ class Supervisor:
     callbacks: tuple
     together: int
     latest: tuple[str, State] | None
+    start: Start | None = None
     leaving: str | None = None
     promised: int | None = None
     """How many workers there was room for when the group was asked to leave."""
@@ -237,6 +240,7 @@ class Supervisor:
             fencing_token=self.run.fencing_token,
             link=group.link,
             score_test=not self.recorder.as_trial,
+            start=ray.put(self.start.weights) if self.start and checkpoint is None else None,
         )
 
     def _follow(self, group: WorkerGroup, stop_signal: threading.Event) -> str | None:

@@ -26,6 +26,7 @@ class Job:
         link: handle of the `DriverLink`.
         score_test: whether the run ends with the test split (a trial of a sweep does not).
         use_gpu: whether this worker was given a GPU.
+        start: an object of Ray with the weights to begin with, by name; None: those that are drawn, or a checkpoint's.
         began: when this group of workers was started, in seconds since 1970.
     """
 
@@ -40,4 +41,5 @@ class Job:
     link: ray.actor.ActorHandle
     score_test: bool = True
     use_gpu: bool = False
+    start: ray.ObjectRef | None = None
     began: float = field(default_factory=time.time)

@@ -27,7 +27,8 @@ def train_worker(config: dict) -> None:
 
         from unet.recipe.step import Learner
 
-        learner = Learner(job.settings.recipe(len(job.classes)), rank, world_size, strategy)
+        recipe = job.settings.recipe(len(job.classes))
+        learner = Learner(recipe, rank, world_size, strategy, ray.get(job.start) if job.start else None)
         if config["streamed"]:
             shard = ray.train.get_dataset_shard("train")
         else:

@@ -6,6 +6,7 @@ from unet.cluster.room import take_places
 from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import InputError
+from unet.models.start import start_of
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, with_weights_of
@@ -48,6 +49,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
         sweep.summary.get("data_digest"),
     )
     prepared = material.prepared
+    start_of(largest, material.recipe, prepared.manifest.classes, prepared)  # refused before any trial
     if not prepared.is_labelled("val"):
         raise InputError(
             f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "

@@ -22,6 +22,7 @@ from unet.cluster.devices import start_tensorflow
 from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged, NoGpu
+from unet.models.start import Start, start_of
 from unet.progress import Live
 from unet.recipe.recipe import Recipe, traced_key
 from unet.runs.checkpoint import FILES, Checkpoints
@@ -105,7 +106,8 @@ class WarmTrial(tune.Trainable):
         self._link = _TrialLink(shared.link, self._run.folder.uri)
         self._link.moved = self._watch.moved
         self._learners = self._learners or Learners()
-        learner = self._learners.get(settings.recipe(len(shared.classes)))
+        recipe, names = settings.recipe(len(shared.classes)), [c.name for c in shared.classes]
+        learner = self._learners.get(recipe, lambda: start_of(settings, recipe, names))
         latest, _ = self._run.checkpoints.resume(settings)
         training = settings.training
         reading = replace(
@@ -202,8 +204,11 @@ class Learners:
     def __init__(self):
         self._kept: OrderedDict[str, Learner] = OrderedDict()
 
-    def get(self, recipe: Recipe) -> "Learner":
-        """A learner at the start of a training by this recipe: equal, bit for bit, to a new one."""
+    def get(self, recipe: Recipe, start: Callable[[], Start | None]) -> "Learner":
+        """A learner at the start of a training by this recipe: equal, bit for bit, to a new one.
+
+        `start` gives what such a training begins with.
+        """
         import keras
 
         from unet.recipe.step import Learner
@@ -217,7 +222,8 @@ class Learners:
                 self._kept.popitem(last=False)
                 gc.collect()  # graphs and models refer to each other in circles
                 keras.utils.clear_session()
-            learner = Learner(recipe)
+            begin = start()
+            learner = Learner(recipe, start=begin.weights if begin else None)
         self._kept[key] = learner
         return learner
 

@@ -11,6 +11,7 @@ Dropout stands where no norm measures what it makes of a variance, but for the d
 from collections.abc import Sequence
 
 from unet.recipe.network import INPUT, ModelSettings, Network
+from unet.recipe.networks import known
 from unet.recipe.networks.parts import Parts
 
 GROWTH = (1, 2, 3.5, 4.5, 5.5)
@@ -22,6 +23,19 @@ WHOLE = 8
 def describe(settings: ModelSettings, classes: int) -> Network:
     """The network of these settings, with an output for each class."""
     parts, widths = Parts(settings), [_width(settings.base_filters, level) for level in range(settings.depth + 1)]
+    if settings.encoder == "none":
+        skips = _encode(parts, settings, widths)
+    else:
+        skips = known.features(parts, settings.encoder, settings.depth + 1)
+    x = _decode(parts, parts.dropout("bottleneck", skips[-1]), skips[:-1], widths)
+    x = parts.dropout("head", x)
+    x = parts.add("head", "convolution", x, channels=4 * classes, kernel_size=1)
+    parts.add("pixels", "depth_to_space", x, channels=classes, stride=1)
+    return parts.network
+
+
+def _encode(parts: Parts, settings: ModelSettings, widths: Sequence[int]) -> list[str]:
+    """The last layer of each level."""
     x = parts.add("squares", "space_to_depth", INPUT, channels=12, stride=2)
     x = parts.convolution("stem", "", x, widths[0])
     skips = []
@@ -32,17 +46,15 @@ def describe(settings: ModelSettings, classes: int) -> Network:
         for number in range(settings.blocks if level >= settings.depth - 1 else 1):
             x = _residual(parts, f"{block}_{number + 1}", x, width)
         skips.append(x)
-    x = _decode(parts, parts.dropout("bottleneck", x), skips[:-1])
-    x = parts.dropout("head", x)
-    x = parts.add("head", "convolution", x, channels=4 * classes, kernel_size=1)
-    parts.add("pixels", "depth_to_space", x, channels=classes, stride=1)
-    return parts.network
+    return skips
 
 
-def _decode(parts: Parts, before: str, skips: Sequence[str]) -> str:
+def _decode(parts: Parts, before: str, skips: Sequence[str], widths: Sequence[int]) -> str:
     """From the deepest level up through `skips`, layers of which each has half the stride of the next."""
     for level, skip in reversed(list(enumerate(skips))):
-        block, width, stride = f"decoder_{level + 1}", parts[skip].channels, parts[skip].stride
+        block, width, stride = f"decoder_{level + 1}", widths[level], parts[skip].stride
+        if parts[skip].channels != width:
+            skip = parts.convolution(block, "_skip", skip, width, size=1, relu=False)
         x = parts.convolution(block, "", before, width, size=1, relu=False)
         x = parts.add(f"{block}_up", "upsampling", x, stride=stride)
         x = parts.add(f"{block}_add", "addition", x, skip)

@@ -35,6 +35,12 @@ class Parts:
         self._layers[name] = Layer(name, kind, inputs, channels or first.channels, stride or first.stride, options)
         return name
 
+    def end_with(self, name: str) -> None:
+        """Take away the layers after this one."""
+        names = list(self._layers)
+        for later in names[names.index(name) + 1 :]:
+            del self._layers[later]
+
     def convolution(self, block: str, part: str, before: str, channels: int, size: int = 3, relu: bool = True) -> str:
         """A convolution (He et al., 2015), the norm of the settings and ReLU: `<block>_conv<part>`, `_norm`, `_relu`.
 

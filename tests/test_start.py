@@ -1,0 +1,340 @@
+"""What a training begins with: encoders known from ImageNet, files of weights, earlier models."""
+
+import itertools
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import tiny_settings, train, weights_of, write_archives
+from PIL import Image
+from torch_files import write_torch
+
+from unet.commands.cli import parse
+from unet.config import TrainSettings, unflat
+from unet.data.preparing.resolve import resolve
+from unet.data.synthetic import draw_pet
+from unet.errors import InputError
+from unet.models import imagenet
+from unet.models.imagenet import encoder_weights
+from unet.models.start import start_of
+from unet.models.torch_file import read_torch
+from unet.recipe.folding import folded_weights, unfolded_weights
+from unet.recipe.layers import DepthwiseConvolution, build
+from unet.recipe.network import ModelSettings, is_of_encoder
+from unet.recipe.networks import describe
+from unet.recipe.schedule import Horizon
+from unet.recipe.step import Learner
+from unet.storage import Folder
+from unet.terminal import Display
+
+APPLICATIONS = {
+    "mobilenetv3-large": ("MobileNetV3Large", "expanded_conv_14_add", lambda x: x),
+    "efficientnetv2-b0": ("EfficientNetV2B0", "block6h_add", lambda x: x),
+    "resnet50": ("ResNet50", "conv5_block3_out", keras.applications.resnet.preprocess_input),
+}
+random = np.random.default_rng(3)
+
+
+def network_of(encoder: str, **changes):
+    values = {"network": "compact", "encoder": encoder, "norm": "batch", "base_filters": 8} | changes
+    return describe(ModelSettings(**values), 3)
+
+
+@pytest.mark.parametrize("encoder", APPLICATIONS)
+def test_an_encoder_computes_what_that_of_keras_does_with_the_weights_of_its_file(encoder, tmp_path):
+    """Photos in [0, 255], scaled as its publication has it; also of a network that ends earlier."""
+    name, last, scaled = APPLICATIONS[encoder]
+    theirs = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3))
+    for weight in theirs.weights:
+        away_from_start = random.normal(scale=0.1, size=weight.shape) + weight.numpy()
+        weight.assign(random.uniform(0.5, 2, weight.shape) if "variance" in weight.path else away_from_start)
+    theirs.save_weights(tmp_path / "own.weights.h5")
+    network = network_of(encoder)
+    start = encoder_weights(encoder, str(tmp_path / "own.weights.h5"), network.variables)
+    assert start.keys() == {variable for variable in network.variables if is_of_encoder(variable)}
+    own = build(network, 64)
+    for weight in own.weights:
+        if weight.path in start:
+            weight.assign(start[weight.path])
+    photos = random.integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
+    expected = keras.Model(theirs.inputs, theirs.get_layer(last).output)(scaled(photos.copy())).numpy()
+    found = keras.Model(own.inputs, own.get_layer(f"encoder_{last}").output)(photos / 255).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    shorter = network_of(encoder, depth=2)
+    part = [layer for layer in shorter.layers if is_of_encoder(layer.name)]
+    assert shorter.stride == 8 and part == list(network.layers[: len(part)])
+    with pytest.raises(InputError, match=r"has no weights of|is not for --encoder"):
+        other = next(name for name in APPLICATIONS if name != encoder)
+        encoder_weights(other, str(tmp_path / "own.weights.h5"), network_of(other).variables)
+
+
+def test_lite0_knows_pets(real_pets):
+    """With the classifier of its file, worked out in NumPy, it calls pets cats and dogs, by ImageNet's numbers."""
+    pytest.importorskip(imagenet.LITE0_PACKAGE)
+    with tarfile.open(real_pets / "oxford_pets_128" / "images.tar.gz") as tar:
+        files = (tar.extractfile(member) for member in itertools.islice(tar, 500) if member.name.endswith(".jpg"))
+        photos = np.stack([np.asarray(Image.open(file).convert("RGB").resize((128, 128))) for file in files][::12])
+    photos = photos / np.float32(255)
+    network = network_of("efficientnet-lite0")
+    model, start = build(network, 128), encoder_weights("efficientnet-lite0", None, network.variables)
+    for weight in model.weights:
+        if weight.path in start:
+            weight.assign(start[weight.path])
+    features = keras.Model(model.inputs, model.get_layer("encoder_block15_project_norm").output)(photos).numpy()
+    file = read_torch(imagenet._packaged())
+    hidden = features @ file["_conv_head.weight"][:, :, 0, 0].T
+    hidden = (hidden - file["_bn1.running_mean"]) / np.sqrt(file["_bn1.running_var"] + 1e-3)
+    hidden = np.clip(hidden * file["_bn1.weight"] + file["_bn1.bias"], 0, 6).mean((1, 2))
+    classes = (hidden @ file["_fc.weight"].T + file["_fc.bias"]).argmax(1)
+    assert ((classes >= 151) & (classes <= 285)).mean() > 0.85
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_files_of_weights_are_read_as_they_were_written(is_archive, tmp_path):
+    arrays = {
+        "a.weight": random.normal(size=(4, 3, 2)).astype(np.float32),
+        "b": random.normal(size=(2, 5)).astype(np.float16).T,
+        "c": np.arange(7),
+        "d": np.array(3, np.float32),
+    }
+    found = read_torch(write_torch(tmp_path / "w.pth", arrays, is_archive))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"shape": (9, 9)},
+        {"offset": 1},
+        {"offset": -1},
+        {"strides": (-1, 1)},
+        {"strides": (0, 0), "shape": (10**9, 10**9)},
+        {"strides": (1,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_arrays_that_reach_beyond_their_numbers_are_refused(odd, is_archive, tmp_path):
+    path = write_torch(tmp_path / "w.pth", {"a": np.zeros((3, 4), np.float32)}, is_archive, **odd)
+    with pytest.raises(InputError, match=r"w\.pth is no file of weights, or damaged"):
+        read_torch(path)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_a_damaged_file_of_weights_is_one_sentence(is_archive, tmp_path):
+    path = write_torch(tmp_path / "w.pth", {"a": random.normal(size=(30, 40)).astype(np.float32)}, is_archive)
+    content = path.read_bytes()
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place])
+        with pytest.raises(InputError, match=r"w\.pth is no"):
+            read_torch(path)
+    with pytest.raises(InputError, match=r"Cannot read .*No such file"):
+        read_torch(tmp_path / "absent.pth")
+
+
+def test_weights_of_something_else_are_refused_by_what_they_lack(tmp_path):
+    shapes = network_of("efficientnet-lite0").variables
+    path = str(write_torch(tmp_path / "w.pth", {"_conv_stem.weight": np.zeros((32, 3, 3, 3), np.float32)}))
+    with pytest.raises(
+        InputError, match=r"w\.pth is not for --encoder efficientnet-lite0: it needs encoder_stem_norm/"
+    ):
+        encoder_weights("efficientnet-lite0", path, shapes)
+    path = str(write_torch(tmp_path / "w.pth", {"_conv_stem.weight": np.zeros((16, 3, 3, 3), np.float32)}))
+    with pytest.raises(
+        InputError, match=r"needs encoder_stem/kernel \(3, 3, 3, 32\), and the file has it as \(3, 3, 3, 16"
+    ):
+        encoder_weights("efficientnet-lite0", path, shapes)
+
+
+SMALL = {"image_size": 32, "base_filters": 8, "depth": 2, "batch_size": 4, "precision": "float32", "network": "compact"}
+SMALL |= {"norm": "batch", "learning_rate": 0.01, "ema_decay": 0.5}
+
+
+def learner_of(start=None, **changes) -> Learner:
+    return Learner(unflat(TrainSettings, SMALL | changes).recipe(3), start=start)
+
+
+def moved(learner: Learner, steps) -> set[str]:
+    """The variables that some steps change, in epochs of two."""
+    images, masks = (np.stack(part) for part in zip(*(draw_pet(i, 32) for i in range(4)), strict=True))
+    before = {name: variable.numpy() for name, variable in learner.variables().items()}
+    for step in steps:
+        assert learner.train_step(images, masks, step, horizon=Horizon(10, 2)).finite
+    return {
+        name for name, variable in learner.variables().items() if not np.array_equal(before[name], variable.numpy())
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_what_is_frozen_stays_and_goes_by_what_it_has_seen(optimizer):
+    """Kernels, norms, their statistics and what the optimizer knows of them; until the epochs are over."""
+    learner = learner_of(optimizer=optimizer, freeze="encoder:1", encoder_rate=0.1, weight_decay=0.1)
+    own_count = {"optimizer/encoder_iteration"}
+    of_encoder = {name for name in learner.variables() if is_of_encoder(name.partition("/")[2])} - own_count
+    some = ("stem_norm/moving_mean", "bottleneck_1_conv_1/kernel", "encoder_1_1_norm_1/gamma")
+    assert {f"{kind}/{name}" for kind in ("weights", "average") for name in some} <= of_encoder
+    rest = learner.variables().keys() - of_encoder - own_count - {"loss_scale", "good_steps"}
+    assert moved(learner, (1, 2)) == rest
+    assert moved(learner, (3,)) == rest | of_encoder | own_count
+    counts = [int(learner.variables()[f"optimizer/{name}"].numpy()) for name in ("iteration", "encoder_iteration")]
+    assert counts == [3, 1]
+    assert moved(learner_of(optimizer=optimizer, weight_decay=0.1, freeze="encoder"), (1, 9)) == rest
+
+
+def test_an_encoder_takes_its_part_of_the_rate():
+    """By SGD without momentum a tenth of the rate is a tenth of the way."""
+    way = {}
+    for rate in (1.0, 0.1):
+        learner = learner_of(optimizer="sgd", momentum=0.0, encoder_rate=rate)
+        before = {w.path: w.numpy() for w in learner.model.trainable_weights}
+        moved(learner, (1,))
+        way[rate] = {w.path: w.numpy() - before[w.path] for w in learner.model.trainable_weights}
+    for name in way[1.0]:
+        part = 0.1 if is_of_encoder(name) else 1
+        np.testing.assert_allclose(way[0.1][name], part * way[1.0][name], rtol=1e-3, atol=1e-7)
+
+
+def test_an_encoder_keeps_the_statistics_of_its_file_and_learns_all_else():
+    network = network_of("efficientnet-lite0", depth=1)
+    shapes = {name: shape for name, shape in network.variables.items() if is_of_encoder(name)}
+    start = {name: random.uniform(0.5, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    start |= {name: array - np.float32(0.75) for name, array in start.items() if name.endswith("/kernel")}
+    learner = learner_of(start, encoder="efficientnet-lite0", depth=1)
+    for name, array in start.items():
+        for kind in ("weights", "average"):
+            assert np.array_equal(learner.variables()[f"{kind}/{name}"].numpy(), array)
+    changed = moved(learner, (1, 2))
+    statistics = {f"weights/{name}" for name in start if "/moving_" in name}
+    assert statistics and not changed & statistics
+    kernels = {f"weights/{name}" for name in start if name.endswith("/kernel")}
+    assert len(kernels) > 3 and kernels <= changed, kernels - changed
+    learner.restart(learner.recipe)
+    assert all(np.array_equal(learner.variables()[f"weights/{name}"].numpy(), array) for name, array in start.items())
+
+
+@pytest.mark.parametrize("strides, size", [(1, 3), (2, 3), (2, 5)])
+@pytest.mark.bfloat16
+def test_gradients_of_depthwise_convolutions_in_bfloat16_are_those_of_float32(strides, size):
+    pixels, kernel = random.normal(size=(2, 8, 8, 4)), random.normal(size=(size, size, 4, 1))
+    found = {}
+    for policy in ("float32", "mixed_bfloat16"):
+        layer = DepthwiseConvolution(size, strides=strides, padding="same", use_bias=False, dtype=policy)
+        layer.build((2, 8, 8, 4))
+        layer.kernel.assign(tf.cast(tf.cast(kernel, tf.bfloat16), tf.float32))
+        inputs = tf.cast(tf.cast(pixels, tf.bfloat16), layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs)
+            total = tf.reduce_sum(outputs * tf.cast(tf.range(4), outputs.dtype))
+        found[policy] = [outputs, *tape.gradient(total, [inputs, layer.kernel.value])]
+    for one, other in zip(*found.values(), strict=True):
+        one, other = one.numpy(), tf.cast(other, tf.float32).numpy()
+        np.testing.assert_allclose(other, one, rtol=2e-2, atol=2e-2 * np.abs(one).max())
+
+
+def test_settings_that_do_not_fit_are_one_sentence():
+    for changes, words in (
+        ({"encoder": "resnet50", "network": "unet", "norm": "none"}, "--encoder resnet50 is for the compact network"),
+        ({"encoder": "resnet50", "depth": 5, "image_size": 64}, "--depth 5 is more than an --encoder of ImageNet has"),
+        ({"init_from": "a", "encoder_weights": "b.pth"}, "--init-from brings the encoder's weights"),
+        ({"freeze": "decoder"}, "freeze"),
+        ({"encoder": "vgg"}, "encoder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            unflat(TrainSettings, SMALL | changes)
+
+
+def test_a_network_unfolds_again_to_what_it_computed():
+    """A package has its norms folded away; a training that begins with one has norms again."""
+    network = describe(ModelSettings(network="compact", norm="batch", base_filters=8, depth=2), 3)
+    weights = {name: random.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in network.variables.items()}
+    weights |= {name: (array - 1) / 4 for name, array in weights.items() if name.endswith(("kernel", "beta", "mean"))}
+    again = unfolded_weights(network, folded_weights(network, weights))
+    assert {name: array.shape for name, array in again.items()} == network.variables
+    photos, model, found = random.uniform(size=(2, 32, 32, 3)), build(network, 32), []
+    for values in (weights, again):
+        for weight in model.weights:
+            weight.assign(values[weight.path])
+        found.append(model(photos).numpy())
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4 * np.abs(found[0]).max())
+
+
+def test_a_training_begins_with_what_fits_of_an_earlier_model(trained, storage, packed):
+    """Frozen for its only epoch, so that its checkpoint holds the earlier model's encoder, bit for bit."""
+    _, before = trained
+    changes = {"init_from": "trained", "freeze": "encoder", "epochs": 1, "learning_rate": 1e-4}
+    summary = train(storage, packed, run_name="tuned", **changes)
+    old, new = (weights_of(storage / one["run_name"], Path(one["best_checkpoint"]).name) for one in (before, summary))
+    of_encoder = {name for name in old if re.match(r"(encoder_|bottleneck)", name)}
+    assert of_encoder and all(np.array_equal(old[name], new[name]) for name in of_encoder)
+    assert not np.array_equal(old["head/kernel"], new["head/kernel"])
+    assert abs(summary["val"]["mean_iou"] - before["val"]["mean_iou"]) < 0.1  # it knows what the other one does
+
+
+def start(trained, storage, names=("pet", "background", "outline"), prepared=None, **changes):
+    settings = tiny_settings(storage, Path("none"), **({"init_from": "trained"} | changes))
+    return start_of(settings, settings.recipe(len(names)), list(names), prepared)
+
+
+def test_the_last_layer_is_drawn_where_classes_differ_and_what_does_not_fit_is_said(trained, storage):
+    found = start(trained, storage)
+    assert "head/kernel" in found.weights and re.fullmatch(r"(\d+) of \1 from trained, step_\d+", found.words)
+    other = start(trained, storage, ("pet", "background", "edge"))
+    assert other.weights.keys() == {name for name in found.weights if not name.startswith("head/")}
+    assert other.words.endswith(", anew: head")
+    deeper = start(trained, storage, depth=3)
+    assert 0 < len(deeper.weights) < len(found.weights) and "anew: " in deeper.words
+    with pytest.raises(InputError, match=r"Nothing of trained \(U-Net, 8 filters\) fits .*\(U-Net, 16 filters\)"):
+        start(trained, storage, base_filters=16)
+    with pytest.raises(InputError, match="neither a run"):
+        start(trained, storage, init_from="nobody")
+
+
+def test_photos_do_not_change_from_train_to_test(trained, storage, archives, tmp_path):
+    """The same photos with train and test exchanged; other photos of the same names are others."""
+
+    def prepared(folder):
+        return resolve(str(folder), 32, "stretch", Folder(storage), Display(quiet=True).working)
+
+    swapped = shutil.copytree(archives, tmp_path / "swapped")
+    lists = [swapped / "annotations" / f"{name}.txt" for name in ("trainval", "test")]
+    for file, content in zip(lists, [file.read_text() for file in reversed(lists)], strict=True):
+        file.write_text(content)
+    assert start(trained, storage, prepared=prepared(archives))
+    with pytest.raises(InputError, match=r"\d+ photos that trained had in train are in test now, such as \w+_\d+: sc"):
+        start(trained, storage, prepared=prepared(swapped))
+    others = write_archives(tmp_path / "others", 21, 90, size=48)
+    assert start(trained, storage, prepared=prepared(others))
+
+
+def test_what_a_job_begins_with_chooses_its_recipe_and_its_network(trained, storage, tmp_path):
+    """A flag is stronger."""
+
+    def parsed(*flags):
+        return parse(TrainSettings, "", ["--data=none", f"--storage-path={storage}", *flags])
+
+    known = parsed("--encoder=mobilenetv3-large")
+    assert known.command.recipe == "pretrained"
+    assert (known.model.encoder, known.model.network) == ("mobilenetv3-large", "compact")
+    tuned = parsed("--init-from=trained")
+    assert tuned.command.recipe == "finetune" and tuned.optimizer.freeze == "encoder:2"
+    assert (tuned.model.network, tuned.model.base_filters, tuned.model.depth, tuned.model.norm) == (
+        "unet",
+        8,
+        2,
+        "none",
+    )
+    assert parsed("--init-from=trained", "--depth=3").model.depth == 3
+    assert parsed("--init-from=trained", "--recipe=best").model.network == "unet"
+    (tmp_path / "own.yaml").write_text("init_from: trained\nlearning_rate: 0.1\n")
+    from_file = parsed(f"--config={tmp_path / 'own.yaml'}")
+    assert (from_file.command.recipe, from_file.model.base_filters) == ("finetune", 8)
+    with pytest.raises(InputError, match="neither a run"):
+        parsed("--init-from=nobody")
