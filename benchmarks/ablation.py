@@ -1,6 +1,6 @@
 """What each line of the recipe is worth: trainings of equal length that differ from `best` by one line each.
 
-    python benchmarks/ablation.py --data FOLDER [--image-size 64] [--epochs 12] [--only optimizer] [--output NAME]
+    python benchmarks/ablation.py --data FOLDER [--image-size 64] [--epochs 12] [--only PATTERN] [--output NAME]
 
 Every row is a training by the job itself over the same number of images, seed 0, and is compared with the base image by
 image on the validation split: the difference in mean IoU and its 95 % interval by a paired bootstrap over images
@@ -10,6 +10,7 @@ that every other row stands in. It prints a Markdown table and writes what it kn
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--only", default="", help="rows whose name this pattern finds")
     parser.add_argument("--storage-path", help="where runs are kept; the same again continues. None: a temporary one")
     parser.add_argument("--output", default="ablation")
     args = parser.parse_args()
@@ -98,7 +99,7 @@ def main() -> None:
         print("| | val mean IoU | difference (95 %) | images/s |\n|---|---|---|---|")
         print(line("recipe `best`", base, None), flush=True)
         for number, (name, flags) in enumerate(ROWS.items()):
-            if args.only in name:
+            if re.search(args.only, name):
                 summary = ablation.train(f"row-{number}", *flags)
                 difference = ablation.compared(f"row-{number}")
                 print(line(name, summary, difference), flush=True)
