@@ -20,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from unet.data.shards import Prepared
+from unet.data.sources.own import own
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.models.trained import TrainedModel
@@ -268,6 +270,56 @@ def test_what_cannot_be_written_is_a_sentence(trained, tmp_path, capsys):
     assert "masks/a.png: Is a directory; put that right. The same command continues from here." in words, words
 
 
+def test_predictions_are_a_data_set_to_correct_and_to_train_on(trained, tmp_path, capsys):
+    """Read again as any data are: unsure pixels say nothing, corrected ones the correction, all others as predicted."""
+    run, _ = trained
+    turned = Image.Exif()
+    turned[274] = 6
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for number in range(12):
+        drawn(number, 40, 50).save(tmp_path / "photos" / f"{number}.jpg", quality=95)
+    drawn(20, 40, 50).save(tmp_path / "photos" / "more" / "turned.JPG", quality=95, exif=turned)
+    flags = ["--model", "trained", "--input", tmp_path / "photos", "--storage-path", run.parent, "--num-workers", 1]
+    assert command("predict", *flags, "--output", tmp_path / "plain", "--probabilities") == 0
+    target = tmp_path / "set"
+    assert command("predict", *flags, "--as-dataset", target, "--least-confidence", 0.6) == 0
+    ignored = 0
+    for name in (*map(str, range(12)), "more/turned"):
+        plain, mask = (np.asarray(Image.open(folder / f"masks/{name}.png")) for folder in (tmp_path / "plain", target))
+        sure = np.load(tmp_path / f"plain/probabilities/{name}.npz")["probabilities"].astype(np.float32).max(-1)
+        clear = np.abs(sure - 0.6) > 1e-3  # as float16 has it
+        assert np.array_equal(mask[clear], np.where(sure < 0.6, 255, plain)[clear])
+        ignored += (mask == 255).sum()
+    assert ignored, "some pixels are to be unsure"
+    assert (target / "images/more/turned.JPG").read_bytes() == (tmp_path / "photos/more/turned.JPG").read_bytes()
+    corrected = Image.open(target / "masks" / "3.png")
+    corrected.paste(1, (0, 0, *corrected.size))
+    corrected.save(target / "masks" / "3.png")
+    capsys.readouterr()
+    assert command("predict", *flags, "--as-dataset", target, "--least-confidence", 0.6) == 2
+    assert "is a data set already, whose masks may have been corrected" in capsys.readouterr().err
+    found = own(target, 0.25)
+    assert [info.name for info in found.labels.classes] == ["pet", "background", "outline"]
+    assert len(found.samples) == 13 and not found.left_out
+    flags = ["--source", target, "--output", tmp_path / "prepared", "--image-size", 32]
+    assert command("prepare", *flags) == 0
+    rows = Prepared(Folder(tmp_path / "prepared")).samples(["name", "pixels", "ignored"]).to_pylist()
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["3"]["pixels"] == [0, 32 * 32, 0] and sum(row["ignored"] for row in rows) > 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--output", "a", "--as-dataset", "b"], "--as-dataset names the folder itself: leave out --output"),
+        (["--output", "a", "--least-confidence", "0.5"], "--least-confidence 0.5 is for --as-dataset"),
+    ],
+)
+def test_flags_of_a_data_set_fit_together(flags, words, capsys):
+    assert command("predict", "--model", "a", "--input", "b", *flags) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_nothing_but_bad_photos_is_a_failure(trained, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a\tb.jpg").write_bytes(b"")
@@ -284,7 +336,7 @@ def through(model, tmp_path, monkeypatch):
     def run(pictures: dict[str, Image.Image], tta=False, probabilities=None, **changes) -> dict[str, np.ndarray]:
         for name, picture in pictures.items():
             picture.save(tmp_path / name)
-        work = Work(tmp_path.as_uri(), str(tmp_path / "out"), 32, "stretch", model.classes, False, False, False, 1)
+        work = Work(tmp_path.as_uri(), str(tmp_path / "out"), 32, "stretch", model.classes, *[False] * 4, 0.0, 1)
         predictor = Predictor(replace(model, **{k: v for k, v in changes.items() if k == "resize"}), 1, 4, tta)
         if probabilities is not None:
             monkeypatch.setattr(predictor, "_probabilities", probabilities)
@@ -324,7 +376,7 @@ def test_tiles_weigh_one_everywhere(scale, size):
 def test_tiles_leave_no_seams(through, model):
     """Tiles and whole that agree give what each says; a slope through all tiles stays a slope."""
     size, side = 32, stages.TILE_SCALE * 32
-    work = Work("", "", size, "stretch", model.classes, True, False, False, 1)
+    work = Work("", "", size, "stretch", model.classes, True, *[False] * 3, 0.0, 1)
     spots = tiles.places(stages.TILE_SCALE, size)
     constant = np.broadcast_to(np.float32([0.5, 0.3, 0.2])[:, None, None], (1 + len(spots), 3, size, size))
     assert np.allclose(stages.inside(constant, 100, 100, work), constant[0, :, :1, :1], atol=1e-6)

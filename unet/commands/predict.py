@@ -3,6 +3,7 @@
 examples:
     python jobs/predict.py --model RUN_NAME --input FOLDER --output DIR
     python jobs/predict.py --model RUN_NAME --input 'photos/**/*.jpg' --output DIR --tta
+    python jobs/predict.py --model RUN_NAME --input FOLDER --as-dataset DIR    to correct, and to train on
     python jobs/predict.py --model models:/NAME@champion --input s3://IN --output s3://OUT
 """
 
@@ -21,7 +22,7 @@ def run(settings: PredictSettings) -> int:
     located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is reported before Ray starts
     with ray_session(settings.command.debug), cli.work_is_kept(display):
         summary = predict(settings, photos, display)
-    output = Folder(settings.predict.output)
+    output = Folder(settings.predict.folder)
     counts = {"predicted": summary.done, "done earlier": summary.before, "skipped": summary.bad}
     rows = [("photos", ", ".join(f"{n:,} {words}" for words, n in counts.items() if n or words == "predicted"))]
     if summary.speed:
@@ -32,6 +33,9 @@ def run(settings: PredictSettings) -> int:
     if settings.predict.probabilities:
         rows.append(("probabilities", f"{output}/probabilities"))
     rows.append(("table", f"{output}/predictions.csv"))
+    if settings.predict.as_dataset:
+        further = f"python jobs/train.py --data {output} --init-from {settings.predict.model}"
+        rows.append(("next", f"correct {output}/masks, then {further}"))
     if summary.bad:
         rows.append(("retry", "the same command tries skipped photos again, and adds new ones"))
     display.table("Predictions", rows)

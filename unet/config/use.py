@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.fields import DataSource, ExistingFolder, FolderOrUri, PathOrUri, RegisteredName
@@ -58,6 +58,11 @@ class PredictPart(SettingsGroup):
     """A photo, a folder, a quoted pattern such as 'photos/**/*.jpg', or s3://bucket/prefix."""
     output: PathOrUri = ""
     """Folder for masks/, overlays/ and predictions.csv, local or s3://… The same command continues where it stopped."""
+    as_dataset: PathOrUri = ""
+    """In the place of --output: a folder that becomes a data set, with images/ (copies) and dataset.yaml beside the
+    masks, to correct in a labelling tool and to train on."""
+    least_confidence: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Of --as-dataset: pixels whose likeliest class is less probable belong to no class (255 in the masks)."""
     num_workers: Annotated[int | None, Field(ge=1)] = None
     """Number of predicting processes. None: one per two CPUs, or one per GPU."""
     device: Device = "auto"
@@ -74,6 +79,19 @@ class PredictPart(SettingsGroup):
     """Also write probabilities/<stem>.npz: float16 (height, width, classes)."""
     overlays: bool = True
     """Also write overlays/<stem>.jpg."""
+
+    @model_validator(mode="after")
+    def _has_one_folder(self):
+        if self.output and self.as_dataset:
+            raise ValueError("--as-dataset names the folder itself: leave out --output")
+        if self.least_confidence and not self.as_dataset:
+            raise ValueError(f"--least-confidence {self.least_confidence:g} is for --as-dataset: give that, too")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Where everything is written."""
+        return self.output or self.as_dataset
 
 
 class PredictSettings(SettingsGroup):

@@ -14,6 +14,7 @@ from unet.cluster.room import take
 from unet.cluster.session import cause_of
 from unet.config import PredictSettings
 from unet.data.sources import printable
+from unet.data.sources.description import DESCRIPTION, described
 from unet.disk import check_writable
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.models.trained import TrainedModel
@@ -56,7 +57,7 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
         InputError: there is no such model, the output holds something else, or the cluster has no room.
         RunFailed: a task failed; what is done is kept.
     """
-    output, store = Folder(settings.predict.output), settings.store
+    output, store = Folder(settings.predict.folder), settings.store
     trained = TrainedModel.find(settings.predict.model, Folder(store.storage_path), store.tracking_uri)
     job = job_of(settings, trained)
     refuse_others(output, job)
@@ -72,6 +73,8 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
         finally:
             results.save()
         results.merge()
+        if settings.predict.as_dataset:
+            output.write_text(DESCRIPTION, described(trained.classes))
     return Summary(len(todo) + len(photos.unnamed) - bad, before, bad, speed, startup)
 
 
@@ -82,10 +85,15 @@ def photos_of(settings: PredictSettings) -> Photos:
         InputError: there are none, or nothing can be written to the output.
     """
     part = settings.predict
-    if not part.output:
+    if not part.folder:
         raise InputError("Say where predictions go: --output FOLDER, or s3://bucket/prefix.")
-    output = Folder(part.output)
-    check_writable(output, "--output")
+    output = Folder(part.folder)
+    check_writable(output, "--as-dataset" if part.as_dataset else "--output")
+    if part.as_dataset and output.exists(DESCRIPTION):
+        raise InputError(
+            f"{output} is a data set already, whose masks may have been corrected since: give another --as-dataset, or "
+            "train on it (`jobs/train.py --data`)."
+        )
     photos = find_photos(part.input, output)
     if photos.folder.uri.rstrip("/") == output.uri.rstrip("/"):
         raise InputError(f"{output} holds the photos: give another --output, such as a folder in it.")
@@ -100,6 +108,7 @@ def job_of(settings: PredictSettings, trained: TrainedModel) -> dict:
     about = {key: value for key, value in trained.about.items() if key != "val_mean_iou"}
     part = settings.predict
     options = {key: getattr(part, key) for key in ("tile", "tta", "probabilities", "overlays")}
+    options |= {"as_dataset": True, "least_confidence": part.least_confidence} if part.as_dataset else {}
     source = without_secrets(part.input).partition("?")[0] if "://" in part.input else part.input
     return {"input": source, "weights": weights.hexdigest()[:16]} | about | options
 
@@ -140,6 +149,8 @@ def _run(
         tile=part.tile,
         overlays=part.overlays,
         probabilities=part.probabilities,
+        photos_too=bool(part.as_dataset),
+        least_confidence=part.least_confidence,
         first_part=results.next_part,
     )
     workers = take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)

@@ -9,12 +9,13 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from unet.classes import Classes
+from unet.classes import IGNORE, Classes
 from unet.cluster.devices import start_tensorflow
 from unet.config import Resize
 from unet.data import decode
@@ -30,6 +31,8 @@ from unet.storage import Folder
 
 GREY_BYTES, GREY_GROUP_BYTES = 2**22, 2**26
 """The largest grey copy that is sent along, of a photo and of a whole group."""
+IMAGES = "images"
+"""Folder of the photos in a data set."""
 TILE_SCALE = 2
 LARGEST_JPEG = 65_500
 """Pixels of the longest side of one."""
@@ -46,7 +49,8 @@ class Work:
         output: where predictions go, as a URI.
         image_size, resize: how the network's input is made.
         classes: what its outputs mean.
-        tile, overlays, probabilities: as the flags say.
+        tile, overlays, probabilities, least_confidence: as the flags say.
+        photos_too: whether photos are copied to `images/`.
         first_part: number of the first group's part.
     """
 
@@ -58,6 +62,8 @@ class Work:
     tile: bool
     overlays: bool
     probabilities: bool
+    photos_too: bool
+    least_confidence: float
     first_part: int
 
     @property
@@ -166,9 +172,13 @@ def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder,
     for first, band in bands(planes, height, width):
         rows = slice(first, first + band.shape[1])
         ids[rows], highest = likeliest(band)
+        if work.least_confidence:
+            ids[rows][highest < work.least_confidence] = IGNORE
         sure += highest.sum(dtype=np.float64)
     mask = Image.frombuffer("P", (width, height), ids, "raw", "P", 0, 1)
-    mask.putpalette(bytes(channel for info in work.classes for channel in info.colour))
+    colours = bytes(channel for info in work.classes for channel in info.colour)
+    # Pillow stores as many bits a pixel as the palette's length needs.
+    mask.putpalette(colours.ljust(3 * (IGNORE + 1), b"\0") if work.least_confidence else colours)
     pictures = {MASKS: (mask, "PNG", {"compress_level": 1})}
     if work.overlays:
         if len(grey):
@@ -184,6 +194,9 @@ def _write_photo(row: dict, planes: np.ndarray, grey: pa.Buffer, photos: Folder,
         picture.save(content, form, **options)
         sizes[kind] = content.tell()
         output.write_bytes(kind.format(row["name"]), content.getbuffer(), DURABLE)
+    if work.photos_too:
+        suffix = PurePosixPath(row["file"]).suffix
+        output.write_bytes(f"{IMAGES}/{row['name']}{suffix}", photos.read_bytes(row["file"]), DURABLE)
     if work.probabilities:
         sizes[PROBABILITIES] = _write_probabilities(output, PROBABILITIES.format(row["name"]), planes, height, width)
     pixels = mask.histogram()[: len(work.classes)]

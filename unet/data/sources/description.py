@@ -18,9 +18,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unet.classes import COLOUR, IGNORE, ClassInfo, Labels, Orientation, Reading
+from unet.classes import COLOUR, IGNORE, Classes, ClassInfo, Labels, Orientation, Reading
 from unet.config import parse_yaml
 from unet.errors import InputError
 
@@ -97,6 +98,18 @@ class Description(BaseModel):
             return self.colours.get(name) or (value >> 16 & 255, value >> 8 & 255, value & 255)
         red, green, blue = colorsys.hsv_to_rgb(index / len(self.classes), 0.75, 0.95 - 0.25 * (index % 2))
         return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def described(classes: Classes) -> str:
+    """A `dataset.yaml` for masks that hold the ids of classes as palette indices, over photos as they are displayed."""
+    content = {
+        "classes": {info.name: number for number, info in enumerate(classes)},
+        "ignore": IGNORE,
+        "colours": {info.name: list(info.colour) for info in classes},
+        "masks": "index",
+        "exif_orientation": "applied",
+    }
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def describe(folder: Path) -> Description:
