@@ -61,6 +61,22 @@ def test_minutes_are_planned_by_the_measured_pace_and_what_must_follow():
     assert not pace.is_due(500) and pace.is_due(575)  # the next one is the last
 
 
+def test_steps_of_a_frozen_encoder_are_measured_by_themselves():
+    """Two epochs of them at a second each; the others are taken for twice as long, until they are measured."""
+    state = state_of(settings_of(minutes=10), step=20, epoch_step=20)
+    pace = Pace(600, epoch_steps=50, val_batches=0, test_batches=0, frozen=100)
+    for _ in range(20):
+        pace.stepped(1.0, is_frozen=True)
+    assert pace.planned(state, 0) == 100 + (600 - 80) / 2
+    pace.stepped(3.0)
+    later = state_of(settings_of(minutes=10), step=110, epoch=3, epoch_step=10, planned_steps=360)
+    assert pace.planned(later, 90) == 110 + (600 - 90) / 3
+    short = Pace(60, epoch_steps=50, val_batches=0, test_batches=0, frozen=100)
+    for _ in range(20):
+        short.stepped(1.0, is_frozen=True)
+    assert short.planned(state, 10) == 20 + 50
+
+
 def test_a_run_ends_with_its_epochs_its_plan_or_its_patience():
     def ended(settings, planned=None, **facts):
         return has_ended(settings, state_of(settings, **facts), planned)

@@ -4,8 +4,10 @@ import itertools
 import re
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -21,9 +23,8 @@ from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.models import imagenet
 from unet.models.imagenet import encoder_weights
-from unet.models.start import start_of
+from unet.models.start import known_of, start_of
 from unet.models.torch_file import read_torch
-from unet.recipe.folding import folded_weights, unfolded_weights
 from unet.recipe.layers import DepthwiseConvolution, build
 from unet.recipe.network import ModelSettings, is_of_encoder
 from unet.recipe.networks import describe
@@ -251,21 +252,6 @@ def test_settings_that_do_not_fit_are_one_sentence():
             unflat(TrainSettings, SMALL | changes)
 
 
-def test_a_network_unfolds_again_to_what_it_computed():
-    """A package has its norms folded away; a training that begins with one has norms again."""
-    network = describe(ModelSettings(network="compact", norm="batch", base_filters=8, depth=2), 3)
-    weights = {name: random.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in network.variables.items()}
-    weights |= {name: (array - 1) / 4 for name, array in weights.items() if name.endswith(("kernel", "beta", "mean"))}
-    again = unfolded_weights(network, folded_weights(network, weights))
-    assert {name: array.shape for name, array in again.items()} == network.variables
-    photos, model, found = random.uniform(size=(2, 32, 32, 3)), build(network, 32), []
-    for values in (weights, again):
-        for weight in model.weights:
-            weight.assign(values[weight.path])
-        found.append(model(photos).numpy())
-    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4 * np.abs(found[0]).max())
-
-
 def test_a_training_begins_with_what_fits_of_an_earlier_model(trained, storage, packed):
     """Frozen for its only epoch, so that its checkpoint holds the earlier model's encoder, bit for bit."""
     _, before = trained
@@ -278,40 +264,65 @@ def test_a_training_begins_with_what_fits_of_an_earlier_model(trained, storage, 
     assert abs(summary["val"]["mean_iou"] - before["val"]["mean_iou"]) < 0.1  # it knows what the other one does
 
 
-def start(trained, storage, names=("pet", "background", "outline"), prepared=None, **changes):
+@pytest.fixture(scope="module")
+def prepared(trained, storage, archives):
+    return prepared_of(archives, storage)
+
+
+def prepared_of(folder, storage):
+    return resolve(str(folder), 32, "stretch", Folder(storage), Display(quiet=True).working)
+
+
+def start(storage, prepared, names=("pet", "background", "outline"), **changes):
     settings = tiny_settings(storage, Path("none"), **({"init_from": "trained"} | changes))
-    return start_of(settings, settings.recipe(len(names)), list(names), prepared)
+    recipe = settings.recipe(len(names))
+    return start_of(known_of(settings, recipe, prepared), recipe, names)
 
 
-def test_the_last_layer_is_drawn_where_classes_differ_and_what_does_not_fit_is_said(trained, storage):
-    found = start(trained, storage)
-    assert "head/kernel" in found.weights and re.fullmatch(r"(\d+) of \1 from trained, step_\d+", found.words)
-    other = start(trained, storage, ("pet", "background", "edge"))
+def test_the_last_layer_is_drawn_where_classes_differ_and_what_does_not_fit_is_said(storage, prepared):
+    found = start(storage, prepared)
+    said = r"(\d+) of \1 variables of trained, step_\d+"
+    assert "head/kernel" in found.weights and re.fullmatch(said, found.words)
+    other = start(storage, prepared, ("pet", "background", "edge"))
     assert other.weights.keys() == {name for name in found.weights if not name.startswith("head/")}
     assert other.words.endswith(", anew: head")
-    deeper = start(trained, storage, depth=3)
+    deeper = start(storage, prepared, depth=3)
     assert 0 < len(deeper.weights) < len(found.weights) and "anew: " in deeper.words
-    with pytest.raises(InputError, match=r"Nothing of trained \(U-Net, 8 filters\) fits .*\(U-Net, 16 filters\)"):
-        start(trained, storage, base_filters=16)
+    with pytest.raises(InputError, match=r"Nothing of trained.* \(U-Net, 8 filters\) fits .*\(U-Net, 16 filters\)"):
+        start(storage, prepared, base_filters=16)
+    with pytest.raises(InputError, match=r"--freeze encoder:1 would keep layers that trained, .* lacks, such as \w+"):
+        start(storage, prepared, depth=3, freeze="encoder:1")
     with pytest.raises(InputError, match="neither a run"):
-        start(trained, storage, init_from="nobody")
+        start(storage, prepared, init_from="nobody")
+    for changes in ({"freeze": "encoder"}, {"encoder_rate": 0.5}):
+        with pytest.raises(InputError, match="are for layers that know something already"):
+            start(storage, prepared, init_from=None, **changes)
 
 
-def test_photos_do_not_change_from_train_to_test(trained, storage, archives, tmp_path):
+def test_a_package_begins_with_its_checkpoint_or_is_refused_where_norms_are_folded_away(trained, storage, prepared):
+    """Its own weights would do in use, but not in a training, whose norms measure anew."""
+    package = str(trained[0] / "model")
+    whole, of_package = start(storage, prepared), start(storage, prepared, init_from=package)
+    assert of_package.weights.keys() == whole.weights.keys()
+    assert all(np.array_equal(of_package.weights[name], array) for name, array in whole.weights.items())
+    elsewhere = storage / "elsewhere"
+    shutil.copytree(package, elsewhere / "model")
+    alone = start(elsewhere, prepared, init_from=str(elsewhere / "model"))  # it has no norms
+    assert all(np.array_equal(alone.weights[name], array) for name, array in whole.weights.items())
+    with pytest.raises(InputError, match=r"is a package, whose batch norms are folded away"):
+        start(elsewhere, prepared, init_from=str(elsewhere / "model"), norm="batch")
+
+
+def test_photos_do_not_change_from_train_to_test(storage, archives, prepared, tmp_path):
     """The same photos with train and test exchanged; other photos of the same names are others."""
-
-    def prepared(folder):
-        return resolve(str(folder), 32, "stretch", Folder(storage), Display(quiet=True).working)
-
     swapped = shutil.copytree(archives, tmp_path / "swapped")
     lists = [swapped / "annotations" / f"{name}.txt" for name in ("trainval", "test")]
     for file, content in zip(lists, [file.read_text() for file in reversed(lists)], strict=True):
         file.write_text(content)
-    assert start(trained, storage, prepared=prepared(archives))
+    assert start(storage, prepared)
     with pytest.raises(InputError, match=r"\d+ photos that trained had in train are in test now, such as \w+_\d+: sc"):
-        start(trained, storage, prepared=prepared(swapped))
-    others = write_archives(tmp_path / "others", 21, 90, size=48)
-    assert start(trained, storage, prepared=prepared(others))
+        start(storage, prepared_of(swapped, storage))
+    assert start(storage, prepared_of(write_archives(tmp_path / "others", 21, 90, size=48), storage))
 
 
 def test_what_a_job_begins_with_chooses_its_recipe_and_its_network(trained, storage, tmp_path):
@@ -336,5 +347,41 @@ def test_what_a_job_begins_with_chooses_its_recipe_and_its_network(trained, stor
     (tmp_path / "own.yaml").write_text("init_from: trained\nlearning_rate: 0.1\n")
     from_file = parsed(f"--config={tmp_path / 'own.yaml'}")
     assert (from_file.command.recipe, from_file.model.base_filters) == ("finetune", 8)
+    off = parsed(f"--config={tmp_path / 'own.yaml'}", "--init-from=None")
+    assert (off.command.recipe, off.start.init_from, off.model.network) == ("best", None, "compact")
     with pytest.raises(InputError, match="neither a run"):
         parsed("--init-from=nobody")
+    with pytest.raises(InputError, match="is for an --encoder: name it, too"):
+        parsed("--encoder-weights=a.pth").recipe(3)
+
+
+def test_a_file_of_keras_may_not_lead_to_another(tmp_path):
+    """By a link, or by numbers that lie elsewhere; an array from there would be packaged with the model."""
+    with h5py.File(tmp_path / "links.weights.h5", "w") as file:
+        file["a"] = h5py.ExternalLink("/etc/hostname", "/")
+    (tmp_path / "numbers").write_bytes(bytes(16))
+    with h5py.File(tmp_path / "outside.weights.h5", "w") as file:
+        file.create_dataset("a", (4,), np.float32, external=[(str(tmp_path / "numbers"), 0, 16)])
+    for name, words in (
+        ("links", "is a link to somewhere else"),
+        ("outside", "is not stored plainly in the file itself"),
+    ):
+        with pytest.raises(InputError, match=f"a {words}"):
+            encoder_weights("resnet50", str(tmp_path / f"{name}.weights.h5"), network_of("resnet50").variables)
+
+
+def test_packed_or_swollen_archives_are_refused(tmp_path):
+    """A small file could fill the memory: zeros that are packed, or one storage in many arrays."""
+    path = write_torch(tmp_path / "w.pth", {"a": np.zeros(4096, np.float32)})
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    shared = np.zeros(4096, np.float32)
+    with pytest.raises(InputError, match=r"is packed\)"):
+        read_torch(tmp_path / "packed.pth")
+    many = write_torch(tmp_path / "many.pth", {f"{i}": shared for i in range(9)}, one_storage=True)
+    with pytest.raises(InputError, match="its arrays are larger than itself"):
+        read_torch(many)

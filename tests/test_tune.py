@@ -297,6 +297,20 @@ def test_pbt_moves_weights_and_settings_between_trials(ray_cluster, storage, pac
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trials_begin_with_what_an_earlier_model_knows(trained, storage, packed, tmp_path, workers):
+    """At a rate of almost nothing they score what it does."""
+    _, before = trained
+    (tmp_path / "rates.yaml").write_text("learning_rate: {choice: [1.0e-9, 2.0e-9]}\n")
+    changes = {"init_from": "trained", "base_filters": TINY["base_filters"], "dropout": 0.0, "epochs": 1}
+    changes |= {"run_name": f"known-{workers}", "num_workers": workers, "space": str(tmp_path / "rates.yaml")}
+    sweep(storage, packed, search="grid", scheduler="none", **changes)
+    rows = rows_of(storage / f"known-{workers}")
+    assert [row["end"] for row in rows] == ["finished"] * 2, rows
+    assert {row["best_val_mean_iou"] for row in rows} == {pytest.approx(before["val"]["mean_iou"], abs=1e-3)}
+
+
+@pytest.mark.slow
 def test_trials_of_two_workers_run_through_the_trainer(ray_cluster, storage, packed, space_file):
     flags = flags_of(**FLAGS | {"epochs": 2}, data=packed, storage_path=storage, run_name="groups", space=space_file)
     address = {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}

@@ -59,11 +59,11 @@ class _Pickler(pickle.Pickler):
         return (*about, None) if self.is_stream else about
 
 
-def write_torch(path: Path, arrays: dict, is_archive: bool = True, **odd) -> Path:
+def write_torch(path: Path, arrays: dict, is_archive: bool = True, one_storage: bool = False, **odd) -> Path:
     """Write arrays by name; `odd` replaces facts about each view (strides, offset, shape). Other values are pickled."""
     modules = _modules()
     whole = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
-    keys = {name: str(number) for number, name in enumerate(whole)}
+    keys = {name: "0" if one_storage else str(number) for number, name in enumerate(whole)}
     tensors = OrderedDict(
         (name, _Tensor(keys[name], value, modules, **odd) if name in whole else value) for name, value in arrays.items()
     )
@@ -75,8 +75,8 @@ def write_torch(path: Path, arrays: dict, is_archive: bool = True, **odd) -> Pat
     if is_archive:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("weights/data.pkl", content.getvalue())
-            for name, array in whole.items():
-                archive.writestr(f"weights/data/{keys[name]}", array.tobytes("A"))
+            for key, array in {keys[name]: array for name, array in whole.items()}.items():
+                archive.writestr(f"weights/data/{key}", array.tobytes("A"))
         return path
     with path.open("wb") as file:
         for part in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}):

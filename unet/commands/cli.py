@@ -121,7 +121,8 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
         if given.recipe and config.recipe_name(given.recipe) != values["recipe"]:
             raise InputError(f"{given.resume or given.sync} goes on with its own settings: leave out --recipe.")
         return values
-    begin = {name: getattr(given, name) for name in config.BEGINNINGS if getattr(given, name)}
+    flagged = {name: getattr(given, name) for name in config.BEGINNINGS if getattr(given, name)}
+    begin = {name: None if value == "None" else value for name, value in flagged.items()}
     name = given.recipe or values.get("recipe") or config.usual_recipe(values | begin)
     if config.is_complete(values):
         if given.recipe and config.recipe_name(name) != values.get("recipe"):
@@ -131,22 +132,23 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     without = set(config.LENGTHS) if not is_sweep and (flags or values.keys() & set(config.LENGTHS)) else set()
     if is_sweep:
         without.add(config.MINUTES)
-    if model := begin.get("init_from") or values.get("init_from"):
+    if model := (values | begin).get("init_from"):
         values = _network_of(model, values, given) | values
     return config.with_recipe(name, values, without) | {"recipe": name}
 
 
 def _network_of(model: str, values: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the network of an earlier model, which one that begins with it has unless something else is said.
+    """The settings of the network of an earlier model, which one that begins with it has unless a flag or --config says
+    otherwise.
 
     Raises:
         InputError: there is no such model.
     """
-    from unet.models.trained import TrainedModel
+    from unet.models.trained import network_of
 
     storage = _storage(given.storage_path or values.get("storage_path"))
     uri = given.tracking_uri or values.get("tracking_uri")
-    return TrainedModel.find(model, Folder(storage), uri).network.model_dump(exclude={"dropout"})
+    return network_of(model, Folder(storage), uri).model_dump(exclude={"dropout"})
 
 
 def _with_dashes(argument: str) -> str:

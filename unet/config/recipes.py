@@ -7,6 +7,7 @@ from typing import Any
 from unet.config.files import absolute, parse_yaml, read_named
 from unet.errors import InputError
 from unet.recipe.recipe import PARTS
+from unet.recipe.start import StartSettings
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 REFERENCE, BEST, PRETRAINED, FINETUNE = "reference", "best", "pretrained", "finetune"
@@ -17,7 +18,8 @@ BEGINNINGS = ("init_from", "encoder")
 LENGTHS = ("epochs", MINUTES)
 """How long a run takes: where one is given, a recipe's other does not count."""
 RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields) | {MINUTES}
-"""What a recipe may set."""
+RECIPE_SETTINGS -= StartSettings.model_fields.keys()
+"""What a recipe may set: how a network learns, not what it begins with."""
 
 
 def recipe_name(value: str) -> str:

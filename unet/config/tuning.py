@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from unet.config.fields import SearchSpace
 from unet.config.training import DEFAULT_EPOCHS, MAY_CHANGE, LengthSettings, TrainSettings
 from unet.recipe.recipe import PARTS
+from unet.recipe.start import StartSettings
 from unet.settings import SettingsGroup
 
 
@@ -74,6 +75,6 @@ SWEEP_MAY_CHANGE = MAY_CHANGE - {"epochs", "patience", "num_workers", "on_nan", 
 """Settings that may change when a sweep continues, whose trials must stay comparable."""
 
 SEARCHABLE = frozenset(name for part in PARTS.values() for name in part.model_fields) - {
-    *("epochs", "patience", "on_nan"),
+    *("epochs", "patience", "on_nan", "encoder", *StartSettings.model_fields),
 }
 """Settings that a space may draw: what changes the model or how it learns, not how long or on what."""

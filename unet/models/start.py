@@ -1,6 +1,7 @@
 """What a training begins with that is not drawn: weights of an earlier model, or of an encoder known from ImageNet."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,9 @@ from unet.config import CONFIG, TrainSettings, read_config
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.models.imagenet import encoder_weights
-from unet.models.trained import TrainedModel, located
-from unet.recipe.folding import unfolded_weights
-from unet.recipe.network import is_of_encoder
+from unet.models.trained import TrainedModel
+from unet.recipe.network import Shapes, is_of_encoder
 from unet.recipe.recipe import Recipe
-from unet.recipe.start import DRAWN, IMAGENET
 from unet.runs.checkpoint import Checkpoints
 from unet.storage import Folder
 
@@ -23,65 +22,104 @@ HEAD = "head/"
 
 
 @dataclass(frozen=True, repr=False)  # the weights would fill a log
+class Known:
+    """Weights that trainings may begin with.
+
+    Attributes:
+        weights: float32 arrays by name.
+        words: where they are from.
+        class_names: what the last layer means, if they have one.
+        network: what they are of, for a person.
+    """
+
+    weights: dict[str, np.ndarray]
+    words: str
+    class_names: Sequence[str] = ()
+    network: str = ""
+
+
+@dataclass(frozen=True, repr=False)
 class Start:
-    """Weights to begin with.
+    """Weights that a training begins with.
 
     Attributes:
         weights: float32 arrays by name (`Network.variables`); those that are absent are drawn.
-        words: where they are from, for the overview.
+        words: how many they are and where they are from, for the overview.
     """
 
     weights: dict[str, np.ndarray]
     words: str
 
 
-def start_of(
-    settings: TrainSettings, recipe: Recipe, class_names: list[str], prepared: Prepared | None = None
-) -> Start | None:
-    """What a training of these settings begins with; None: with weights that are drawn.
+def known_of(settings: TrainSettings, recipe: Recipe, prepared: Prepared) -> Known | None:
+    """What trainings of such settings know at their beginning; None: nothing.
+
+    `recipe` is that of the deepest network among them.
 
     Raises:
-        InputError: they cannot be had, are not for this network, or were learned from what `prepared` tests with.
+        InputError: it cannot be had, or was learned from what `prepared` tests with.
     """
     start, encoder = recipe.start, recipe.model.encoder
     if start.init_from:
-        return _of_model(start.init_from, settings, recipe, class_names, prepared)
-    if encoder == "none" or start.encoder_weights == DRAWN:
+        return _of_model(start.init_from, settings, recipe.network.variables, prepared)
+    if encoder == "none":
         return None
-    file = None if start.encoder_weights == IMAGENET else start.encoder_weights
-    weights = encoder_weights(encoder, file, recipe.network.variables)
-    return Start(weights, f"the encoder's from {Path(file).name if file else 'ImageNet'}")
+    weights = encoder_weights(encoder, start.encoder_weights, recipe.network.variables)
+    return Known(weights, Path(start.encoder_weights).name if start.encoder_weights else f"ImageNet's {encoder}")
 
 
-def _of_model(
-    model: str, settings: TrainSettings, recipe: Recipe, class_names: list[str], prepared: Prepared | None
-) -> Start:
-    """The weights of an earlier model whose name and shape fit; the last layer's only if it means the same classes."""
-    storage = Folder(settings.run.storage_path)
-    trained = TrainedModel.find(model, storage, settings.run.tracking_uri)
-    if prepared:
-        refuse_shared(trained, prepared, storage)
-    place = located(model, storage)
-    if place and place[1]:  # a package has its norms folded into its convolutions, a checkpoint has them
-        found = Checkpoints(place[0]).weights(place[1])
-    else:
-        found = unfolded_weights(recipe.network, trained.weights)
-    wanted = recipe.network.variables
-    same_classes = trained.class_names == class_names
+def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) -> Start | None:
+    """What a training by this recipe takes of it: whose name and shape fit, and mean the same classes.
+
+    Raises:
+        InputError: nothing fits, or layers would stay for ever what they were drawn as.
+    """
+    apart = recipe.optimizer.sets_encoder_apart
+    if known is None:
+        if apart:
+            raise InputError(
+                "--freeze and --encoder-rate are for layers that know something already: give --init-from or --encoder "
+                "with them, or --freeze None --encoder-rate 1."
+            )
+        return None
+    wanted, same_classes = recipe.network.variables, list(known.class_names) == list(class_names)
     fit = {
         name: array
-        for name, array in found.items()
+        for name, array in known.weights.items()
         if wanted.get(name) == array.shape and (same_classes or not name.startswith(HEAD))
     }
-    if not any(is_of_encoder(name) for name in fit):
+    anew = sorted({name.partition("/")[0] for name in wanted.keys() - fit.keys()})
+    if not any(map(is_of_encoder, fit)):
+        model = recipe.model
         raise InputError(
-            f"Nothing of {model} ({trained.network.title}, {trained.network.base_filters} filters) fits the network of "
-            f"this training ({recipe.model.title}, {recipe.model.base_filters} filters): give --network, --encoder, "
-            "--norm, --depth and --base-filters as it has them."
+            f"Nothing of {known.words} ({known.network}) fits the network of this training ({model.title}, "
+            f"{model.base_filters} filters): leave out the flags that make it another one, such as --base-filters."
         )
-    left = sorted({name.partition("/")[0] for name in wanted.keys() - fit.keys()})
-    anew = f", anew: {', '.join(left[:4])}{' and others' if len(left) > 4 else ''}" if left else ""
-    return Start(fit, f"{len(fit)} of {len(wanted)} from {trained.run_name}, {trained.checkpoint}{anew}")
+    if recipe.optimizer.freeze and (drawn := [layer for layer in anew if is_of_encoder(layer)]):
+        raise InputError(
+            f"--freeze {recipe.optimizer.freeze} would keep layers that {known.words} lacks, such as {drawn[0]}: "
+            "give --freeze None, or leave out the flags that add them, such as --depth."
+        )
+    some = f", anew: {', '.join(anew[:4])}{' and others' if len(anew) > 4 else ''}" if anew else ""
+    return Start(fit, f"{len(fit)} of {len(wanted)} variables of {known.words}{some}")
+
+
+def _of_model(model: str, settings: TrainSettings, wanted: Shapes, prepared: Prepared) -> Known:
+    """What an earlier model knows. A package has its norms folded away, so its checkpoint is taken."""
+    storage = Folder(settings.run.storage_path)
+    trained = TrainedModel.find(model, storage, settings.run.tracking_uri)
+    refuse_shared(trained, prepared, storage)
+    run, weights = trained.run or storage / trained.run_name, trained.weights
+    checkpoints = Checkpoints(run)
+    if trained.checkpoint in checkpoints.whole():
+        weights = checkpoints.weights(trained.checkpoint)
+    elif any("/moving_" in name for name in wanted):
+        raise InputError(
+            f"{model} is a package, whose batch norms are folded away, and {run} lacks {trained.checkpoint}, which has "
+            "them: give --init-from a run or a checkpoint."
+        )
+    network = f"{trained.network.title}, {trained.network.base_filters} filters"
+    return Known(weights, f"{trained.run_name}, {trained.checkpoint}", trained.class_names, network)
 
 
 MIXED = (("train", "test"), ("train", "val"), ("test", "train"))
@@ -89,9 +127,9 @@ MIXED = (("train", "test"), ("train", "val"), ("test", "train"))
 
 
 def refuse_shared(trained: TrainedModel, prepared: Prepared, storage: Folder) -> None:
-    """Refuse to go on from a model with other splits of the same photos, if its data are still there.
+    """Refuse to go on from a model with other splits of the same photos.
 
-    Photos are the same by name and size, and by their pixels where both were prepared alike.
+    It is seen where the model's data are still there and were prepared at the same size: by names and pixels.
 
     Raises:
         InputError: with how many there are, and one of them.
@@ -99,7 +137,10 @@ def refuse_shared(trained: TrainedModel, prepared: Prepared, storage: Folder) ->
     before = _prepared_of(trained, storage)
     if before is None or before.manifest.data_digest == prepared.manifest.data_digest:
         return
-    earlier, now = _photos(before), _photos(prepared)
+    one, other = before.manifest, prepared.manifest
+    if (one.image_size, one.resize) != (other.image_size, other.resize):
+        return  # photos of one name are often others
+    earlier, now = _names(before), _names(prepared)
     for old, new in MIXED:
         if shared := _alike(before, old, earlier[old] & now[new], prepared, new):
             raise InputError(
@@ -123,23 +164,24 @@ def _prepared_of(trained: TrainedModel, storage: Folder) -> Prepared | None:
     return None
 
 
-def _photos(prepared: Prepared) -> dict[str, set[tuple[str, int, int]]]:
-    """Name and size of the photos of each split."""
-    columns = ("split", "name", "original_height", "original_width")
-    rows = zip(*(prepared.samples(columns)[name].to_pylist() for name in columns), strict=True)
-    found: dict[str, set[tuple[str, int, int]]] = {split: set() for split in prepared.manifest.counts}
-    for split, *photo in rows:
-        found[split].add(tuple(photo))
+def _names(prepared: Prepared) -> dict[str, set[str]]:
+    """Those of each split's photos."""
+    rows = prepared.samples(("split", "name"))
+    found: dict[str, set[str]] = {split: set() for split in prepared.manifest.counts}
+    for split, name in zip(rows["split"].to_pylist(), rows["name"].to_pylist(), strict=True):
+        found[split].add(name)
     return found
 
 
-def _alike(before: Prepared, old: str, shared: set[tuple[str, int, int]], now: Prepared, new: str) -> list[str]:
-    """The names of those that have equal pixels, if that can be seen."""
-    names = {name for name, *_ in shared}
-    one, other = before.manifest, now.manifest
-    if not names or (one.image_size, one.resize) != (other.image_size, other.resize):
-        return sorted(names)
-    first, second = _digests(before, old, names), _digests(now, new, names)
+def _alike(before: Prepared, old: str, names: set[str], now: Prepared, new: str) -> list[str]:
+    """The names of those that have equal pixels; none where the earlier data can no longer be read."""
+    if not names:
+        return []
+    try:
+        first = _digests(before, old, names)
+    except InputError:
+        return []
+    second = _digests(now, new, names)
     return sorted(name for name in names if first[name] == second[name])
 
 

@@ -8,11 +8,11 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,21 @@ DTYPES = {
     "ByteStorage": "<u1",
     "BoolStorage": "<b1",
 }
-MOST_BYTES = 2**33
-"""No file of weights is larger; one that says so is damaged, or made to fill a memory."""
+MOST_PICKLED = 2**26
+"""Bytes of what describes the arrays: names and shapes."""
+WORDS = frozenset[str]().union(
+    *(
+        words.split()
+        for words in (
+            "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE",
+            "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE",
+            "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3",
+            "APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET",
+            "GLOBAL STACK_GLOBAL REDUCE BINPERSID BUILD",
+        )
+    )
+)
+"""What pickles of weights are made of."""
 
 
 class _Kind(NamedTuple):
@@ -66,8 +79,10 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as file:
-            views, storages = _of_archive(file) if zipfile.is_zipfile(file) else _of_stream(file)
-        return {name: _array(view, storages) for name, view in views.items()}
+            views, contents = _of_archive(file) if zipfile.is_zipfile(file) else _of_stream(file)
+        if sum(map(_bytes, views.values())) > 2 * path.stat().st_size:  # many views of one storage
+            raise ValueError("its arrays are larger than itself")
+        return {name: _array(view, contents[view.storage.key]) for name, view in views.items()}
     except _Refused as error:
         raise InputError(f"{path} is not a file of weights alone: it asks for {error}. Give another file.") from None
     except OSError as error:
@@ -81,13 +96,21 @@ class _Refused(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows ordered dictionaries, kinds of storages and views of them."""
+    """Knows ordered dictionaries, kinds of storages and views of them.
+
+    Attributes:
+        storages: that were named, by key.
+    """
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _view
+            return lambda *about: _view(*about)  # a pickle may set attributes of what it is given
         if module == "torch" and name in DTYPES:
             return _Kind(DTYPES[name])
         raise _Refused(f"{module}.{name}")
@@ -98,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(f"a {word}")
         if len(about) > 5 and about[5] is not None:
             raise _Refused("a view of a storage")
-        return _Storage(str(key), np.dtype(kind.dtype), count)
+        return self.storages.setdefault(str(key), _Storage(str(key), np.dtype(kind.dtype), count))
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> _View:
@@ -107,64 +130,83 @@ def _view(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> _V
     return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
-def _of_archive(file) -> tuple[dict[str, _View], Callable[[_Storage], bytes]]:
-    """Of PyTorch 1.6 and later: an archive with `data.pkl` and a file for each storage."""
+def _of_archive(file: BinaryIO) -> tuple[dict[str, _View], dict[str, bytes]]:
+    """Of PyTorch 1.6 and later: an archive with `data.pkl` and a file for each storage, none of them packed."""
     archive = zipfile.ZipFile(file)
     place = next((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), None)
     if place is None:
         raise ValueError("no data.pkl in it")
+
+    def content(name: str) -> bytes:
+        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # packed, a small file could fill the memory
+            raise ValueError(f"{name} is packed")
+        return archive.read(name)
+
+    views, storages = _loaded(io.BytesIO(content(place)))
     folder = place.removesuffix("data.pkl")
-    views = _views(io.BytesIO(archive.read(place)))
-    contents = {}
-    for storage in {view.storage for view in views.values()}:
-        name, size = f"{folder}data/{storage.key}", _size(storage)
-        if archive.getinfo(name).file_size != size:
-            raise ValueError(f"{name} has another size")
-        contents[storage.key] = archive.read(name)
-    return views, lambda storage: contents[storage.key]
+    return views, {key: content(f"{folder}data/{key}") for key in storages}
 
 
-def _of_stream(file) -> tuple[dict[str, _View], Callable[[_Storage], bytes]]:
+def _of_stream(file: BinaryIO) -> tuple[dict[str, _View], dict[str, bytes]]:
     """Of PyTorch before 1.6: pickles one after another, then the storages."""
     file.seek(0)
-    if _Unpickler(file).load() != MAGIC or _Unpickler(file).load() != PROTOCOL:
+    if _unpickled(file)[0] != MAGIC or _unpickled(file)[0] != PROTOCOL:
         raise ValueError("it begins otherwise")
-    if not _Unpickler(file).load()["little_endian"]:
+    if not _unpickled(file)[0]["little_endian"]:
         raise ValueError("its numbers are big-endian")
-    views = _views(file)
-    keys, contents = _Unpickler(file).load(), {}
-    storages = {view.storage.key: view.storage for view in views.values()}
-    for key in keys:
-        storage = storages[str(key)]
+    views, storages = _loaded(file)
+    keys, contents = _unpickled(file)[0], {}
+    for key in map(str, keys):
         (count,) = struct.unpack("<q", file.read(8))
-        if count != storage.numbers:
+        if count != storages[key].numbers:
             raise ValueError(f"storage {key} has another size")
-        contents[storage.key] = file.read(_size(storage))
-    return views, lambda storage: contents[storage.key]
+        contents[key] = _read(file, count * storages[key].dtype.itemsize)
+    return views, contents
 
 
-def _views(file) -> dict[str, _View]:
-    """What the pickle holds, one array by name; a dictionary that has them as `state_dict` is looked into."""
-    found = _Unpickler(file).load()
+def _loaded(file: BinaryIO) -> tuple[dict[str, _View], dict[str, _Storage]]:
+    """The arrays by name, and all storages; a dictionary that has arrays as `state_dict` is looked into."""
+    found, storages = _unpickled(file)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
         raise _Refused("something that is no dictionary")
-    return {str(name): view for name, view in found.items() if isinstance(view, _View)}
+    return {name: view for name, view in found.items() if isinstance(name, str) and isinstance(view, _View)}, storages
 
 
-def _size(storage: _Storage) -> int:
-    size = storage.numbers * storage.dtype.itemsize
-    if not 0 <= size <= MOST_BYTES:
-        raise ValueError("a storage of an impossible size")
-    return size
+def _unpickled(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
+    """The next value in a file, and the storages that it names, once it is sure that it is made of `WORDS`."""
+    begin = file.tell()
+    for word, value, at in pickletools.genops(file):
+        if word.name not in WORDS:
+            raise _Refused(f"the word {word.name}")
+        if (at or 0) - begin > MOST_PICKLED or (word.name == "LONG_BINPUT" and int(value or 0) > MOST_PICKLED // 4):
+            raise ValueError("its description has no end")
+    end = file.tell()
+    file.seek(begin)
+    reader = _Unpickler(io.BytesIO(_read(file, end - begin)))
+    return reader.load(), reader.storages
 
 
-def _array(view: _View, storages: Callable[[_Storage], bytes]) -> np.ndarray:
-    """A copy of the numbers of a view, once it is sure that all lie in its storage."""
-    flat = np.frombuffer(storages(view.storage), view.storage.dtype)
-    if len(flat) != view.storage.numbers or len(view.shape) != len(view.strides):
+def _read(file: BinaryIO, size: int) -> bytes:
+    """So many bytes, which must be there."""
+    here = file.tell()
+    left = file.seek(0, io.SEEK_END) - here
+    file.seek(here)
+    if not 0 <= size <= left:
         raise ValueError("it ends early")
+    return file.read(size)
+
+
+def _bytes(view: _View) -> int:
+    return math.prod(view.shape) * view.storage.dtype.itemsize
+
+
+def _array(view: _View, content: bytes) -> np.ndarray:
+    """A copy of the numbers of a view, once it is sure that all lie in its storage."""
+    flat = np.frombuffer(content, view.storage.dtype)
+    if len(flat) != view.storage.numbers or len(view.shape) != len(view.strides):
+        raise ValueError("a storage has another size")
     if min((view.offset, *view.shape, *view.strides), default=0) < 0:
         raise ValueError("a view of what is not there")
     last = view.offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))

@@ -198,6 +198,21 @@ class TrainedModel:
         )
 
 
+def network_of(model: str, storage: Folder, tracking_uri: str | None = None) -> ModelSettings:
+    """The network of the model that `--model` means; of a checkpoint without reading its weights.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    run, checkpoint = located(model, storage) or (None, None)
+    if run and checkpoint:
+        try:
+            return Checkpoints(run).state(checkpoint).recipe().model
+        except Damaged as error:
+            raise InputError(f"The checkpoint {error} of {run} cannot be used: give another model.") from error
+    return TrainedModel.find(model, storage, tracking_uri).network
+
+
 def located(model: str, storage: Folder) -> tuple[Folder, str | None] | None:
     """Where the model is that `--model` means, as far as can be known without MLflow.
 

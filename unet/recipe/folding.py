@@ -48,25 +48,6 @@ def folded_weights(network: Network, weights: Weights) -> dict[str, np.ndarray]:
     return {name: found[name] for name in folded(network).variables}
 
 
-def unfolded_weights(network: Network, weights: Weights) -> dict[str, np.ndarray]:
-    """The reverse: weights of the network from those of `folded(network)`, with which it computes the same.
-
-    Its batch norms get means of 0 and variances of 1, so they add what the convolution's bias did.
-    """
-    found = {name: array for name, array in weights.items() if name in network.variables}
-    layers = {layer.name: layer for layer in network.layers}
-    for convolution, norm in _pairs(network).items():
-        if f"{convolution}/bias" not in weights:
-            continue
-        bias = weights[f"{convolution}/bias"]
-        one = np.ones_like(bias)
-        found[f"{norm}/gamma"] = one * np.float32(np.sqrt(1 + layers[norm].options["epsilon"]))
-        found |= {f"{norm}/beta": bias, f"{norm}/moving_mean": 0 * one, f"{norm}/moving_variance": one}
-        if f"{convolution}/bias" in network.variables:
-            found[f"{convolution}/bias"] = 0 * bias
-    return found
-
-
 def _pairs(network: Network) -> dict[str, str]:
     """The batch norms that fold, by their convolutions, whose output nothing else takes."""
     by_name = {layer.name: layer for layer in network.layers}

@@ -1,5 +1,6 @@
 """How weights follow their gradient: the optimizer, what it remembers, and the rate of each step."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -81,12 +82,17 @@ class OptimizerSettings(SettingsGroup):
         """Whether the layers before the decoder learn otherwise than the rest."""
         return self.encoder_rate < 1 or self.freeze is not None
 
+    @property
+    def frozen_epochs(self) -> float:
+        """For how many epochs the layers before the decoder stay as they are."""
+        if self.freeze is None:
+            return 0
+        _, _, epochs = self.freeze.partition(":")
+        return int(epochs) if epochs else math.inf
+
     def is_frozen(self, step: int, horizon: Horizon) -> bool:
         """Whether a step, counted from 1, leaves the layers before the decoder as they are."""
-        if self.freeze is None:
-            return False
-        _, _, epochs = self.freeze.partition(":")
-        return not epochs or step <= int(epochs) * horizon.epoch_steps
+        return step <= self.frozen_epochs * horizon.epoch_steps
 
     @property
     def used_momentum(self) -> float:

@@ -29,11 +29,8 @@ def read_weights(content: io.BytesIO, shapes: Shapes) -> Iterator[tuple[str, np.
     Raises:
         ValueError: what is there is something else. Damaged bytes make HDF5 raise almost anything.
     """
+    refuse_links(content)
     with h5py.File(content, "r") as file:
-        # Follows no link that leads out of the file; gives the first that is not a plain one.
-        link = file.id.links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True)
-        if link is not None:
-            raise ValueError(f"{link.decode(errors='replace')} is a link to somewhere else")
         for name, shape in shapes.items():
             found = file.get(name)
             if not isinstance(found, h5py.Dataset):
@@ -46,6 +43,32 @@ def read_weights(content: io.BytesIO, shapes: Shapes) -> Iterator[tuple[str, np.
             if stored.get_layout() != h5py.h5d.CONTIGUOUS or stored.get_external_count():
                 raise ValueError(f"{name} is not stored plainly in the file itself")
             yield name, found[()]
+
+
+def refuse_links(content: io.BytesIO) -> None:
+    """Refuse an HDF5 file whose arrays may lie in others. What is no HDF5 file holds none.
+
+    Raises:
+        ValueError: with the name of the first.
+    """
+
+    def leads_out(name: bytes, info) -> str | None:
+        shown = name.decode(errors="replace")
+        if info.type != h5py.h5l.TYPE_HARD:
+            return f"{shown} is a link to somewhere else"
+        found = file[name]
+        if isinstance(found, h5py.Dataset) and (found.id.get_create_plist().get_external_count() or found.is_virtual):
+            return f"{shown} is not stored plainly in the file itself"
+        return None
+
+    try:
+        file = h5py.File(content, "r")
+    except OSError:
+        return
+    with file:
+        # Visiting follows no link that leads out of the file; it ends with the first that does.
+        if (words := file.id.links.visit(leads_out, info=True)) is not None:
+            raise ValueError(words)
 
 
 def arrays_file(arrays: Mapping[str, np.ndarray]) -> io.BytesIO:

@@ -10,7 +10,7 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
-from unet.models.start import Start, start_of
+from unet.models.start import Known, Start, known_of, start_of
 from unet.recipe.optimizer import in_few_words
 from unet.runs.run import Run
 from unet.storage import Folder
@@ -33,12 +33,14 @@ def train(
     together: int = 1,
     started: float | None = None,
     stop_signal: threading.Event | None = None,
+    known: Known | None = None,
 ) -> dict:
     """Train an opened run to its end; its summary (the content of `summary.json`).
 
     Ray must be connected (`unet.cluster.session`). `callbacks` go to Ray Train. A trial of a sweep skips the test
     split, pictures, packaging and MLflow (the sweep writes it); `together` trials share the cluster. `started` is
     when the job began, in seconds since 1970; `stop_signal` ends it with a checkpoint (default: set by Ctrl-C).
+    `known` is what a trial knows at its beginning; others find it themselves.
 
     Raises:
         InputError: before anything started.
@@ -47,13 +49,29 @@ def train(
     with run.locked():
         try:
             return _train(
-                run, display or Display(quiet=True), callbacks, as_trial, together, started or time.time(), stop_signal
+                run,
+                display or Display(quiet=True),
+                callbacks,
+                as_trial,
+                together,
+                started or time.time(),
+                stop_signal,
+                known,
             )
         except StorageFailed as error:
             raise run.after(error) from error
 
 
-def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int, started: float, stop_signal) -> dict:
+def _train(
+    run: Run,
+    display: Display,
+    callbacks: tuple,
+    as_trial: bool,
+    together: int,
+    started: float,
+    stop_signal: threading.Event | None,
+    known: Known | None,
+) -> dict:
     settings = run.settings
     if run.summary.get("status", "finished") != "finished":  # its workers may have outlived their driver
         run.take_over()
@@ -90,7 +108,10 @@ def _train(run: Run, display: Display, callbacks, as_trial: bool, together: int,
     # The sweep of a trial has asked for its room.
     plan = material.plan if as_trial else take_room(settings, material.data_bytes)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe)
-    start = None if latest else start_of(material.settings, material.recipe, names, prepared)
+    start = None
+    if not latest:
+        known = known if as_trial else known_of(material.settings, material.recipe, prepared)
+        start = start_of(known, material.recipe, names)
     run.settings, choice = precision.settled(material.settings, plan.use_gpu)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice, start))

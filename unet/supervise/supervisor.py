@@ -72,6 +72,7 @@ class Supervisor:
     def __post_init__(self):
         self.reports = Reports(self.recorder)
         self.run, self.display, self.settings = self.recorder.run, self.recorder.display, self.recorder.run.settings
+        self._start = ray.put(self.start.weights) if self.start else None
         training = self.settings.training
         self.reading = Reading(
             Ingest(
@@ -240,7 +241,7 @@ class Supervisor:
             fencing_token=self.run.fencing_token,
             link=group.link,
             score_test=not self.recorder.as_trial,
-            start=ray.put(self.start.weights) if self.start and checkpoint is None else None,
+            start=self._start if checkpoint is None else None,
         )
 
     def _follow(self, group: WorkerGroup, stop_signal: threading.Event) -> str | None:

@@ -57,7 +57,8 @@ class Loop:
     world_size: int
     state: State = field(init=False)
     last_save: float = field(init=False)
-    stepped: bool = False
+    traced: set[bool] = field(default_factory=set)
+    """Of which kinds there were steps: with what comes before the decoder frozen, and without."""
     seconds: float = 0.0
     """Spent training and validating, without the first step, which traces the graph, and without saving."""
 
@@ -102,7 +103,8 @@ class Loop:
         if minutes is None:
             return None
         test = ingest.plan("test", self.world_size).steps if self.job.score_test else 0
-        return Pace(60 * minutes, self.plan.steps, ingest.plan("val", self.world_size).steps, test)
+        frozen = self.settings.optimizer.frozen_epochs * self.plan.steps
+        return Pace(60 * minutes, self.plan.steps, ingest.plan("val", self.world_size).steps, test, frozen)
 
     @property
     def elapsed(self) -> float:
@@ -166,6 +168,7 @@ class Loop:
         if self._is_cut:
             return True
         for batch in self.reader.train(state.epoch, state.epoch_step):
+            is_frozen = self.settings.optimizer.is_frozen(state.step + 1, self.horizon)
             began = time.perf_counter()
             result = self.learner.train_step(
                 batch.images,
@@ -183,13 +186,13 @@ class Loop:
             if result.finite:
                 state.add_losses(result.loss_sums)
             images = min(self.plan.batch_size, self.plan.samples - batch.step * self.plan.batch_size)
-            if self.stepped:  # the first step of all traces the graph
+            if is_frozen in self.traced:  # the first step of its kind traces the graph
                 clock.add(images, began - waited, ended - began)
                 if self.pace:
-                    self.pace.stepped(ended - waited)
-            else:
+                    self.pace.stepped(ended - waited, is_frozen)
+            elif not self.traced:
                 self.link.event("first_step", time.time())
-                self.stepped = True
+            self.traced.add(is_frozen)
             if result.control & ESTIMATE:
                 self._estimate()
             self._report(clock, "train", batch.step + 1, self.plan.steps)

@@ -17,6 +17,8 @@ MEASURED_STEPS = 20
 """An estimate takes the mean of at least so many steps, if there have been so many."""
 ESTIMATES = 20
 """How often the number of steps is estimated at most, beside the ends of epochs: every twentieth of the minutes."""
+THAWED = 2.0
+"""How many times as long as a frozen step others are taken to be, until there were some."""
 FINISH_SECONDS = 8.0
 """What else follows the last epoch: the best weights are read, the model is packaged, pictures are drawn."""
 GUESSED_EPOCHS, GUESSED_STEPS = 10, 500
@@ -107,7 +109,9 @@ class Pace:
         seconds: of the clock, in all.
         epoch_steps: steps in an epoch.
         val_batches, test_batches: of the splits, for a worker; no test batches where none is scored.
-        step: seconds of a step, without the first, which traces the graph; None until there was another.
+        frozen: how many steps of the run leave what comes before the decoder as it is, which costs them less.
+        step: seconds of a step of the kind under way, without the first, which traces the graph; None until there was
+            another.
         val_batch: seconds of a batch of validation; None until there was one.
         saving: seconds of a checkpoint.
     """
@@ -116,14 +120,19 @@ class Pace:
     epoch_steps: int
     val_batches: int
     test_batches: int
+    frozen: float = 0
     step: float | None = None
     val_batch: float | None = None
     saving: float = 0.0
     _steps: int = 0
     _stepping: float = 0.0
     _estimated_at: float = -math.inf
+    _was_frozen: bool = False
 
-    def stepped(self, seconds: float) -> None:
+    def stepped(self, seconds: float, is_frozen: bool = False) -> None:
+        if self._was_frozen and not is_frozen:  # what was measured was of other steps
+            self.step, self._steps, self._stepping, self._estimated_at = None, 0, 0.0, -math.inf
+        self._was_frozen = is_frozen
         self._steps, self._stepping = self._steps + 1, self._stepping + seconds
 
     def validated(self, seconds: float) -> None:
@@ -147,6 +156,11 @@ class Pace:
         left = self._left(elapsed)
         if self.step is None:
             return state.planned_steps if left > 0 else state.step
+        if (still := self.frozen - state.step) > 0 and math.isfinite(still):
+            thawed = left - still * self.step - math.ceil(still / self.epoch_steps) * self._epoch_end()
+            if thawed > 0:
+                later = steps_that_fit(thawed, THAWED * self.step, self._epoch_end(), self.epoch_steps, 0)
+                return round(self.frozen) + later
         return state.step + steps_that_fit(left, self.step, self._epoch_end(), self.epoch_steps, state.epoch_step)
 
     def _left(self, elapsed: float) -> float:

@@ -6,7 +6,7 @@ from unet.cluster.room import take_places
 from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import InputError
-from unet.models.start import start_of
+from unet.models.start import known_of, start_of
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, with_weights_of
@@ -49,7 +49,8 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
         sweep.summary.get("data_digest"),
     )
     prepared = material.prepared
-    start_of(largest, material.recipe, prepared.manifest.classes, prepared)  # refused before any trial
+    known = known_of(largest, material.recipe, prepared)
+    start_of(known, material.recipe, prepared.manifest.classes)  # refused before any trial
     if not prepared.is_labelled("val"):
         raise InputError(
             f"No pixel of val in {prepared.folder} has a class at {prepared.manifest.image_size} px, so no trial would "
@@ -64,7 +65,9 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     writer = SweepRuns(sweep, ledger, lambda words: display.say(words, "yellow"))
     if not sweep.summary:  # one that continues goes on without MLflow
         writer.check()
-    session = Trials(sweep, ledger, prepared, material.counts, plan, together, at_a_time, planned, writer, display)
+    session = Trials(
+        sweep, ledger, prepared, material.counts, plan, together, at_a_time, planned, writer, display, known
+    )
     display.table(f"Sweep {sweep.name}", _overview(session))
     return session.run_to_end()
 

@@ -22,7 +22,7 @@ from unet.cluster.devices import start_tensorflow
 from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged, NoGpu
-from unet.models.start import Start, start_of
+from unet.models.start import Known, Start, start_of
 from unet.progress import Live
 from unet.recipe.recipe import Recipe, traced_key
 from unet.runs.checkpoint import FILES, Checkpoints
@@ -54,6 +54,7 @@ class Shared:
         classes: of the prepared data.
         link: handle of the sweep's `DriverLink`.
         together: how many trials at a time the cluster was planned for.
+        known: an object of Ray, what the trials know at their beginning (`Known`); None: nothing.
     """
 
     base: dict
@@ -65,9 +66,14 @@ class Shared:
     classes: Classes
     link: ray.actor.ActorHandle
     together: int
+    known: ray.ObjectRef | None
 
     def settings(self, trial: str, draw: dict) -> TrainSettings:
         return unflat(TrainSettings, self.base | draw | {"run_name": trial})
+
+    def knowledge(self) -> Known | None:
+        """What the trials know at their beginning."""
+        return ray.get(self.known) if self.known else None
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -107,7 +113,7 @@ class WarmTrial(tune.Trainable):
         self._link.moved = self._watch.moved
         self._learners = self._learners or Learners()
         recipe, names = settings.recipe(len(shared.classes)), [c.name for c in shared.classes]
-        learner = self._learners.get(recipe, lambda: start_of(settings, recipe, names))
+        learner = self._learners.get(recipe, lambda: start_of(shared.knowledge(), recipe, names))
         latest, _ = self._run.checkpoints.resume(settings)
         training = settings.training
         reading = replace(
@@ -240,7 +246,13 @@ def group_trial(config: dict, shared: Shared) -> None:
     with ray_session():
         try:
             with shared.reporting():
-                train(run, callbacks=(TuneReportCallback(),), as_trial=True, together=shared.together)
+                train(
+                    run,
+                    callbacks=(TuneReportCallback(),),
+                    as_trial=True,
+                    together=shared.together,
+                    known=shared.knowledge(),
+                )
         except Diverged as error:
             run.write_summary(reason=str(error))
             latest = run.checkpoints.latest()

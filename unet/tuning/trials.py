@@ -12,6 +12,7 @@ from unet.cluster import planner
 from unet.data import ingest
 from unet.data.shards import Prepared
 from unet.errors import RunFailed
+from unet.models.start import Known
 from unet.runs.run import where
 from unet.secrets import without_secrets
 from unet.supervise.signals import catch_stop_signals
@@ -82,6 +83,7 @@ class Trials:
     planned: int | None
     runs: SweepRuns
     display: Display
+    known: Known | None = None
     stopped: str | None = None
     stopped_at: float = 0.0
     stopping: set[str] = field(default_factory=set)
@@ -164,6 +166,7 @@ class Trials:
             classes=manifest.class_infos,
             link=self.link,
             together=self.together,
+            known=ray.put(self.known) if self.known else None,
         )
 
     def _tune(self, shared: Shared, stop_signal: threading.Event) -> None:
