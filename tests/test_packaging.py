@@ -244,8 +244,8 @@ def test_every_network_and_norm_is_handed_on_as_it_is_scored(network, tmp_path):
     found = Inference(trained)
     np.testing.assert_allclose(found.logits(images), expected, atol=1e-4 * np.abs(expected).max())
     truth = [tf.nn.softmax(logits[None]).numpy() for logits in expected]
-    for form in FORMS.values():
-        form.write(exportable(found), tmp_path / form.file)
+    for form in (FORMS[name] for name in ("saved_model", "tflite", "onnx")):
+        form.write(exportable(found), tmp_path / form.file, images)
         seen = agreement(form.open(tmp_path / form.file, 1), images, truth)
         assert seen.equal_classes >= 0.999 and seen.max_difference < 1e-4, (form.file, seen)
     for file, content in package(trained).items():
@@ -275,6 +275,17 @@ def test_an_export_says_what_it_is(exported, handed):
         target_of(settings, handed.trained)
     with pytest.raises(InputError, match="give another --output"):
         target_of(unflat(ExportSettings, {"output": str(folder / "export.json")}), handed.trained)
+
+
+def test_smaller_forms_answer_nearly_alike(handed, tmp_path):
+    told = handed.export(("tflite", "tflite_float16", "tflite_int8"), tmp_path / "export")["formats"]
+    whole, half, quarter = (told[name] for name in ("tflite", "tflite_float16", "tflite_int8"))
+    weights = sum(w.nbytes for w in handed.trained.weights.values())  # of so small a network they are not all of a file
+    assert half["bytes"] < whole["bytes"] - 0.4 * weights, (half["bytes"], whole["bytes"], weights)
+    assert quarter["bytes"] < whole["bytes"] - 0.4 * weights, (quarter["bytes"], whole["bytes"], weights)
+    assert half["equal_classes"] >= 0.995 and 0.97 <= quarter["equal_classes"] < 1
+    assert (tmp_path / "export" / "model_int8.tflite").stat().st_size == quarter["bytes"]
+    assert 'Interpreter("model_int8.tflite")' in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_forms_of_an_older_export_do_not_stay(handed, exported, tmp_path):

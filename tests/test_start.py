@@ -9,6 +9,7 @@ from pathlib import Path
 
 import h5py
 import keras
+import mlflow
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -257,6 +258,9 @@ def test_a_training_begins_with_what_fits_of_an_earlier_model(trained, storage, 
     _, before = trained
     changes = {"init_from": "trained", "freeze": "encoder", "epochs": 1, "learning_rate": 1e-4}
     summary = train(storage, packed, run_name="tuned", **changes)
+    assert re.fullmatch(r"(\d+) of \1 variables of trained, step_\d+", summary["begins_with"])
+    run = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(summary["mlflow_run_id"])
+    assert run.data.tags["begins_with"] == summary["begins_with"] and run.data.params["freeze"] == "encoder"
     old, new = (weights_of(storage / one["run_name"], Path(one["best_checkpoint"]).name) for one in (before, summary))
     of_encoder = {name for name in old if re.match(r"(encoder_|bottleneck)", name)}
     assert of_encoder and all(np.array_equal(old[name], new[name]) for name in of_encoder)

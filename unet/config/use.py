@@ -109,11 +109,13 @@ class ExportPart(SettingsGroup):
     """Name or folder of a run (its best checkpoint), folder of a checkpoint, or MLflow URI."""
     output: FolderOrUri | None = None
     """Folder for the exported files, local or s3://… None: export/ in the run's folder, or no files with --register."""
-    formats: tuple[Literal["saved_model", "tflite", "onnx"], ...] = ("saved_model", "tflite", "onnx")
+    formats: tuple[Literal["saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"], ...] = (
+        *("saved_model", "tflite", "onnx"),
+    )
     """Formats to write. Each takes float32 (N, S, S, 3) in [0, 1] and gives probabilities (N, S, S, C); the caller
-    resizes photos."""
+    resizes photos. tflite_float16 is half as large as tflite, tflite_int8 a quarter."""
     images: ExistingFolder | None = None
-    """Folder of photos to compare the formats on. None: drawn pets."""
+    """Folder of photos to compare the formats on, and to measure the ranges of tflite_int8 on. None: drawn pets."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """Threads of each format while it is timed. None: one per CPU."""
     register: RegisteredName | None = None
@@ -124,7 +126,7 @@ class ExportPart(SettingsGroup):
     @classmethod
     def _each_once(cls, value):
         if not value:
-            raise ValueError("name at least one of saved_model, tflite, onnx")
+            raise ValueError("name at least one of saved_model, tflite, onnx, tflite_float16, tflite_int8")
         return tuple(dict.fromkeys(value))
 
 

@@ -16,10 +16,8 @@ from unet.data.resize import to_square
 from unet.data.sources import SUFFIXES
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
-from unet.packaging.forms import Run
+from unet.packaging.forms import Run, as_input
 
-EQUAL = 0.999
-"""The share of pixels to which a form must give the same class as the network."""
 PHOTOS, DRAWN = 200, 20
 """How many are compared: of the user's photos at most, or of drawn pets."""
 ROUNDS, TIMED = 5, 8
@@ -62,11 +60,6 @@ def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str],
     if not found:
         raise InputError(f"--images {folder} has no photo that can be read: give a folder of photos.")
     return np.stack(found)
-
-
-def as_input(square: np.ndarray) -> np.ndarray:
-    """float32 (1, S, S, 3) in [0, 1] of an image uint8 (S, S, 3)."""
-    return square[None].astype(np.float32) / np.float32(255)
 
 
 def agreement(run: Run, images: np.ndarray, expected: list[np.ndarray]) -> Agreement:

@@ -24,7 +24,7 @@ from unet.storage import Folder
 from unet.terminal import Display
 
 PASSPORT, USAGE = "export.json", "README.md"
-LIBRARIES = {"saved_model": ("tensorflow",), "tflite": ("tensorflow",), "onnx": ("tf2onnx", "onnx", "onnxruntime")}
+LIBRARIES = {name: ("tensorflow",) for name in FORMS} | {"onnx": ("tf2onnx", "onnx", "onnxruntime")}
 
 
 def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
@@ -71,7 +71,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         found: dict[str, compare.Agreement] = {}
         for name in part.formats:
             display.waiting(f"writing {FORMS[name].file}")
-            FORMS[name].write(model, Path(scratch) / FORMS[name].file)
+            FORMS[name].write(model, Path(scratch) / FORMS[name].file, images)
             runs[name] = FORMS[name].open(Path(scratch) / FORMS[name].file, threads)
             display.waiting(f"comparing {FORMS[name].file} on {len(images)} images")
             found[name] = compare.agreement(runs[name], images, expected)
@@ -103,10 +103,10 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 def _refuse_others(found: dict[str, compare.Agreement], images: int, target: Folder) -> None:
     for name, seen in found.items():
-        if seen.equal_classes < compare.EQUAL:
+        if seen.equal_classes < FORMS[name].equal:
             raise RunFailed(
                 f"{FORMS[name].file} gives the network's class to only {seen.equal_classes:.2%} of the pixels of "
-                f"{images} images (at least {compare.EQUAL:.1%} is required; probabilities differ by up to "
+                f"{images} images (at least {FORMS[name].equal:.1%} is required; probabilities differ by up to "
                 f"{seen.max_difference:.2g}): nothing was written to {target}. Leave this form out with --formats."
             )
 

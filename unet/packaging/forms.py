@@ -2,13 +2,16 @@
 
 All take `image`, float32 (N, S, S, 3), RGB in [0, 1], and give `probabilities`, float32 (N, S, S, C); N is 1 for
 TFLite. Resizing is left to the caller: TFLite has no antialiased resize, and tf2onnx writes a broken file for it.
+
+TFLite comes smaller, too: with weights in float16, or with weights and activations in eight bits, whose ranges are
+those of the photos that the forms are compared on. Input and output stay float32.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     import keras
 
 INPUT, OUTPUT = "image", "probabilities"
+
+CALIBRATED = 100
+"""Photos at most that ranges are taken from."""
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Probabilities float32 (1, S, S, C) of an image float32 (1, S, S, 3)."""
@@ -29,13 +35,20 @@ class Form:
 
     Attributes:
         file: its name in an export's folder; a folder's, for the SavedModel.
-        write: writes a model to a path.
+        write: writes a model to a path; images uint8 (N, S, S, 3) show what it will be given.
         open: loads what was written, to run on that many threads of the CPU.
+        equal: the share of pixels to which it must give the same class as the network.
     """
 
     file: str
-    write: Callable[["keras.Model", Path], None]
+    write: Callable[["keras.Model", Path, np.ndarray], None]
     open: Callable[[Path, int], Run]
+    equal: float = 0.999
+
+
+def as_input(square: np.ndarray) -> np.ndarray:
+    """float32 (1, S, S, 3) in [0, 1] of an image uint8 (S, S, 3)."""
+    return square[None].astype(np.float32) / np.float32(255)
 
 
 def exportable(network: Network) -> "keras.Model":
@@ -46,7 +59,7 @@ def exportable(network: Network) -> "keras.Model":
     return keras.Model(logits.inputs, {OUTPUT: keras.layers.Softmax(dtype="float32", name=OUTPUT)(logits.output)})
 
 
-def _write_saved_model(model: "keras.Model", path: Path) -> None:
+def _write_saved_model(model: "keras.Model", path: Path, images: np.ndarray) -> None:
     import tensorflow as tf
 
     # Not Keras' own export, whose archives hold the weights twice.
@@ -70,8 +83,23 @@ def _open_saved_model(path: Path, threads: int) -> Run:
     return run
 
 
-def _write_tflite(model: "keras.Model", path: Path) -> None:
-    model.export(path, format="litert", verbose=False, input_signature=_signature(model, 1))
+def _write_tflite(model: "keras.Model", path: Path, images: np.ndarray, **options: Any) -> None:
+    """`options` are those of TensorFlow's converter."""
+    model.export(path, format="litert", verbose=False, input_signature=_signature(model, 1), **options)
+
+
+def _write_float16(model: "keras.Model", path: Path, images: np.ndarray) -> None:
+    import tensorflow as tf
+
+    halves = {"supported_types": [tf.float16]}
+    _write_tflite(model, path, images, optimizations=[tf.lite.Optimize.DEFAULT], target_spec=halves)
+
+
+def _write_int8(model: "keras.Model", path: Path, images: np.ndarray) -> None:
+    import tensorflow as tf
+
+    shown = lambda: ({INPUT: as_input(image)} for image in images[:CALIBRATED])  # noqa: E731
+    _write_tflite(model, path, images, optimizations=[tf.lite.Optimize.DEFAULT], representative_dataset=shown)
 
 
 def _open_tflite(path: Path, threads: int) -> Run:
@@ -84,7 +112,7 @@ def _open_tflite(path: Path, threads: int) -> Run:
     return lambda image: run(**{INPUT: image})[OUTPUT]
 
 
-def _write_onnx(model: "keras.Model", path: Path) -> None:
+def _write_onnx(model: "keras.Model", path: Path, images: np.ndarray) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="In the future `np.object`")
         model.export(path, format="onnx", verbose=False, input_signature=_signature(model, None))
@@ -109,4 +137,6 @@ FORMS = {
     "saved_model": Form("saved_model", _write_saved_model, _open_saved_model),
     "tflite": Form("model.tflite", _write_tflite, _open_tflite),
     "onnx": Form("model.onnx", _write_onnx, _open_onnx),
+    "tflite_float16": Form("model_float16.tflite", _write_float16, _open_tflite, equal=0.99),
+    "tflite_int8": Form("model_int8.tflite", _write_int8, _open_tflite, equal=0.9),
 }

@@ -46,8 +46,10 @@ class RunRecorder:
     written: list[dict] = field(default_factory=list)
     stop_signal: threading.Event | None = None
 
-    def open(self, state: State | None) -> None:
+    def open(self, state: State | None, begins_with: str | None = None) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
+
+        `begins_with` says which weights it began with, where they are not drawn.
 
         Raises:
             InputError: MLflow can never accept a new run this way. A run that continues does so without it.
@@ -57,13 +59,14 @@ class RunRecorder:
         self.tracker = writer or self.tracker
         self.written = run.history()
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
+        facts |= {"begins_with": begins_with} if begins_with else {}
         run.start(parameters=self.parameters, **facts)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
         if writer:
             begin(run, writer, self.prepared)  # with the history
-            writer.tags({"status": "running"})
+            writer.tags({"status": "running"} | ({"begins_with": begins_with} if begins_with else {}))
             writer.status("running")
 
     def _writer(self) -> AsyncWriter:

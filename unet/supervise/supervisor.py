@@ -101,7 +101,7 @@ class Supervisor:
         ):
             recorder.stop_signal = stop_signal
             try:
-                recorder.open(self.latest and self.latest[1])
+                recorder.open(self.latest and self.latest[1], self.start.words if self.start else None)
                 run.take_over()
                 self._end(self._supervise(stop_signal, lost))
                 return run.summary
