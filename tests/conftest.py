@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from unet import environment
+from unet.commands import cli
 
 environment.pin()
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a machine may be slow
@@ -178,8 +179,9 @@ def command(name: str, *flags) -> int:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
     code = end.value.code
-    del end  # an error's traceback holds what its process would have let go of, such as actors
-    gc.collect()
+    del end
+    if code == cli.FAILED:  # the traceback of an error holds what its process would have let go of, such as actors
+        gc.collect()
     return code
 
 

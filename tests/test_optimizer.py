@@ -129,7 +129,7 @@ def test_the_iteration_brings_all_singular_values_near_one(shape):
         {"optimizer": "adamw"},
         {"optimizer": "sgd"},
         {"optimizer": "muon"},
-        {"optimizer": "sgd", "freeze": "encoder", "norm": "batch"},
+        pytest.param({"optimizer": "sgd", "freeze": "encoder", "norm": "batch"}, marks=pytest.mark.slow),
         {"optimizer": "adamw", "freeze": "encoder:2", "encoder_rate": 0.1},  # it ends while they are frozen
         {"optimizer": "muon", "freeze": "encoder:1", "encoder_rate": 0.1, "network": "compact", "norm": "batch"},
     ],

@@ -3,7 +3,7 @@
 examples:
     python jobs/predict.py --model RUN_NAME --input FOLDER --output DIR
     python jobs/predict.py --model RUN_NAME --input 'photos/**/*.jpg' --output DIR --tta
-    python jobs/predict.py --model RUN_NAME --input FOLDER --as-dataset DIR    to correct, and to train on
+    python jobs/predict.py --model RUN_NAME --input FOLDER --as-dataset DIR     masks to correct
     python jobs/predict.py --model models:/NAME@champion --input s3://IN --output s3://OUT
 """
 

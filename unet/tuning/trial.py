@@ -210,7 +210,7 @@ class Learners:
     def __init__(self):
         self._kept: OrderedDict[str, Learner] = OrderedDict()
 
-    def get(self, recipe: Recipe, start: Callable[[], Start | None]) -> "Learner":
+    def get(self, recipe: Recipe, start: Callable[[], Start | None] = lambda: None) -> "Learner":
         """A learner at the start of a training by this recipe: equal, bit for bit, to a new one.
 
         `start` gives what such a training begins with.
