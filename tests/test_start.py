@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import tiny_settings, train, weights_of, write_archives
+from conftest import command, tiny_settings, train, weights_of, write_archives
 from PIL import Image
 from torch_files import write_torch
 
@@ -244,12 +244,27 @@ def test_gradients_of_depthwise_convolutions_in_bfloat16_are_those_of_float32(st
         np.testing.assert_allclose(other, one, rtol=2e-2, atol=2e-2 * np.abs(one).max())
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--freeze=encoder"], "--freeze and --encoder-rate are for layers that know something already"),
+        (["--encoder-rate=0.5"], "--freeze and --encoder-rate are for layers that know something already"),
+        (["--encoder-weights=a.pth"], "a.pth is for an --encoder: name it, too"),
+        (["--encoder=resnet50", "--encoder-weights=a.pth"], "There is no file a.pth"),
+    ],
+)
+@pytest.mark.parametrize("job", ["train", "tune"])
+def test_nothing_begins_with_what_cannot_be(job, flags, words, tmp_path, capsys):
+    assert command(job, "--data=synthetic", "--storage-path", tmp_path, *flags) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
 def test_settings_that_do_not_fit_are_one_sentence():
     for changes, words in (
         ({"encoder": "resnet50", "network": "unet", "norm": "none"}, "--encoder resnet50 is for the compact network"),
         ({"encoder": "resnet50", "depth": 5, "image_size": 64}, "--depth 5 is more than an --encoder of ImageNet has"),
         ({"init_from": "a", "encoder_weights": "b.pth"}, "--init-from brings the encoder's weights"),
-        ({"freeze": "decoder"}, "freeze"),
+        ({"freeze": "decoder"}, "--freeze decoder: write encoder:2 for the first two epochs"),
         ({"encoder": "vgg"}, "encoder"),
     ):
         with pytest.raises(InputError, match=words):
@@ -301,9 +316,6 @@ def test_the_last_layer_is_drawn_where_classes_differ_and_what_does_not_fit_is_s
         start(storage, prepared, depth=3, freeze="encoder:1")
     with pytest.raises(InputError, match="neither a run"):
         start(storage, prepared, init_from="nobody")
-    for changes in ({"freeze": "encoder"}, {"encoder_rate": 0.5}):
-        with pytest.raises(InputError, match="are for layers that know something already"):
-            start(storage, prepared, init_from=None, **changes)
 
 
 def test_a_package_begins_with_its_checkpoint_or_is_refused_where_norms_are_folded_away(trained, storage, prepared):
@@ -358,8 +370,6 @@ def test_what_a_job_begins_with_chooses_its_recipe_and_its_network(trained, stor
     assert (off.command.recipe, off.start.init_from, off.model.network) == ("best", None, "compact")
     with pytest.raises(InputError, match="neither a run"):
         parsed("--init-from=nobody")
-    with pytest.raises(InputError, match="is for an --encoder: name it, too"):
-        parsed("--encoder-weights=a.pth").recipe(3)
 
 
 def test_a_file_of_keras_may_not_lead_to_another(tmp_path):

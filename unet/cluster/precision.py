@@ -87,7 +87,9 @@ def choose(asked: str, machines: Sequence[Machine], use_gpu: bool) -> Choice:
         candidates = (BFLOAT16, FLOAT16) if use_gpu else (BFLOAT16,)
         for precision in candidates:
             if machines and all(machine.is_fast(precision, use_gpu) for machine in machines):
-                return Choice(precision, "every GPU computes it" if use_gpu else "every processor has instructions for it")
+                return Choice(
+                    precision, "every GPU computes it" if use_gpu else "every processor has instructions for it"
+                )
         return Choice(FLOAT32, _lack(candidates[-1], machines, use_gpu))
     if any(machine.fails(asked, use_gpu) for machine in machines):
         limit = next(machine.limited_by for machine in machines if machine.fails(asked, use_gpu))

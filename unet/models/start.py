@@ -12,8 +12,10 @@ from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.models.imagenet import encoder_weights
 from unet.models.trained import TrainedModel
-from unet.recipe.network import Shapes, is_of_encoder
+from unet.recipe.network import ModelSettings, Shapes, is_of_encoder
+from unet.recipe.optimizer import OptimizerSettings
 from unet.recipe.recipe import Recipe
+from unet.recipe.start import StartSettings
 from unet.runs.checkpoint import Checkpoints
 from unet.storage import Folder
 
@@ -51,6 +53,24 @@ class Start:
     words: str
 
 
+def check_start(model: ModelSettings, start: StartSettings, optimizer: OptimizerSettings) -> None:
+    """Refuse what cannot be begun with, as far as the settings and a look at the disk say.
+
+    Raises:
+        InputError: with what to give.
+    """
+    if optimizer.sets_encoder_apart and not start.init_from and model.encoder == "none":
+        raise InputError(
+            "--freeze and --encoder-rate are for layers that know something already: give --init-from or --encoder, "
+            "or --freeze None --encoder-rate 1."
+        )
+    if start.encoder_weights:
+        if model.encoder == "none":
+            raise InputError(f"--encoder-weights {start.encoder_weights} is for an --encoder: name it, too.")
+        if not Path(start.encoder_weights).is_file():
+            raise InputError(f"There is no file {start.encoder_weights}: give another --encoder-weights.")
+
+
 def known_of(settings: TrainSettings, recipe: Recipe, prepared: Prepared) -> Known | None:
     """What trainings of such settings know at their beginning; None: nothing.
 
@@ -72,15 +92,9 @@ def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) ->
     """What a training by this recipe takes of it: whose name and shape fit, and mean the same classes.
 
     Raises:
-        InputError: nothing fits, or layers would stay for ever what they were drawn as.
+        InputError: nothing fits, or layers that nothing is known of would be frozen.
     """
-    apart = recipe.optimizer.sets_encoder_apart
     if known is None:
-        if apart:
-            raise InputError(
-                "--freeze and --encoder-rate are for layers that know something already: give --init-from or --encoder "
-                "with them, or --freeze None --encoder-rate 1."
-            )
         return None
     wanted, same_classes = recipe.network.variables, list(known.class_names) == list(class_names)
     fit = {

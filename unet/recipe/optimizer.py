@@ -1,6 +1,7 @@
 """How weights follow their gradient: the optimizer, what it remembers, and the rate of each step."""
 
 import math
+import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -47,7 +48,7 @@ class OptimizerSettings(SettingsGroup):
     encoder_rate: Annotated[float, Field(gt=0, le=1)] = 1
     """Share of the learning rate that the layers before the decoder take, which may know something already. With less
     than 1 they have an Adam of their own (with sgd: an SGD)."""
-    freeze: Annotated[str | None, Field(pattern=r"^encoder(:\d+)?$")] = None
+    freeze: str | None = None
     """encoder:2 leaves the layers before the decoder as they are for the first two epochs; encoder for the whole run.
     Their batch norms go by what they have seen before. None: all layers learn."""
 
@@ -55,6 +56,15 @@ class OptimizerSettings(SettingsGroup):
     @classmethod
     def _is_length(cls, value: str) -> str:
         warmup_steps(value, Horizon(1, 1))
+        return value
+
+    @field_validator("freeze")
+    @classmethod
+    def _is_of_encoder(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"encoder(:\d+)?", value):
+            raise ValueError(
+                f"--freeze {value}: write encoder:2 for the first two epochs, or encoder for the whole run"
+            )
         return value
 
     @model_validator(mode="after")

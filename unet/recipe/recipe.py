@@ -73,9 +73,7 @@ class Recipe(SettingsGroup):
     start: StartSettings = StartSettings()
 
     @model_validator(mode="after")
-    def _fits_together(self):
-        if self.start.encoder_weights and self.model.encoder == "none":
-            raise ValueError(f"--encoder-weights {self.start.encoder_weights} is for an --encoder: name it, too")
+    def _has_a_weight_for_each_class(self):
         if self.loss.class_weights != AUTO_WEIGHTS:
             self.loss.weights(self.classes)
         return self

@@ -11,6 +11,7 @@ from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
 from unet.disk import _existing, check_writable
 from unet.errors import InputError
+from unet.models.start import check_start
 from unet.recipe.loss import AUTO_WEIGHTS, weights_by_frequency
 from unet.recipe.recipe import AUTO, Recipe
 from unet.runs.run import SUMMARY, Run
@@ -31,6 +32,8 @@ def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     storage, uri = Folder(settings.run.storage_path), settings.run.tracking_uri
     check_writable(storage)
     run = _identify(settings)
+    if tracked and not run.summary:
+        check_start(settings.model, settings.start, settings.optimizer)
     check_source(settings.data.data)
     if tracked:
         check_database(uri or default_uri(storage))

@@ -14,6 +14,7 @@ from unet.data.sources.find import check_source
 from unet.disk import check_writable
 from unet.errors import InputError
 from unet.locks import Lock
+from unet.models.start import check_start
 from unet.runs.run import CONFIG, SUMMARY, locked, milliseconds, read_summary
 from unet.secrets import without_passwords
 from unet.settings import defaults
@@ -105,6 +106,8 @@ def open_sweep(settings: TuneSettings) -> Sweep:
         raise InputError(f"{folder} is not a sweep: give another --run-name.")
     elif settings.sweep.extend:
         raise InputError(f"There is no sweep {name} under {storage} to extend: give its name with --resume.")
+    if not summary:
+        check_start(settings.model, settings.start, settings.optimizer)
     text = saved if saved is not None and settings.run.resume else read_space(settings.sweep.space)
     space = parse_space(text, settings.sweep.space, settings)
     if saved is not None and parse_yaml(saved, f"{folder}/{SPACE}") != parse_yaml(text, settings.sweep.space):
