@@ -55,9 +55,10 @@ def test_an_encoder_computes_what_that_of_keras_does_with_the_weights_of_its_fil
     """Photos in [0, 255], scaled as its publication has it; also of a network that ends earlier."""
     name, last, scaled = APPLICATIONS[encoder]
     theirs = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3))
-    for weight in theirs.weights:
-        away_from_start = random.normal(scale=0.1, size=weight.shape) + weight.numpy()
-        weight.assign(random.uniform(0.5, 2, weight.shape) if "variance" in weight.path else away_from_start)
+    for weight in theirs.weights:  # kernels as they are drawn: larger ones would swell every rounding
+        one = 1 if weight.path.endswith(("gamma", "variance")) else 0
+        if len(weight.shape) == 1:
+            weight.assign(one + random.uniform(-0.3, 0.3, weight.shape))
     theirs.save_weights(tmp_path / "own.weights.h5")
     network = network_of(encoder)
     start = encoder_weights(encoder, str(tmp_path / "own.weights.h5"), network.variables)
