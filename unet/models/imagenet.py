@@ -116,11 +116,16 @@ def _of_keras(name: str, kept: tuple[list[str], bytes] | None) -> dict[str, np.n
     """The weights of one of `keras.applications`, from the suffixes and the content of a file, or by a download."""
     import keras
 
-    with tempfile.TemporaryDirectory() as scratch:
-        file = "imagenet"
-        if kept:
-            suffixes, content = kept
-            file = f"{scratch}/weights{''.join(suffixes)}"
-            Path(file).write_bytes(content)
-        model = getattr(keras.applications, name)(include_top=False, weights=file, input_shape=(224, 224, 3))
+    source = None if kept else "imagenet"
+    model = getattr(keras.applications, name)(include_top=False, weights=source, input_shape=(224, 224, 3))
+    if kept:
+        suffixes, content = kept
+        for weight in model.weights:  # Keras leaves what a file lacks as it was, and only warns
+            weight.assign(np.full(weight.shape, np.nan))
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / f"weights{''.join(suffixes)}"
+            file.write_bytes(content)
+            model.load_weights(file)
+        if lacking := [weight.path for weight in model.weights if np.isnan(weight.numpy()).all()]:
+            raise ValueError(f"it lacks {lacking[0]}")
     return {weight.path: weight.numpy() for weight in model.weights}

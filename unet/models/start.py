@@ -9,7 +9,7 @@ import numpy as np
 
 from unet.config import CONFIG, TrainSettings, read_config
 from unet.data.shards import Prepared
-from unet.errors import InputError
+from unet.errors import Damaged, InputError
 from unet.models.imagenet import encoder_weights
 from unet.models.trained import TrainedModel
 from unet.recipe.network import ModelSettings, Shapes, is_of_encoder
@@ -124,9 +124,8 @@ def _of_model(model: str, settings: TrainSettings, wanted: Shapes, prepared: Pre
     trained = TrainedModel.find(model, storage, settings.run.tracking_uri)
     refuse_shared(trained, prepared, storage)
     run, weights = trained.run or storage / trained.run_name, trained.weights
-    checkpoints = Checkpoints(run)
-    if trained.checkpoint in checkpoints.whole():
-        weights = checkpoints.weights(trained.checkpoint)
+    if _is_checkpoint_of(trained, run):
+        weights = Checkpoints(run).weights(trained.checkpoint)
     elif any("/moving_" in name for name in wanted):
         raise InputError(
             f"{model} is a package, whose batch norms are folded away, and {run} lacks {trained.checkpoint}, which has "
@@ -134,6 +133,18 @@ def _of_model(model: str, settings: TrainSettings, wanted: Shapes, prepared: Pre
         )
     network = f"{trained.network.title}, {trained.network.base_filters} filters"
     return Known(weights, f"{trained.run_name}, {trained.checkpoint}", trained.class_names, network)
+
+
+def _is_checkpoint_of(trained: TrainedModel, run: Folder) -> bool:
+    """Whether the run in this folder has the checkpoint that a model is of; another run may have its name."""
+    if trained.checkpoint not in Checkpoints(run).whole():
+        return False
+    try:
+        found = TrainedModel.of_checkpoint(run, trained.checkpoint).weights
+    except Damaged:
+        return False
+    same = (np.array_equal(array, trained.weights[name]) for name, array in found.items() if name in trained.weights)
+    return found.keys() == trained.weights.keys() and all(same)
 
 
 MIXED = (("train", "test"), ("train", "val"), ("test", "train"))
