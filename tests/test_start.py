@@ -100,6 +100,23 @@ def test_lite0_knows_pets(real_pets):
     assert ((classes >= 151) & (classes <= 285)).mean() > 0.85
 
 
+def test_keras_downloads_into_its_usual_folder(tmp_path, monkeypatch):
+    """A job leaves Keras without a home of its own, since keras.json stands there."""
+    asked = []
+
+    def retrieve(url, place, progress=None):
+        asked.append((url, place))
+        raise OSError("no network")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("keras.src.utils.file_utils.urlretrieve", retrieve)
+    for encoder, name in imagenet.KERAS.items():
+        with pytest.raises(OSError, match="no network"):
+            imagenet._of_keras(name, None)
+        url, place = asked.pop()
+        assert url.startswith("https://") and Path(place).parent == tmp_path / ".keras" / "models", encoder
+
+
 def test_a_file_of_keras_that_lacks_a_layer_is_refused(tmp_path):
     """Keras itself would leave that layer as it was drawn, and warn."""
     build_theirs = keras.applications.MobileNetV3Large

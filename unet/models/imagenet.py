@@ -4,10 +4,12 @@ EfficientNet-Lite0's come from a package, or a file of PyTorch's; the others fro
 them once, or from a file that Keras wrote.
 """
 
+import contextlib
 import importlib.util
 import io
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +114,31 @@ def _keras(encoder: str, file: str | None) -> dict[str, np.ndarray]:
     return found
 
 
+@contextlib.contextmanager
+def _usual_cache() -> Iterator[None]:
+    """Let Keras keep what it downloads in ~/.keras/models, as it does elsewhere.
+
+    `unet.environment` leaves it without a home, whose keras.json may change numbers, and nothing public names another.
+    """
+    from keras.src.backend import config
+
+    own, usual = config.keras_home, Path("~/.keras").expanduser()
+    with contextlib.suppress(OSError):  # where it cannot be made, Keras takes a temporary folder
+        usual.mkdir(parents=True, exist_ok=True)
+    config.keras_home = lambda: str(usual)
+    try:
+        yield
+    finally:
+        config.keras_home = own
+
+
 def _of_keras(name: str, kept: tuple[list[str], bytes] | None) -> dict[str, np.ndarray]:
     """The weights of one of `keras.applications`, from the suffixes and the content of a file, or by a download."""
     import keras
 
-    source = None if kept else "imagenet"
-    model = getattr(keras.applications, name)(include_top=False, weights=source, input_shape=(224, 224, 3))
+    with _usual_cache():
+        source = None if kept else "imagenet"
+        model = getattr(keras.applications, name)(include_top=False, weights=source, input_shape=(224, 224, 3))
     if kept:
         suffixes, content = kept
         for weight in model.weights:  # Keras leaves what a file lacks as it was, and only warns
