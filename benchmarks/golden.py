@@ -57,7 +57,7 @@ def main() -> int:
     table = Table("configuration", "weights", "train loss", "val loss", "val mean IoU", "", title=machine)
     for name, numbers in found.items():
         verdict = "not recorded" if name not in expected else "same" if expected[name] == numbers else "DIFFERS"
-        losses = (str(numbers[key]) for key in ("train_loss", "val_loss", "val_mean_iou"))
+        losses = (str(numbers[key]) for key in ("train/loss", "val/loss", "val/mean_iou"))
         table.add_row(name, numbers["weights"][:16], *losses, verdict)
     Console(width=160).print(table)
     if not expected:
@@ -82,7 +82,7 @@ def train(storage: Path, name: str, settings: dict) -> tuple[str, dict]:
     checkpoint = sorted((run / "checkpoints").glob("step_*"))[-1]
     equality = json.loads((checkpoint / "state.json").read_text())["equality"]
     about = " | ".join(str(equality[key]) for key in ("processor", "device", "tensorflow", "keras", "numpy"))
-    numbers = {key: last[key] for key in ("train_loss", "val_loss", "val_mean_iou")}
+    numbers = {key: last[key] for key in ("train/loss", "val/loss", "val/mean_iou")}
     return about, {"weights": digest(checkpoint / "model.weights.h5"), **numbers}
 
 

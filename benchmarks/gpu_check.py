@@ -271,7 +271,7 @@ def summary_of(storage: Path, name: str) -> dict:
 
 
 def first_loss(run: Path) -> float:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train/loss"]
 
 
 def last_weights(run: Path) -> dict[str, bytes]:

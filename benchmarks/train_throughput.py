@@ -85,7 +85,7 @@ def run_job(precision: str, workers: int, storage: str, name: str, epochs: int =
     summary = json.loads((Path(storage) / name / "summary.json").read_text())
     lines = [json.loads(line) for line in (Path(storage) / name / "metrics.jsonl").read_text().splitlines()]
     # Steady: in the first epoch, actors of Ray are still starting on the same cores.
-    steady = statistics.median(line["images_per_second"] for line in lines[1:] or lines)
+    steady = statistics.median(line["speed/images_per_second"] for line in lines[1:] or lines)
     return {"images_per_second": steady, "first_step": summary["seconds_to_first_step"]}
 
 

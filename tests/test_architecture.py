@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "unet"
 LAYERS = (
-    ("errors", "secrets", "paths", "streams", "progress", "classes", "metrics"),
+    ("errors", "secrets", "paths", "streams", "progress", "classes", "metrics", "metric_names"),
     ("environment", "storage", "borders"),
     ("locks", "disk", "settings"),
     ("recipe",),

@@ -279,11 +279,11 @@ def test_it_loads_what_was_saved_bit_for_bit_and_keras_reads_it(tmp_path, monkey
         value.assign(rng.integers(0, 2**31, value.shape).astype(value.numpy().dtype))
     (tmp_path / "config.yaml").touch()
     checkpoints = Checkpoints(Folder(tmp_path))
-    name = checkpoints.save(one, state(7, loss_sums=[0.1 + 0.2, 3.0], history=[{"epoch": 1, "val_loss": 1 / 3}]))
+    name = checkpoints.save(one, state(7, loss_sums=[0.1 + 0.2, 3.0], history=[{"epoch": 1, "val/loss": 1 / 3}]))
     checkpoints.load(name, other)
     for a, b in zip(values, other.variables().values(), strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
-    told = {"loss_sums": [0.1 + 0.2, 3.0], "history": [{"epoch": 1, "val_loss": 1 / 3}]}
+    told = {"loss_sums": [0.1 + 0.2, 3.0], "history": [{"epoch": 1, "val/loss": 1 / 3}]}
     variables = {name: list(shape) for name, shape in SMALL.recipe(3).variables.items()}
     assert checkpoints.state(name) == state(7, variables=variables, **told)
     plain = build_unet(16, 2, 1, 0.0, 3)

@@ -76,7 +76,7 @@ def test_a_hostile_shell_trains_the_same_network(trained, storage, packed, tmp_p
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    assert len(client.get_metric_history(found["mlflow_run_id"], "val_mean_iou")) == TINY["epochs"]
+    assert len(client.get_metric_history(found["mlflow_run_id"], "val/mean_iou")) == TINY["epochs"]
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -250,9 +250,9 @@ def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, mod
     assert np.array_equal(np.sum([row["confusion"] for row in rows], 0), np.ravel(told["confusion"]))
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     run = client.get_run(found["mlflow_run_id"])
-    assert run.data.metrics["eval_test_mean_iou"] == told["mean_iou"]
-    assert [run.data.metrics[f"eval_test_mean_iou{end}"] for end in ("_low", "_high")] == told["intervals"]["mean_iou"]
-    assert len(client.get_metric_history(run.info.run_id, "eval_test_mean_iou")) == 1
+    assert run.data.metrics["eval/test/mean_iou"] == told["mean_iou"]
+    assert [run.data.metrics[f"eval/test/{end}/mean_iou"] for end in ("low", "high")] == told["intervals"]["mean_iou"]
+    assert len(client.get_metric_history(run.info.run_id, "eval/test/mean_iou")) == 1
     logged = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation/test")}
     assert {f"evaluation/test/{name}" for name in ("metrics.json", "per_image.parquet")} <= logged
     assert run.info.status == "FINISHED"
@@ -336,9 +336,9 @@ def test_names_of_metrics_do_not_collide():
     sent = outcome.tracked_metrics(SimpleNamespace(part="test", metrics=scores))
     for kind, first in (("iou", 0), ("dice", 4)):
         for index, name in enumerate(names):
-            assert sent[f"eval_test_{kind}_{name}"] == vector[first + index]
-    assert sent["eval_test_mean_iou_low"] == vector[8] - 1 and sent["eval_test_iou_pet_high_low"] == vector[2] - 1
-    assert len(sent) == 11 * 3 - 2 * 3  # the ends that have the names of classes
+            assert sent[f"eval/test/{kind}/{name}"] == vector[first + index]
+    assert sent["eval/test/low/mean_iou"] == vector[8] - 1 and sent["eval/test/low/iou/pet_high"] == vector[2] - 1
+    assert len(sent) == 11 * 3
 
 
 def test_a_version_of_an_earlier_checkpoint_is_not_logged(trained, storage, model, tmp_path):
@@ -361,7 +361,7 @@ def test_a_version_of_an_earlier_checkpoint_is_not_logged(trained, storage, mode
         display = Display(Console(file=io.StringIO(), width=300))
         outcome.track(done, settings, display)
         has = client.get_run(found["mlflow_run_id"]).data.metrics
-        assert (f"eval_{part}_mean_iou" in has) == logged
+        assert (f"eval/{part}/mean_iou" in has) == logged
         assert ("Not logged to MLflow" in display.console.file.getvalue()) != logged
 
 

@@ -98,9 +98,9 @@ def metrics_of(names: list[str], confusion: list, images: int) -> dict:
 
 
 HISTORY = [
-    {"epoch": 1, "train_loss": 1.2, "val_loss": 1.1, "val_mean_iou": 0.31, "val_iou_pet": 0.2},
-    {"epoch": 2, "train_loss": 0.8, "val_loss": 0.9, "val_mean_iou": 0.52, "val_iou_pet": 0.4},
-    {"epoch": 3, "train_loss": 0.7, "val_loss": None, "val_mean_iou": 0.47, "val_iou_pet": float("nan")},
+    {"epoch": 1, "train/loss": 1.2, "val/loss": 1.1, "val/mean_iou": 0.31, "val/iou/pet": 0.2},
+    {"epoch": 2, "train/loss": 0.8, "val/loss": 0.9, "val/mean_iou": 0.52, "val/iou/pet": 0.4},
+    {"epoch": 3, "train/loss": 0.7, "val/loss": None, "val/mean_iou": 0.47, "val/iou/pet": float("nan")},
 ]
 
 

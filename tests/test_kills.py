@@ -158,7 +158,7 @@ def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None
     lines, expected = history_of(run), history_of(unbroken)
     show(job, expected)
     last = f"step_{expected[-1]['step']:08d}"
-    same = {key for key in expected[0] if key not in ("time", "images_per_second", "data_wait_fraction")}
+    same = {key for key in expected[0] if key not in ("time", "speed/images_per_second", "speed/data_wait_fraction")}
     assert [{k: line[k] for k in same} for line in lines] == [{k: line[k] for k in same} for line in expected]
     weights, expected_weights = weights_of(run, last), weights_of(unbroken, last)
     assert weights.keys() == expected_weights.keys()
@@ -384,4 +384,4 @@ def test_a_run_of_two_one_and_two_workers_agrees_with_one(size, ray_cluster, sto
     for key, value in expected_weights.items():
         np.testing.assert_allclose(weights[key], value, rtol=0, atol=1e-6)
     for line, other in zip(history_of(job.run), expected, strict=True):
-        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+        assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)

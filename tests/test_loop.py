@@ -67,7 +67,7 @@ def loop_of(storage, name, reading, link, checkpoint=None, learner=None, **chang
 
 
 def same(record: dict) -> dict:
-    return {k: v for k, v in record.items() if k not in ("time", "images_per_second", "data_wait_fraction")}
+    return {k: v for k, v in record.items() if k not in ("time", "speed/images_per_second", "speed/data_wait_fraction")}
 
 
 def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
@@ -118,8 +118,8 @@ def check_told(loop: Loop, lives) -> None:
     assert [(live.epoch, live.phase, live.step, live.steps) for live in lives] == expected
     for epoch, record in enumerate(loop.state.history, 1):
         of_epoch = [live for live in lives if (live.epoch, live.phase) == (epoch, "train")]
-        assert of_epoch[-1].loss == pytest.approx(record["train_loss"])
-        assert of_epoch[-1].images_per_second == pytest.approx(record["images_per_second"])
+        assert of_epoch[-1].loss == pytest.approx(record["train/loss"])
+        assert of_epoch[-1].images_per_second == pytest.approx(record["speed/images_per_second"])
         for live in of_epoch[1:-1]:  # batches of four
             assert live.seconds_per_step * live.images_per_second == pytest.approx(4)
     assert not any(live.loss or live.seconds_per_step for live in lives if live.phase == "val")
@@ -181,7 +181,7 @@ def test_a_batch_whose_numbers_are_not_finite_is_named_or_passed_over(reading, s
     skipping = loop_of(storage, "skipping", reading, WorkerLink(), learning_rate=1e30, on_nan="skip")
     assert not skipping.train(lambda record: None)  # of the second epoch no step is finite, and that is its end
     (record,) = skipping.state.history
-    assert record["skipped_steps"] == skipping.plan.steps - (step - 1) and record["train_loss"] > 0
+    assert record["train/skipped_steps"] == skipping.plan.steps - (step - 1) and record["train/loss"] > 0
     kind, content = skipping.link.events[-1]
     assert (kind, content["epoch"], content["step"]) == ("not_finite", 2, 2 * skipping.plan.steps)
 
@@ -297,7 +297,7 @@ def test_a_run_of_minutes_ends_with_its_time_and_a_stop_does_not_begin_it_anew(r
     assert [record["step"] for record in whole] == [n * (i + 1) for i in range(len(whole))]
     assert whole and loop.state.step == last["step"] == loop.state.planned_steps and last["step"] % n
     assert last["step"] == pytest.approx(spent - 10 - (len(whole) + 1) * val / 2, abs=3)
-    rates = [record["learning_rate"] for record in loop.state.history]
+    rates = [record["train/learning_rate"] for record in loop.state.history]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.01 * loop.settings.optimizer.learning_rate
     assert loop.checkpoints.state(loop.state.chosen).best_epoch == loop.state.best_epoch
     lives = [live for live in loop.link.lives if live.phase == "train"]

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from unet.metrics import as_metrics, scores
+from unet import metric_names
+from unet.metrics import scores
 
 NAMES = ("pet", "background", "outline")
 
@@ -33,5 +34,5 @@ def test_scores_are_those_of_sets_of_pixels(truth, seed):
 def test_an_absent_class_is_null_and_left_out_of_names():
     result = scores(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), NAMES) | {"loss": 0.5}
     assert result["iou"]["outline"] is None and result["mean_iou"] == (3 / 4 + 4 / 5) / 2
-    names = as_metrics("val", result)
-    assert "val_iou_outline" not in names and names["val_dice_pet"] == 6 / 7 and names["val_loss"] == 0.5
+    names = metric_names.of("val", result)
+    assert "val/iou/outline" not in names and names["val/dice/pet"] == 6 / 7 and names["val/loss"] == 0.5

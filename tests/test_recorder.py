@@ -13,6 +13,7 @@ from PIL import Image
 from unet.classes import PETS
 from unet.config import TrainSettings, flat, unflat
 from unet.errors import InputError
+from unet.metric_names import BEST_EPOCH, DATA_WAIT, SCORE, SKIPPED_STEPS, SPEED
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.run import Run
@@ -40,8 +41,8 @@ def settings_of(storage, **changes):
 
 
 def line(epoch: int, time: int = 1000, **scores) -> dict:
-    record = {"epoch": epoch, "step": 10 * epoch, "time": time, "val_mean_iou": 0.5, "best_epoch": 1}
-    return record | {"images_per_second": time / 10, "data_wait_fraction": 1 / time} | scores
+    record = {"epoch": epoch, "step": 10 * epoch, "time": time, SCORE: 0.5, BEST_EPOCH: 1}
+    return record | {SPEED: time / 10, DATA_WAIT: 1 / time} | scores
 
 
 def state(*history: dict, **facts) -> State:
@@ -63,18 +64,18 @@ def test_an_epoch_that_is_trained_again_keeps_its_line(recorder, tmp_path):
     assert written(again) == [line(1), line(2), line(3)] and again.history == [line(1)]
     again.epoch(line(2, time=2000), {"mean_iou": 0.7})
     assert written(again) == [line(1), line(2), line(3)] and again.history == [line(1), line(2)]
-    again.epoch(line(3, time=2000, val_mean_iou=0.6), {"mean_iou": 0.8})  # came to something else this time
-    assert written(again) == [line(1), line(2), line(3, time=2000, val_mean_iou=0.6)]
+    again.epoch(line(3, time=2000, **{SCORE: 0.6}), {"mean_iou": 0.8})  # came to something else this time
+    assert written(again) == [line(1), line(2), line(3, time=2000, **{SCORE: 0.6})]
     summary = read_json(tmp_path / "told" / "summary.json")
     assert (summary["best_epoch"], summary["val"], summary["skipped_steps"]) == (1, {"mean_iou": 0.8}, 0)
 
 
 def test_epochs_that_were_not_told_of_are_caught_up_with_once(recorder):
     recorder.open(state(line(1)))
-    found = state(line(1), line(2), line(3, skipped_steps=2), validation={"mean_iou": 0.5})
+    found = state(line(1), line(2), line(3, **{SKIPPED_STEPS: 2}), validation={"mean_iou": 0.5})
     for _ in range(2):
         recorder.catch_up(found)
-        assert written(recorder) == recorder.history == [line(1), line(2), line(3, skipped_steps=2)]
+        assert written(recorder) == recorder.history == [line(1), line(2), line(3, **{SKIPPED_STEPS: 2})]
     assert words_of(recorder.display).count("epoch  2/10") == words_of(recorder.display).count("epoch  3/10") == 1
     assert "epoch  1/10" not in words_of(recorder.display) and recorder.run.summary["skipped_steps"] == 2
     recorder.catch_up(None)

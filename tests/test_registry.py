@@ -58,7 +58,7 @@ def packaged_run(client, experiment: str, folder, name: str, val: float, test: f
     """A finished run with as much of a packaged model as the registry reads; its id."""
     run_id = client.create_run(experiment).info.run_id
     pack(client, run_id, folder, name, val, digest, step)
-    client.log_metric(run_id, "test_mean_iou", test)
+    client.log_metric(run_id, "test/mean_iou", test)
     return run_id
 
 

@@ -89,16 +89,16 @@ def test_numbers_as_they_are_shown():
 
 def test_best_epoch_is_the_earliest_highest_mean():
     values = [float("nan"), None, 0.7, 0.2, 0.7, 0.6]
-    history = [{"epoch": 1 + index, "val_mean_iou": value} for index, value in enumerate(values)]
+    history = [{"epoch": 1 + index, "val/mean_iou": value} for index, value in enumerate(values)]
     assert figures.best_epoch([*history, {"epoch": 7}]) == (3, 0.7)
     assert figures.best_epoch([{"epoch": 1}]) is None
 
 
 def test_curves_show_each_class_and_mark_the_best_epoch(drawn):
     history = [
-        {"epoch": 1, "train_loss": 2.0, "val_loss": 3.0, "val_mean_iou": 0.3, "val_iou_pet": 0.4, "val_dice_pet": 0.5},
-        {"epoch": 2, "train_loss": 1.0, "val_loss": None, "val_mean_iou": 0.7, "val_iou_pet": 0.8},
-        {"epoch": 3, "train_loss": 0.5, "val_loss": 1.5, "val_mean_iou": 0.6, "val_iou_pet": 0.6, "val_dice_pet": 0.9},
+        {"epoch": 1, "train/loss": 2.0, "val/loss": 3.0, "val/mean_iou": 0.3, "val/iou/pet": 0.4, "val/dice/pet": 0.5},
+        {"epoch": 2, "train/loss": 1.0, "val/loss": None, "val/mean_iou": 0.7, "val/iou/pet": 0.8},
+        {"epoch": 3, "train/loss": 0.5, "val/loss": 1.5, "val/mean_iou": 0.6, "val/iou/pet": 0.6, "val/dice/pet": 0.9},
     ]
     figures.training_curves(history, PETS, "curves.png")
     loss, iou, dice = ({line.get_label(): line for line in axes.get_lines()} for axes in drawn[0].axes)
@@ -113,10 +113,10 @@ def test_curves_show_each_class_and_mark_the_best_epoch(drawn):
 
 @pytest.mark.parametrize(("classes", "epochs"), [(PETS[:2], 1), (PETS, 100), (MANY, 3)])
 def test_training_curves(tmp_path, classes, epochs):
-    history = [{"epoch": 1 + index, "train_loss": 1 / (1 + index), "val_loss": None} for index in range(epochs)]
+    history = [{"epoch": 1 + index, "train/loss": 1 / (1 + index), "val/loss": None} for index in range(epochs)]
     for record in history:
-        record["val_mean_iou"] = 0.5
-        record |= {f"val_iou_{item.name}": 0.5 for item in classes[1:]}
+        record["val/mean_iou"] = 0.5
+        record |= {f"val/iou/{item.name}": 0.5 for item in classes[1:]}
     path = figures.training_curves(history, classes, tmp_path / "curves.png")
     assert path == tmp_path / "curves.png"
     assert size_of(path)[0] == 1690
@@ -187,7 +187,7 @@ def test_samples_are_drawn_with_their_masks_names_and_a_title(drawn):
 @pytest.mark.parametrize("classes", [PETS, MANY])
 def test_the_line_of_an_epoch_has_room_for_few_classes(classes):
     console = Console(record=True, width=200, file=io.StringIO())
-    record = {"epoch": 3, "val_mean_iou": 0.75} | {f"val_iou_{item.name}": 0.5 for item in classes}
+    record = {"epoch": 3, "val/mean_iou": 0.75} | {f"val/iou/{item.name}": 0.5 for item in classes}
     Display(console).epoch(record, 10, classes)
     by_class = "  pet 0.5000  background 0.5000  outline 0.5000" if classes is PETS else ""
     assert console.export_text().strip().endswith(f"mean IoU 0.7500{by_class}")

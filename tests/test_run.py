@@ -42,10 +42,10 @@ def test_the_folder_holds_what_the_design_says(trained):
     assert [line["epoch"] for line in lines] == list(range(1, 11))
     steps = -(-read_manifest(summary, folder)["counts"]["train"] // TINY["batch_size"])
     assert [line["step"] for line in lines] == [steps * epoch for epoch in range(1, 11)]
-    expected = {f"val_{s}" for s in SCORES} | {"train_loss", "learning_rate", "images_per_second"}
-    assert expected | {"data_wait_fraction", "best_val_mean_iou", "best_epoch", "time"} <= set(lines[-1])
-    best = max(lines, key=lambda line: line["val_mean_iou"])
-    assert summary["best_epoch"] == best["epoch"] == lines[-1]["best_epoch"]
+    expected = {f"val/{s}" for s in SCORES} | {"train/loss", "train/learning_rate", "speed/images_per_second"}
+    assert expected | {"speed/data_wait_fraction", "val/best_mean_iou", "val/best_epoch", "time"} <= set(lines[-1])
+    best = max(lines, key=lambda line: line["val/mean_iou"])
+    assert summary["best_epoch"] == best["epoch"] == lines[-1]["val/best_epoch"]
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert f"step_{lines[-1]['step']:08d}" in kept and summary["best_checkpoint"].split("/")[1] in kept
     assert all((folder / "checkpoints" / k / "COMMIT").exists() for k in kept)
@@ -127,7 +127,7 @@ def test_mlflow_holds_the_run(trained, storage):
     assert run.data.params["base_filters"] == "8" and run.data.params["data_digest"] == summary["data_digest"]
     assert {f"{split}_{s}" for split in ("val", "test") for s in SCORES} <= set(run.data.metrics)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for name in ("val_mean_iou", "train_loss", "val_iou_outline", "best_epoch"):
+    for name in ("val/mean_iou", "train/loss", "val/iou/outline", "val/best_epoch"):
         history = client.get_metric_history(summary["mlflow_run_id"], name)
         assert [(m.step, m.value, m.timestamp) for m in history] == [(r["epoch"], r[name], r["time"]) for r in lines]
     assert run.data.tags["best_checkpoint"] == summary["best_checkpoint"]
@@ -256,7 +256,7 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_clu
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
     before, after = weights_of(folder, last), weights_of(storage / "stopped", last)
     assert all(np.array_equal(before[k], after[k]) for k in before)
-    history = client.get_metric_history(stopped["mlflow_run_id"], "val_mean_iou")
+    history = client.get_metric_history(stopped["mlflow_run_id"], "val/mean_iou")
     assert [m.step for m in history] == list(range(1, 11))
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "FINISHED"
 
@@ -276,7 +276,7 @@ def test_steps_that_are_not_finite_are_passed_over_and_counted(ray_cluster, stor
         train(storage, packed, run_name="skipping", learning_rate=1e30, on_nan="skip")
     (line,) = [json.loads(line) for line in (storage / "skipping" / "metrics.jsonl").open()]
     summary = read_json(storage / "skipping" / "summary.json")
-    assert line["skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["skipped_steps"]
+    assert line["train/skipped_steps"] == line["step"] - 1 and summary["skipped_steps"] >= line["train/skipped_steps"]
 
 
 def test_a_run_has_one_driver(packed, tmp_path):

@@ -15,6 +15,7 @@ from unet.commands.cli import parse
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.shards import Prepared
 from unet.errors import InputError
+from unet.metric_names import BEST
 from unet.storage import Folder
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.runner import _settle_class_weights
@@ -144,8 +145,8 @@ def searched(folder, kind, planned, seed=0, scores=None):
     search, draws = Search(space, kind, seed, ledger, planned, None), []
     while (suggested := search.suggest(f"id-{len(draws)}")) != Searcher.FINISHED:
         score = scores(suggested["draw"]) if scores else 0.5
-        ledger.update(suggested["trial"], end="finished", best_val_mean_iou=score)
-        search.on_trial_complete(f"id-{len(draws)}", {"best_val_mean_iou": score})
+        ledger.update(suggested["trial"], end="finished", **{BEST: score})
+        search.on_trial_complete(f"id-{len(draws)}", {"val/best_mean_iou": score})
         draws.append(suggested)
     return draws
 
@@ -176,7 +177,7 @@ def test_tpe_learns_from_the_past_of_an_earlier_start(tmp_path):
 def test_trials_under_way_go_on_before_new_ones(tmp_path):
     ledger = Ledger(Folder(tmp_path))
     for end in ("finished", "running", "stopped", "pruned", "failed"):
-        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end=end, best_val_mean_iou=0.5)
+        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end=end, **{BEST: 0.5})
     search = Search(space_of(RANGES), "random", 0, Ledger(Folder(tmp_path)), 6, None)
     suggested = [search.suggest(str(i)) for i in range(4)]
     assert [s["trial"] for s in suggested[:3]] == ["trial-002", "trial-003", "trial-006"]
@@ -194,16 +195,16 @@ def test_tpe_hears_of_each_trial_once_whether_it_ended_before_or_goes_on(tmp_pat
     ends = ("finished", 0.5), ("pruned", 0.3), ("running", 0.4), ("failed", None), ("stopped", 0.2)
     for i, (end, score) in enumerate(ends):
         draw = {"dropout": i / 10, "learning_rate": 0.01, "base_filters": 4}
-        ledger.update(ledger.begin(draw)["trial"], end=end, best_val_mean_iou=score)
-    ledger.update(ledger.begin(draw | {"dropout": 0.5})["trial"], end="failed", best_val_mean_iou=0.9, diverged=True)
+        ledger.update(ledger.begin(draw)["trial"], end=end, **{BEST: score})
+    ledger.update(ledger.begin(draw | {"dropout": 0.5})["trial"], end="failed", **{BEST: 0.9}, diverged=True)
     search = Search(space_of(RANGES), "tpe", 2**32 - 1, ledger, 7, None)  # the greatest seed there is
     assert told == [(0.0, 0.5), (0.1, 0.3), (0.5, 0.0)]
     for trial_id, score in (("a", 0.45), ("b", None)):
         assert search.suggest(trial_id)["trial"] == {"a": "trial-003", "b": "trial-005"}[trial_id]
-        search.on_trial_complete(trial_id, {"best_val_mean_iou": score} if score else None, error=score is None)
+        search.on_trial_complete(trial_id, {"val/best_mean_iou": score} if score else None, error=score is None)
     assert told[3:] == [(0.2, 0.45)]
     assert search.suggest("c")["trial"] == "trial-007"
-    search.on_trial_complete("c", {"best_val_mean_iou": 0.6})
+    search.on_trial_complete("c", {"val/best_mean_iou": 0.6})
     assert len(told) == 4 and search.suggest("d") == Searcher.FINISHED
 
 
@@ -222,7 +223,7 @@ def test_asha_knows_the_trials_of_an_earlier_start(tmp_path):
     for i in range(9):
         row = ledger.begin({"dropout": 0.1})
         ledger.update(row["trial"], end="pruned")
-        line = json.dumps({"epoch": 1, "val_mean_iou": 0.3 + 0.05 * i})
+        line = json.dumps({"epoch": 1, "val/mean_iou": 0.3 + 0.05 * i})
         (Folder(tmp_path / "past") / row["trial"]).write_text("metrics.jsonl", line + "\n")
     told = make_scheduler(settings, space, ledger)
 
@@ -231,7 +232,7 @@ def test_asha_knows_the_trials_of_an_earlier_start(tmp_path):
 
     for scheduler, decision in ((empty, "CONTINUE"), (told, "STOP")):
         scheduler.on_trial_add(None, Trial)
-        assert scheduler.on_trial_result(None, Trial, {"epoch": 1, "val_mean_iou": 0.4}) == decision
+        assert scheduler.on_trial_result(None, Trial, {"epoch": 1, "val/mean_iou": 0.4}) == decision
 
 
 def test_pbt_stays_inside_the_space_and_needs_settings_that_can_change(tmp_path):
@@ -254,7 +255,7 @@ def test_pbt_stays_inside_the_space_and_needs_settings_that_can_change(tmp_path)
 def test_the_ledger_outlives_its_process_and_ranks_by_score(tmp_path):
     ledger = Ledger(Folder(tmp_path))
     for score in (0.2, None, 0.5):
-        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end="finished", best_val_mean_iou=score)
+        ledger.update(ledger.begin({"dropout": 0.1})["trial"], end="finished", **{BEST: score})
     assert Ledger(Folder(tmp_path)).rows == ledger.rows
     assert [r["trial"] for r in ranked(ledger.rows)] == ["trial-003", "trial-001", "trial-002"]
 

@@ -25,7 +25,7 @@ classes = (ClassInfo("Straße", (0, 0, 0)), ClassInfo("other", (1, 1, 1)))
 for step in range(40):
     display.working("scoring · words " * 9, step, 0)
     display.say("words " * 2000)
-    display.epoch({"epoch": 1, "train_loss": 0.5, "images_per_second": 3.0}, 9, classes)
+    display.epoch({"epoch": 1, "train/loss": 0.5, "speed/images_per_second": 3.0}, 9, classes)
 table = Table()
 table.add_row("–")
 display.console.print(table)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from unet.classes import PETS
 from unet.config import TuneSettings, unflat
 from unet.errors import RunFailed
+from unet.metric_names import SCORE
 from unet.storage import Folder
 from unet.tuning import figures, outcome
 from unet.tuning.board import Board, trial_table
@@ -61,7 +62,7 @@ def trial_of(ledger, **facts):
 def ran(tmp_path, trial, *scores, **summary):
     """What a trial's run has left behind after so many epochs."""
     folder = Folder(tmp_path) / trial.custom_trial_name
-    lines = [{"epoch": e, "val_mean_iou": s, "val_iou_pet": s / 2} for e, s in enumerate(scores, 1)]
+    lines = [{"epoch": e, "val/mean_iou": s, "val/iou/pet": s / 2} for e, s in enumerate(scores, 1)]
     folder.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     folder.write_text("summary.json", json.dumps({"status": "running"} | summary))
 
@@ -85,7 +86,7 @@ def test_a_trial_is_entered_from_its_start_to_its_end(recorder, ledger, tmp_path
     recorder.on_trial_recover(0, [trial], trial)
     recorder.on_trial_start(0, [trial], trial)
     assert recorder.begun == begun and (row["end"], row["tries"], row["pid"]) == ("running", 2, 7)
-    assert (row["best_val_mean_iou"], row["best_epoch"], row["val_iou_pet"]) == (0.5, 2, 0.25)
+    assert (row["val/best_mean_iou"], row["val/best_epoch"], row["val/iou/pet"]) == (0.5, 2, 0.25)
     recorder.on_trial_complete(0, [trial], trial)
     assert (ledger[name]["end"], ledger[name]["reason"]) == ("pruned", "asha stopped it")
     told = read_json(tmp_path / name / "summary.json")
@@ -120,10 +121,10 @@ def test_an_epoch_that_diverged_is_none_and_an_error_gives_its_last_line(recorde
     recorder.on_trial_start(0, [trial], trial)
     ran(tmp_path, trial, 0.3)
     recorder.on_trial_result(0, [trial], trial, result(1))
-    recorder.on_trial_result(0, [trial], trial, result(2, diverged=True, val_mean_iou=0.0))
+    recorder.on_trial_result(0, [trial], trial, result(2, diverged=True, **{SCORE: 0.0}))
     recorder.on_trial_error(0, [trial], trial)
     row = ledger[trial.custom_trial_name]
-    assert (row["epochs"], row["best_val_mean_iou"], row["end"]) == (1, 0.3, "failed")
+    assert (row["epochs"], row["val/best_mean_iou"], row["end"]) == (1, 0.3, "failed")
     assert row["reason"].startswith("KeyError: 'x' of s3://") and "secret" not in row["reason"]
 
 
@@ -165,8 +166,8 @@ def test_the_files_of_a_sweep_rank_its_trials(rows, ledger, tmp_path):
     files = outcome.write_files(Folder(tmp_path), rows, ledger, settings, space, shared)
     found = list(csv.DictReader(io.StringIO((tmp_path / "sweep.csv").read_text())))
     assert [row["trial"] for row in found] == ["trial-002", "trial-004", "trial-001", "trial-003"]
-    assert [row["best_val_mean_iou"] for row in found] == ["0.6", "0.5", "0.3", ""]
-    assert (found[0]["best_epoch"], found[0]["val_iou_pet"], found[0]["dropout"]) == ("2", "0.3", "0.1")
+    assert [row["val/best_mean_iou"] for row in found] == ["0.6", "0.5", "0.3", ""]
+    assert (found[0]["val/best_epoch"], found[0]["val/iou/pet"], found[0]["dropout"]) == ("2", "0.3", "0.1")
     best = yaml.safe_load((tmp_path / "best_config.yaml").read_text())
     assert best == {"epochs": EPOCHS, "data": "pets", "dropout": 0.1, "learning_rate": 0.01}
     assert set(files) == {"sweep.csv", "best_config.yaml", "scores_over_time.png", "settings.png"}
@@ -199,8 +200,8 @@ def test_the_parent_run_is_told_of_every_end(rows, tmp_path):
     outcome.report(Writer(), Folder(tmp_path), rows, EPOCHS, summary)
     counts, step, time = told["metrics"]
     assert time == 5
-    ends = {f"trials_{end}": 1 for end in ("finished", "pruned", "failed", "stopped")}
-    assert counts == ends | {"trials": 4, "trial_epochs_saved": 3, "best_val_mean_iou": 0.6} and step == 0
+    ends = {f"sweep/trials_{end}": 1 for end in ("finished", "pruned", "failed", "stopped")}
+    assert counts == ends | {"sweep/trials": 4, "sweep/trial_epochs_saved": 3, "val/best_mean_iou": 0.6} and step == 0
     (tags,) = told["tags"]
     assert tags == {
         "status": "finished",

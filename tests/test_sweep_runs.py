@@ -42,7 +42,7 @@ def sweep(server, tmp_path):
     ledger = Ledger(sweep.folder)
     for number, (end, scores) in enumerate(ENDS.items()):
         row = ledger.begin({"dropout": number / 10})
-        lines = [{"epoch": e, "time": 1000 + e, "val_mean_iou": s} for e, s in enumerate(scores, 1)]
+        lines = [{"epoch": e, "time": 1000 + e, "val/mean_iou": s} for e, s in enumerate(scores, 1)]
         folder = sweep.folder / row["trial"]
         folder.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         folder.write_text("config.yaml", yaml.safe_dump(base_of(sweep) | row["settings"]))
@@ -78,7 +78,7 @@ def assert_mlflow_has_all(sweep: Sweep) -> None:
         assert run.data.tags["mlflow.parentRunId"] == own
         assert run.info.status == {"failed": "FAILED"}.get(end, "FINISHED") and run.info.end_time == 5000
         assert run.data.params["dropout"] == str(row["settings"]["dropout"]) and "space" not in run.data.params
-        metrics = client.get_metric_history(run.info.run_id, "val_mean_iou")
+        metrics = client.get_metric_history(run.info.run_id, "val/mean_iou")
         assert Counter((m.value, m.step) for m in metrics) == Counter((s, e) for e, s in enumerate(scores, 1))
         told = read_json(Path(sweep.folder.path) / row["trial"] / "summary.json")
         assert (told["end"], told["mlflow_run_id"]) == (end, run.info.run_id)
@@ -125,7 +125,7 @@ def test_a_kill_doubles_nothing(sweep):
 
 def test_a_finished_sweep_sends_what_mlflow_lacks(sweep, server, monkeypatch):
     """The same command again, as it says where MLflow was away at the end."""
-    facts = {"trials": 3, "best_trial": "trial-001", "best_val_mean_iou": 0.6, "reason": "all trials ended"}
+    facts = {"trials": 3, "best_trial": "trial-001", "val/best_mean_iou": 0.6, "reason": "all trials ended"}
     sweep.write_summary(status="finished", delivered=False, ended=9, extending=False, **facts)
     server.kill()
     try:
@@ -140,7 +140,7 @@ def test_a_finished_sweep_sends_what_mlflow_lacks(sweep, server, monkeypatch):
     assert_mlflow_has_all(sweep)
     client = mlflow.MlflowClient(server.uri)
     run = client.get_run(sweep.summary["mlflow_run_id"])
-    assert (run.info.status, run.info.end_time, run.data.metrics["best_val_mean_iou"]) == ("FINISHED", 9, 0.6)
+    assert (run.info.status, run.info.end_time, run.data.metrics["val/best_mean_iou"]) == ("FINISHED", 9, 0.6)
     assert run.data.tags["best_trial"] == "trial-001" and sweep.summary["delivered"]
     display = listening()
     run_sweep(sweep, display)

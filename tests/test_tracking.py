@@ -60,7 +60,7 @@ def nothing_is_delivered(writer: AsyncWriter, words: list[str], count: int) -> N
 
 
 def line(epoch: int) -> dict:
-    return {"epoch": epoch, "step": 3 * epoch, "time": 1000 + epoch, "val_loss": 1 / epoch, "train_loss": 2 / epoch}
+    return {"epoch": epoch, "step": 3 * epoch, "time": 1000 + epoch, "val/loss": 1 / epoch, "train/loss": 2 / epoch}
 
 
 def expected(lines: list[dict]) -> Counter:
@@ -298,7 +298,7 @@ def check_synced(folder: Path, server: Server) -> dict:
     test = Counter({row: n for row, n in found.items() if row[0].startswith("test_")})
     assert found - test == expected(lines)
     assert {row[2:] for row in test} == {(summary["test_time"], 10)} and len(test) == 10
-    assert ("test_mean_iou", summary["test"]["mean_iou"], summary["test_time"], 10) in test
+    assert ("test/mean_iou", summary["test"]["mean_iou"], summary["test_time"], 10) in test
     client = mlflow.MlflowClient(server.uri)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and runs_of(server, summary["mlflow_key"]) == [run_id]

@@ -99,17 +99,17 @@ def test_kills_of_the_driver_cost_no_ended_trial(swept, storage):
     client, _, children = children_of(storage, folder)
     assert sorted(c.data.tags["trial"] for c in children) == list(rows)
     for child in children:
-        steps = [m.step for m in client.get_metric_history(child.info.run_id, "val_mean_iou")]
+        steps = [m.step for m in client.get_metric_history(child.info.run_id, "val/mean_iou")]
         assert steps == list(range(1, rows[child.data.tags["trial"]]["epochs"] + 1))
 
 
 def test_trials_are_ranked_and_the_best_can_be_trained(swept):
     folder, output, _ = swept
     table = list(csv.DictReader((folder / "sweep.csv").open()))
-    scores = [float(r["best_val_mean_iou"]) for r in table]
+    scores = [float(r["val/best_mean_iou"]) for r in table]
     assert len(table) == 6 and scores == sorted(scores, reverse=True)
     for row in table:  # a row's score is what the trial's own run says
-        assert max(line["val_mean_iou"] for line in metrics_of(folder, row["trial"])) == float(row["best_val_mean_iou"])
+        assert max(line["val/mean_iou"] for line in metrics_of(folder, row["trial"])) == float(row["val/best_mean_iou"])
     assert {r["end"] for r in table} == {"finished", "pruned"}
     assert all(int(r["epochs"]) == EPOCHS for r in table if r["end"] == "finished")
     assert all(int(r["epochs"]) in (1, 3) for r in table if r["end"] == "pruned")
@@ -136,8 +136,8 @@ def test_a_trial_is_the_training_that_its_settings_mean(swept, ray_cluster, stor
     last = sorted(p.name for p in (storage / "as_in_the_sweep" / "checkpoints").iterdir())[-1]
     plain, trial = weights_of(storage / "as_in_the_sweep", last), weights_of(folder / row["trial"], last)
     assert plain.keys() == trial.keys() and all(np.array_equal(plain[k], trial[k]) for k in plain)
-    scores = [line["val_mean_iou"] for line in metrics_of(folder, row["trial"])]
-    assert [line["val_mean_iou"] for line in metrics_of(storage, "as_in_the_sweep")] == scores
+    scores = [line["val/mean_iou"] for line in metrics_of(folder, row["trial"])]
+    assert [line["val/mean_iou"] for line in metrics_of(storage, "as_in_the_sweep")] == scores
 
 
 def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
@@ -148,7 +148,7 @@ def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
     assert {c.info.status for c in children} == {"FINISHED"}
     assert {c.data.tags["end"] for c in children} == {"finished", "pruned"}
     assert all(
-        {"val_mean_iou", "val_iou_pet", "best_val_mean_iou", "best_epoch"} <= set(c.data.metrics) for c in children
+        {"val/mean_iou", "val/iou/pet", "val/best_mean_iou", "val/best_epoch"} <= set(c.data.metrics) for c in children
     )
     assert len({c.data.params["dropout"] for c in children}) == 6
     summary = read_json(folder / "summary.json")
@@ -157,10 +157,10 @@ def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
         parent.data.tags["best_run_id"] == best.info.run_id
         and summary["model_uri"] == f"runs:/{best.info.run_id}/model"
     )
-    assert parent.data.metrics["best_val_mean_iou"] == best.data.metrics["best_val_mean_iou"]
+    assert parent.data.metrics["val/best_mean_iou"] == best.data.metrics["val/best_mean_iou"]
     # Test is scored once, for the chosen trial.
-    assert [c for c in children if "test_mean_iou" in c.data.metrics] == [best]
-    assert parent.data.metrics["test_mean_iou"] == best.data.metrics["test_mean_iou"] == summary["test"]["mean_iou"]
+    assert [c for c in children if "test/mean_iou" in c.data.metrics] == [best]
+    assert parent.data.metrics["test/mean_iou"] == best.data.metrics["test/mean_iou"] == summary["test"]["mean_iou"]
     assert {a.path for a in client.list_artifacts(best.info.run_id)} >= {"model", "best_checkpoint", "gallery.png"}
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {
         "sweep.csv",
@@ -227,7 +227,7 @@ def test_a_lost_process_is_replaced_and_a_diverging_trial_does_not_sink_the_swee
     killer.join(5)
     assert not killer.is_alive()
     good, bad = rows_of(folder)
-    assert (bad["end"], bad["best_val_mean_iou"]) == ("failed", None) and "stopped being finite" in bad["reason"]
+    assert (bad["end"], bad["val/best_mean_iou"]) == ("failed", None) and "stopped being finite" in bad["reason"]
     assert bad["tries"] == 1, "what diverges would diverge again"
     assert (good["end"], good["epochs"], good["tries"]) == ("finished", EPOCHS, 2)
     assert [line["epoch"] for line in metrics_of(folder, good["trial"])] == list(range(1, EPOCHS + 1))
@@ -289,7 +289,9 @@ def test_pbt_moves_weights_and_settings_between_trials(ray_cluster, storage, pac
     sweep(storage, packed, run_name="pbt", space="pbt", scheduler="pbt", num_samples=3, base_filters=4, grace_epochs=2)
     rows = rows_of(storage / "pbt")
     assert [(r["end"], r["epochs"]) for r in rows] == [("finished", EPOCHS)] * 3
-    rates = {r["trial"]: [line["learning_rate"] for line in metrics_of(storage / "pbt", r["trial"])] for r in rows}
+    rates = {
+        r["trial"]: [line["train/learning_rate"] for line in metrics_of(storage / "pbt", r["trial"])] for r in rows
+    }
     assert any(len(set(values)) > 1 for values in rates.values()), "no learning rate changed in flight"
     for row in rows:
         assert rates[row["trial"]][-1] == pytest.approx(row["settings"]["learning_rate"])
@@ -307,7 +309,7 @@ def test_trials_begin_with_what_an_earlier_model_knows(trained, storage, packed,
     sweep(storage, packed, search="grid", scheduler="none", **changes)
     rows = rows_of(storage / f"known-{workers}")
     assert [row["end"] for row in rows] == ["finished"] * 2, rows
-    assert [row["best_val_mean_iou"] for row in rows] == pytest.approx([before["val"]["mean_iou"]] * 2, abs=1e-3)
+    assert [row["val/best_mean_iou"] for row in rows] == pytest.approx([before["val"]["mean_iou"]] * 2, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -320,8 +322,8 @@ def test_trials_of_two_workers_run_through_the_trainer(ray_cluster, storage, pac
     ends = [(r["end"], r["epochs"]) for r in rows]
     assert len(rows) == 2 and set(ends) <= {("finished", 2), ("pruned", 1)} and ("finished", 2) in ends
     for row in rows:
-        scores = [line["val_mean_iou"] for line in metrics_of(storage / "groups", row["trial"])]
-        assert row["best_val_mean_iou"] == max(scores[: row["epochs"]])
+        scores = [line["val/mean_iou"] for line in metrics_of(storage / "groups", row["trial"])]
+        assert row["val/best_mean_iou"] == max(scores[: row["epochs"]])
     _, parent, children = children_of(storage, storage / "groups")
     assert parent.info.status == "FINISHED" and len(children) == 2
     assert {c.data.params["num_workers"] for c in children} == {"2"}

@@ -93,7 +93,7 @@ def test_a_run_that_nothing_scores_means_its_last_checkpoint_and_says_so(unscore
     assert [row["detail"] for row in told] == ["no pixel of val has a label at 32 px, so it has no scores"]
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     run = client.get_run(found["mlflow_run_id"])
-    assert run.data.tags["best_checkpoint"] == f"checkpoints/{last}" and "train_loss" in run.data.metrics
+    assert run.data.tags["best_checkpoint"] == f"checkpoints/{last}" and "train/loss" in run.data.metrics
     assert client.list_artifacts(run.info.run_id, "best_checkpoint")
     assert mlflow.pyfunc.load_model(f"{run.info.artifact_uri}/model").metadata.metadata["checkpoint"] == last
 
@@ -228,5 +228,5 @@ def test_a_loss_that_is_not_finite_is_null(loss_sum):
 
 @pytest.mark.parametrize("score", ["nan", "inf", "good", ""])
 def test_a_version_whose_score_is_no_number_has_none(score):
-    found = Version.of(SimpleNamespace(name="pets", version=1, tags={"val_mean_iou": score, "data_digest": "data"}))
+    found = Version.of(SimpleNamespace(name="pets", version=1, tags={"val/mean_iou": score, "data_digest": "data"}))
     assert found.val_mean_iou is None

@@ -48,14 +48,6 @@ def scores(confusion: np.ndarray, names: Sequence[str]) -> dict:
     }
 
 
-def as_metrics(split: str, result: dict) -> dict[str, float]:
-    """Scores as MLflow metric names: `val_loss, val_mean_iou, val_iou_pet, …`; absent ones are left out."""
-    metrics = {f"{split}_{key}": result[key] for key in ("loss", "accuracy", "mean_iou", "mean_dice")}
-    for kind in ("iou", "dice"):
-        metrics |= {f"{split}_{kind}_{name}": value for name, value in result[kind].items()}
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
 def _mean(values: dict) -> float | None:
     present = [v for v in values.values() if v is not None]
     return float(np.mean(present)) if present else None

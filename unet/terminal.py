@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
+from unet.metric_names import BEST_EPOCH, SCORE, SPEED, TRAIN_LOSS, VAL_LOSS, of_class
 from unet.pages.figures import lowest
 from unet.pages.numbers import duration, percent, score, speed
 from unet.progress import Live
@@ -100,12 +101,12 @@ class Display:
 
     def epoch(self, record: dict, epochs: int | None, classes: Classes) -> None:
         parts = [f"epoch {_of(record['epoch'], epochs)}"]
-        for label, key in (("loss", "train_loss"), ("val loss", "val_loss"), ("mean IoU", "val_mean_iou")):
+        for label, key in (("loss", TRAIN_LOSS), ("val loss", VAL_LOSS), ("mean IoU", SCORE)):
             parts.append(f"{label} {score(record.get(key))}")
-        parts += [f"{name} {score(record.get(f'val_iou_{name}'))}" for name in names_in_line(classes)]
-        if "images_per_second" in record:
-            parts.append(speed(record["images_per_second"]))
-        best = record.get("best_epoch") == record["epoch"]
+        parts += [f"{name} {score(record.get(of_class('val', 'iou', name)))}" for name in names_in_line(classes)]
+        if SPEED in record:
+            parts.append(speed(record[SPEED]))
+        best = record.get(BEST_EPOCH) == record["epoch"]
         self._printed = time.monotonic()
         self.say("  ".join(parts) + ("  *best" if best else ""), "bold" if best else None)
 

@@ -7,6 +7,7 @@ from itertools import chain
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unet import metric_names
 from unet.config import EvaluateSettings
 from unet.errors import first_line
 from unet.evaluation.output import METRICS, PAGE, RECORDS, is_best
@@ -84,29 +85,21 @@ def _send(done: Evaluation, run_id: str, storage: Folder, uri: str | None) -> bo
 
 
 def tracked_metrics(done: Evaluation) -> dict[str, float]:
-    """The scores as MLflow has them: `eval_test_mean_iou`, its `_low` and `_high`, `eval_test_band_mean_iou`, …
-
-    If a class is called `pet_low`, its IoU has that name, and the interval of `pet` lacks its lower end.
-    """
-    found: dict[str, float | None] = {}
-    ends: dict[str, float | None] = {}
+    """The scores as MLflow has them: `eval/test/mean_iou`, `eval/test/band/iou/pet`, `eval/test/low/mean_iou`, …"""
+    found: dict[str, float] = {}
     for part in ("", "band", "own_size"):
         scores = done.metrics.get(part) if part else done.metrics
         if scores is None:
             continue
-        prefix = f"eval_{done.part}_{part}_" if part else f"eval_{done.part}_"
-        spans = scores.get("intervals") or {}
-        for key in ("mean_iou", "mean_dice", "accuracy"):
-            found[prefix + key] = scores[key]
-            ends |= _ends(prefix + key, spans.get(key))
-        for kind in ("iou", "dice"):
-            for name, value in scores[kind].items():
-                found[f"{prefix}{kind}_{name}"] = value
-                ends |= _ends(f"{prefix}{kind}_{name}", (spans.get(kind) or {}).get(name))
-        if "loss" in scores:
-            found[f"{prefix}loss"] = scores["loss"]
-    return {name: value for name, value in (ends | found).items() if value is not None}
+        prefix = f"eval/{done.part}/{part}".rstrip("/")
+        found |= metric_names.of(prefix, scores)
+        for end, name in enumerate(("low", "high")):
+            found |= metric_names.of(f"{prefix}/{name}", _ends(scores.get("intervals") or {}, end))
+    return found
 
 
-def _ends(name: str, span: list | None) -> dict[str, float | None]:
-    return {f"{name}_low": span[0], f"{name}_high": span[1]} if span else {}
+def _ends(spans: dict, end: int) -> dict:
+    """The lower (0) or upper (1) ends of intervals, as scores."""
+    at = lambda span: span and span[end]  # noqa: E731
+    by_class = {kind: {name: at(span) for name, span in (spans.get(kind) or {}).items()} for kind in ("iou", "dice")}
+    return {name: at(span) for name, span in spans.items() if name not in by_class} | by_class

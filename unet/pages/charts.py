@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unet.classes import MANY
+from unet.metric_names import SCORE, TRAIN_LOSS, VAL_LOSS, of_class
 from unet.pages.figures import best_epoch, series
 
 STEPS = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
@@ -69,13 +70,13 @@ def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart
     """
     if not history:
         return []
-    loss = [("training", "var(--val)", "train_loss"), ("validation", "var(--ink)", "val_loss")]
+    loss = [("training", "var(--val)", TRAIN_LOSS), ("validation", "var(--ink)", VAL_LOSS)]
     iou = [
-        (item.name, "rgb({} {} {})".format(*item.colour), f"val_iou_{item.name}")
+        (item.name, "rgb({} {} {})".format(*item.colour), of_class("val", "iou", item.name))
         for item in classes
         if len(classes) <= MANY
     ]
-    iou += [("mean", "var(--ink)", "val_mean_iou")]
+    iou += [("mean", "var(--ink)", SCORE)]
     epochs = [record["epoch"] for record in history]
     across = Axis.over([min(epochs), max(epochs)], 8, least=1)
     found = []

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from unet.classes import IGNORE, MANY, ClassInfo
+from unet.metric_names import SCORE, TRAIN_LOSS, VAL_LOSS, of_class
 from unet.metrics import confusion_of, iou_and_dice
 from unet.pages.numbers import cell_text, score
 from unet.pages.pictures import STRIPES, overlay
@@ -33,8 +34,8 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], path: str | Path) -> Path:
     """Draw loss, IoU and Dice over the epochs, with the best epoch by mean IoU marked.
 
-    `history` holds a record for each epoch: `epoch`, `train_loss`, `val_loss`, `val_mean_iou`, `val_iou_<class>` and
-    `val_dice_<class>`. A value that is missing, None or not finite is left out of its line. More classes than `MANY`
+    `history` holds a record for each epoch: `epoch`, `train/loss`, `val/loss`, `val/mean_iou`, `val/iou/<class>` and
+    `val/dice/<class>`. A value that is missing, None or not finite is left out of its line. More classes than `MANY`
     are thin lines without names.
     """
     from matplotlib.figure import Figure
@@ -49,17 +50,17 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
     loss, iou, dice = panels = figure.subplots(1, 3)
     # Dots make every epoch of a short run visible; in a long run they would only thicken the line.
     style = {"linewidth": 1.8} | ({"marker": "o", "markersize": 3.5} if len(history) <= 25 else {})
-    loss.plot(*series(history, "train_loss"), color="#9aa0a9", label="training", **style)
-    loss.plot(*series(history, "val_loss"), color=INK, label="validation", **style)
+    loss.plot(*series(history, TRAIN_LOSS), color="#9aa0a9", label="training", **style)
+    loss.plot(*series(history, VAL_LOSS), color=INK, label="validation", **style)
     loss.set_ylim(0, 1.05 * loss.dataLim.ymax if loss.dataLim.ymax > 0 else 1)
     loss.legend(**LEGEND)
     for axes, metric in ((iou, "iou"), (dice, "dice")):
         axes.set_ylim(0, 1)
         for item in classes:
-            values = series(history, f"val_{metric}_{item.name}")
+            values = series(history, of_class("val", metric, item.name))
             thin = {"linewidth": 0.5, "marker": "", "label": "_"} if many else {"label": item.name}
             axes.plot(*values, color=unit(item.colour, on_white=True), **style | thin)
-    iou.plot(*series(history, "val_mean_iou"), color=INK, label="mean", **style | {"linewidth": 2.6})
+    iou.plot(*series(history, SCORE), color=INK, label="mean", **style | {"linewidth": 2.6})
     named = [line for line in iou.get_lines() if not line.get_label().startswith("_")]
     figure.legend(handles=named, loc="outside lower center", ncols=8, **LEGEND)
 
@@ -92,8 +93,8 @@ def training_curves(history: Sequence[Mapping], classes: Sequence[ClassInfo], pa
 
 
 def best_epoch(history: Sequence[Mapping]) -> tuple[int, float] | None:
-    """Return (epoch, mean IoU) of the highest `val_mean_iou`, the earliest on a tie; None if none was measured."""
-    return max(zip(*series(history, "val_mean_iou"), strict=True), key=lambda pair: pair[1], default=None)
+    """Return (epoch, mean IoU) of the highest `val/mean_iou`, the earliest on a tie; None if none was measured."""
+    return max(zip(*series(history, SCORE), strict=True), key=lambda pair: pair[1], default=None)
 
 
 def confusion_picture(confusion: np.ndarray, classes: Sequence[ClassInfo], path: str | Path) -> Path:

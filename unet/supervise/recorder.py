@@ -10,6 +10,7 @@ import numpy as np
 
 from unet.data.shards import Prepared
 from unet.errors import InputError, StorageFailed
+from unet.metric_names import BEST_EPOCH, DATA_WAIT, SKIPPED_STEPS, SPEED
 from unet.runs.run import Run, milliseconds, where
 from unet.runs.state import State
 from unet.secrets import without_secrets
@@ -19,7 +20,7 @@ from unet.terminal import Display
 from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send
 from unet.tracking.writer import AsyncWriter, Untracked
 
-PASSING = ("time", "images_per_second", "data_wait_fraction")
+PASSING = ("time", SPEED, DATA_WAIT)
 """What of an epoch's record is not the same when it is trained again."""
 
 
@@ -107,8 +108,8 @@ class RunRecorder:
         self.tracker.open()
         self._take([r for r in self.history if r["epoch"] < record["epoch"]] + [record])
         self.tracker.epoch(self.history[-1])
-        best = {"best_epoch": record.get("best_epoch"), "val": validation} if validation else {}
-        self.run.write_summary(skipped_steps=record.get("skipped_steps", 0), **best)
+        best = {"best_epoch": record.get(BEST_EPOCH), "val": validation} if validation else {}
+        self.run.write_summary(skipped_steps=record.get(SKIPPED_STEPS, 0), **best)
         self.display.epoch(record, self.run.settings.epochs, self.prepared.manifest.class_infos)
 
     def catch_up(self, state: State | None) -> None:
@@ -191,7 +192,7 @@ class RunRecorder:
             self.display.say(kept_back(self.run, self.tracker), "yellow")
 
     def _facts(self, state: State | None) -> dict:
-        speeds = [r["images_per_second"] for r in self.history if "images_per_second" in r]
+        speeds = [r[SPEED] for r in self.history if SPEED in r]
         return {
             "best_epoch": state and state.best_epoch,
             "best_checkpoint": state and f"checkpoints/{state.chosen}",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from unet.config import RunSettings, parse_yaml
 from unet.errors import InputError, RunFailed, first_line
+from unet.metric_names import TEST_SCORE
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
@@ -21,7 +22,6 @@ from unet.tracking.patience import patient
 from unet.tracking.reach import default_uri
 
 CHAMPION = "champion"
-TEST = "test_mean_iou"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
         with patient():
             client.log_artifacts(run_id, str(package), folder)
         tags = {"run": about["run_name"]} | {k: about[k] for k in ("checkpoint", "data_digest", "val_mean_iou")}
-        tags[TEST] = run.data.metrics.get(TEST)  # reported, never decisive
+        tags["test_mean_iou"] = run.data.metrics.get(TEST_SCORE)  # reported, never decisive
         tags = {key: str(value) for key, value in tags.items() if value is not None}
         source = f"{run.info.artifact_uri}/{folder}"
         return Version.of(client.create_model_version(name, source, run_id, tags=tags))

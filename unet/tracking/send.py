@@ -5,10 +5,10 @@ The folder holds all that MLflow gets, and nothing is doubled however often it i
 
 import threading
 
+from unet import metric_names
 from unet.config import TrainSettings, read_config
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
-from unet.metrics import as_metrics
 from unet.runs.checkpoint import OPTIMIZER
 from unet.runs.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
 from unet.secrets import without_secrets
@@ -91,7 +91,7 @@ def restart_tags(summary: dict) -> dict[str, str]:
 def _results(run: Run, to: AsyncWriter) -> None:
     """Test scores, pictures and the best checkpoint, as far as evaluation and prediction read it."""
     summary, last = run.summary, run.history()[-1]
-    to.metrics(as_metrics("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
+    to.metrics(metric_names.of("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
     for name in run.folder.names():
         if name.endswith(PICTURES):
             to.file(run.folder, name)

@@ -18,6 +18,7 @@ from pathlib import Path
 from unet.data.manifest import MANIFEST, REPORT
 from unet.data.shards import Prepared
 from unet.errors import InputError
+from unet.metric_names import BEST, PLACE
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
 from unet.tracking.patience import patient
@@ -130,9 +131,9 @@ class StoredRun:
 
         metrics = []
         for record in records:
-            values = [(name, value) for name, value in record.items() if name not in ("epoch", "step", "time")]
+            values = [(name, value) for name, value in record.items() if name not in PLACE]
             # First what the UI's comparison of runs shows first.
-            values.sort(key=lambda item: item[0] != "best_val_mean_iou")
+            values.sort(key=lambda item: item[0] != BEST)
             metrics += [Metric(name, float(value), record["time"], record["epoch"]) for name, value in values]
         self._metrics(metrics)
 

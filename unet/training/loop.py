@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unet import metrics
+from unet import metric_names
 from unet.config import CONFIG, FENCING_TOKEN, parse_interval
 from unet.data.ingest import Batch, Reader
 from unet.data.shards import opened
@@ -277,11 +277,11 @@ class Loop:
             "epoch": state.epoch,
             "step": state.step,
             "time": int(time.time() * 1000),
-            "train_loss": self.learner.loss.mean_of(state.loss_sums) if state.loss_sums else None,
-            "learning_rate": state.learning_rate,
-            "images_per_second": clock.images_per_second,
-            "data_wait_fraction": clock.data_wait_fraction,
-            **metrics.as_metrics("val", validation),
+            metric_names.TRAIN_LOSS: self.learner.loss.mean_of(state.loss_sums) if state.loss_sums else None,
+            metric_names.LEARNING_RATE: state.learning_rate,
+            metric_names.SPEED: clock.images_per_second,
+            metric_names.DATA_WAIT: clock.data_wait_fraction,
+            **metric_names.of("val", validation),
         }
         score = validation["mean_iou"]
         if state.best_score is None:
@@ -291,8 +291,8 @@ class Loop:
             state.stale_epochs, state.validation = 0, validation
         elif score is not None:  # else there is nothing that patience could go by
             state.stale_epochs += 1
-        record |= {"best_val_mean_iou": state.best_score, "best_epoch": state.best_epoch}
-        record |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
+        record |= {metric_names.BEST: state.best_score, metric_names.BEST_EPOCH: state.best_epoch}
+        record |= {metric_names.SKIPPED_STEPS: state.skipped_steps} if state.skipped_steps else {}
         state.history.append({k: v for k, v in record.items() if v is not None and math.isfinite(v)})
         state.score = score
         state.epoch, state.epoch_step, state.loss_sums = state.epoch + 1, 0, []

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from unet.classes import Classes
+from unet.metric_names import BEST, of_class
 from unet.pages.numbers import duration, percent, score
 from unet.progress import Live
 from unet.terminal import PLAIN_SECONDS, Display, names_in_line
 from unet.tuning.ledger import Ledger, ranked
-from unet.tuning.search import BEST
 from unet.tuning.trial_recorder import name
 
 REFRESH_SECONDS = 0.5
@@ -126,7 +126,9 @@ class Board(tune.Callback):
         parts = [f"{len(ended)} trials ended, {len(rows) - len(ended)} running"]
         best = next(iter(ranked(rows)), None)
         if best and best[BEST] is not None:
-            by_class = ", ".join(f"{c} {score(best.get(f'val_iou_{c}'))}" for c in names_in_line(self._classes))
+            by_class = ", ".join(
+                f"{c} {score(best.get(of_class('val', 'iou', c)))}" for c in names_in_line(self._classes)
+            )
             parts.append(f"best {best['trial']} {score(best[BEST])}" + (f" ({by_class})" if by_class else ""))
         parts.append(f"{epochs_saved(rows, self._epochs)} trial-epochs saved by pruning")
         if (left := self._left()) is not None:
@@ -147,7 +149,7 @@ def trial_table(
         table.add_column(heading, justify="right", no_wrap=heading == "epoch")
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row["settings"].values()]
-        iou = [score(row.get(f"val_iou_{c}")) for c in by_class]
+        iou = [score(row.get(of_class("val", "iou", c))) for c in by_class]
         state = Text(row["end"], style=STYLES[row["end"]])
         table.add_row(row["trial"], *values, state, progress(row), score(row[BEST]), *iou)
     return table

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unet.metric_names import BEST, SCORE
 from unet.pages.figures import DPI, INK, LEGEND, QUIET, calm
-from unet.tuning.search import BEST
 from unet.tuning.space import Space, choices, is_log, limits
 
 ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b"}
@@ -27,7 +27,7 @@ def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], pat
         records = histories[row["trial"]]
         strong = row["trial"] == best
         line: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if strong else {"linewidth": 1.2, "alpha": 0.75}
-        points = [(r["epoch"], r["val_mean_iou"]) for r in records if "val_mean_iou" in r]
+        points = [(r["epoch"], r[SCORE]) for r in records if SCORE in r]
         if points:
             colour = INK if strong else ENDS.get(row["end"], FAILED)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, **line)

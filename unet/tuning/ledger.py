@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 
 from unet.locks import Lock
+from unet.metric_names import BEST, BEST_EPOCH, SCORE, of_class
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.run import METRICS, SUMMARY
 from unet.storage import Folder
@@ -22,8 +23,8 @@ class Ledger:
     """The trials of a sweep's folder: what they draw, how far they got, why they ended.
 
     A row holds `trial` (its name and the name of its run), `end` (running, finished, pruned, failed, stopped),
-    `reason`, `settings` (what the space drew), `tries`, `epochs`, `best_val_mean_iou`, `best_epoch`,
-    `val_iou_<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
+    `reason`, `settings` (what the space drew), `tries`, `epochs`, `val/best_mean_iou`, `val/best_epoch`,
+    `val/iou/<class>` of that epoch, `started` and `ended` (seconds since 1970), `seconds` in its process,
     `training_seconds` of them (without the first step, which traces), `pid` and `memory_mb` of that process,
     `diverged`, `mlflow_key`, `mlflow_run_id`, and `sent`: whether MLflow has it all. `held` is the lock of the sweep
     that writes.
@@ -51,7 +52,7 @@ class Ledger:
     def begin(self, settings: dict) -> dict:
         """A new trial."""
         row: dict = {"trial": f"trial-{len(self) + 1:03d}", "end": "running", "reason": None, "settings": settings}
-        row |= {"tries": 0, "epochs": 0, "best_val_mean_iou": None, "best_epoch": None, "seconds": 0.0}
+        row |= {"tries": 0, "epochs": 0, BEST: None, BEST_EPOCH: None, "seconds": 0.0}
         self._rows[row["trial"]] = row
         self.write()
         return row
@@ -80,12 +81,12 @@ class Ledger:
         """Update a row from its trial's run, up to an epoch; in memory only, since the run is on disk."""
         history = self.continued(trial) if epochs is None else self.history(trial)
         records = [r for r in history if epochs is None or r["epoch"] <= epochs]
-        scored = [r for r in records if "val_mean_iou" in r]
+        scored = [r for r in records if SCORE in r]
         facts = {"epochs": records[-1]["epoch"] if records else 0}
         if scored:
-            best = max(scored, key=lambda r: r["val_mean_iou"])  # the first of equals
-            facts |= {"best_val_mean_iou": best["val_mean_iou"], "best_epoch": best["epoch"]}
-            facts |= {key: value for key, value in best.items() if key.startswith("val_iou_")}
+            best = max(scored, key=lambda r: r[SCORE])  # the first of equals
+            facts |= {BEST: best[SCORE], BEST_EPOCH: best["epoch"]}
+            facts |= {key: value for key, value in best.items() if key.startswith(of_class("val", "iou", ""))}
         self.update(trial, write=False, **facts)
 
     def run_summary(self, trial: str) -> dict:
@@ -106,4 +107,4 @@ class Ledger:
 
 def ranked(rows: Iterable[dict]) -> list[dict]:
     """Best first by val mean IoU; those without a score last."""
-    return sorted(rows, key=lambda r: -1.0 if r["best_val_mean_iou"] is None else r["best_val_mean_iou"], reverse=True)
+    return sorted(rows, key=lambda r: -1.0 if r[BEST] is None else r[BEST], reverse=True)

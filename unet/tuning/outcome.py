@@ -9,10 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from unet import metric_names
 from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
-from unet.metrics import as_metrics
+from unet.metric_names import BEST, BEST_EPOCH, EPOCHS_SAVED, TRIALS, of_class
 from unet.runs.run import Run, milliseconds, where
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
@@ -25,7 +26,6 @@ from unet.tracking.send import send_later
 from unet.tuning import figures
 from unet.tuning.board import epochs_saved, trial_table
 from unet.tuning.ledger import Ledger, ranked
-from unet.tuning.search import BEST
 from unet.tuning.space import Space
 from unet.tuning.sweep import Sweep
 from unet.tuning.sweep_runs import SweepRuns
@@ -55,8 +55,8 @@ def write_files(
 ) -> dict:
     """`sweep.csv`, `best_config.yaml` and the pictures into the sweep's folder; their content by name."""
     table = io.StringIO()
-    by_class = [f"val_iou_{c.name}" for c in shared.classes]
-    columns = ["trial", "end", "epochs", *space.draws, BEST, "best_epoch", *by_class]
+    by_class = [of_class("val", "iou", c.name) for c in shared.classes]
+    columns = ["trial", "end", "epochs", *space.draws, BEST, BEST_EPOCH, *by_class]
     columns += ["started", "ended", "seconds", "tries", "reason", "mlflow_run_id"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
@@ -102,10 +102,10 @@ def report(to: RunWriter, folder: Folder, rows: list[dict], epochs: int, summary
     """Send the outcome to the sweep's own MLflow run."""
     best = rows[0]
     ends = {end: sum(r["end"] == end for r in rows) for end in ("finished", "pruned", "failed", "stopped")}
-    metrics = {f"trials_{end}": count for end, count in ends.items()}
-    metrics |= {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), BEST: best[BEST]}
+    metrics = {f"{TRIALS}_{end}": count for end, count in ends.items()}
+    metrics |= {TRIALS: len(rows), EPOCHS_SAVED: epochs_saved(rows, epochs), BEST: best[BEST]}
     if summary.get("test"):
-        metrics |= as_metrics("test", summary["test"])
+        metrics |= metric_names.of("test", summary["test"])
     to.metrics(metrics, 0, summary["ended"])
     tags = {
         "status": summary["status"],
@@ -140,7 +140,7 @@ def conclude(
     display.close()
     if run["status"] != "finished":
         return None
-    facts = {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), "best_trial": best["trial"]}
+    facts = {TRIALS: len(rows), EPOCHS_SAVED: epochs_saved(rows, epochs), "best_trial": best["trial"]}
     facts |= {BEST: best[BEST], "model_uri": run["model_uri"], "test": run["test"], "reason": reason}
     sent = run.get("delivered", True)
     if settings.run.register and sent:
@@ -197,7 +197,7 @@ def show(sweep: Sweep, rows: list[dict], classes: Classes, display: Display) -> 
         display.console.print(score_table(title, summary["test"]))
     saved, total = summary["trial_epochs_saved"], len(rows) * epochs
     lines = [
-        ("best", f"{summary['best_trial']}, val mean IoU {rows[0][BEST]:.4f} at epoch {rows[0]['best_epoch']}"),
+        ("best", f"{summary['best_trial']}, val mean IoU {rows[0][BEST]:.4f} at epoch {rows[0][BEST_EPOCH]}"),
         ("saved", f"{saved} of {total} trial-epochs by pruning"),
         ("files", f"{folder}/: sweep.csv, trials.jsonl, pictures"),
         (

@@ -6,6 +6,7 @@ from unet.cluster.room import take_places
 from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import InputError
+from unet.metric_names import BEST
 from unet.models.start import known_of, start_of
 from unet.secrets import without_secrets
 from unet.storage import Folder
@@ -16,7 +17,7 @@ from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
 from unet.tuning import outcome
 from unet.tuning.ledger import Ledger
-from unet.tuning.search import BEST, variants
+from unet.tuning.search import variants
 from unet.tuning.space import choices
 from unet.tuning.sweep import Sweep
 from unet.tuning.sweep_runs import SweepRuns

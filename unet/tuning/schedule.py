@@ -9,11 +9,11 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 
 from unet.config import TuneSettings
 from unet.errors import InputError
+from unet.metric_names import SCORE
 from unet.recipe.recipe import GIVEN_TO_EACH_STEP
 from unet.tuning.ledger import Ledger
 from unet.tuning.space import Space, choices, limits
 
-SCORE = "val_mean_iou"
 IN_FLIGHT = tuple(name for names in GIVEN_TO_EACH_STEP.values() for name in sorted(names))
 """Settings that can change during a training."""
 

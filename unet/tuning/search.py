@@ -8,11 +8,10 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.variant_generator import generate_variants
 
+from unet.metric_names import BEST
 from unet.tuning.ledger import Ledger
 from unet.tuning.schedule import Asha
 from unet.tuning.space import Space
-
-BEST = "best_val_mean_iou"
 
 
 class Search(Searcher):

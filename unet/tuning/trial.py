@@ -22,6 +22,7 @@ from unet.cluster.devices import start_tensorflow
 from unet.config import TrainSettings, parse_interval, unflat
 from unet.data.ingest import Ingest, shards
 from unet.errors import Diverged, NoGpu
+from unet.metric_names import BEST, SCORE
 from unet.models.start import Known, Start, start_of
 from unet.progress import Live
 from unet.recipe.recipe import Recipe, traced_key
@@ -32,8 +33,6 @@ from unet.supervise.preflight import open_run
 from unet.training.job import Job
 from unet.training.link import WorkerLink, not_finite
 from unet.training.loop import Loop
-from unet.tuning.schedule import SCORE
-from unet.tuning.search import BEST
 from unet.tuning.watch import Watch
 
 if TYPE_CHECKING:
