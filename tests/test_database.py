@@ -27,6 +27,7 @@ from unet.terminal import Display
 from unet.tracking import database
 from unet.tracking.database import check_database, ready
 from unet.tracking.library import load_mlflow
+from unet.tracking.logged_models import Best, Models, reconcile
 from unet.tracking.reach import default_uri
 from unet.tracking.registry import register
 from unet.tracking.store import Store
@@ -88,9 +89,10 @@ def whole(tmp_path_factory):
     run.params({"a": 1})
     run.file(Folder(ROOT), "README.md", "below")
     model = Folder(tmp_path_factory.mktemp("model"))
-    about = "checkpoint: step_00000001, run_name: run, data_digest: d, val_mean_iou: 0.5"
-    model.write_text("MLmodel", f"metadata: {{{about}}}\n")
-    run.file(model, "MLmodel", "model")
+    model.write_text("MLmodel", "metadata: {}\n")
+    best = Best("step_00000001", 1, 1000, {"val/mean_iou": 0.5}, kept=True)
+    tags = {"run_name": "run", "data_digest": "d"}
+    reconcile(run, Models([best], tags, {}, ("pets/val", "d"), package=model, packaged=best.checkpoint))
     register(run.store.uri, "m", run_id, Display(quiet=True))
     return storage, run_id
 
@@ -103,7 +105,9 @@ def test_any_path_does(whole):
     assert (storage / "mlartifacts" / "50% more?" / run_id / "artifacts" / "below" / "README.md").exists()
     uri = default_uri(Folder(storage))
     assert database_of(uri) == storage / "mlflow.db"
-    assert [f.path for f in mlflow.MlflowClient(uri).list_artifacts(run_id)] == ["below", "model", "registered"]
+    assert [f.path for f in mlflow.MlflowClient(uri).list_artifacts(run_id)] == ["below"]
+    made = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model", tracking_uri=uri)
+    assert os.listdir(made) == ["MLmodel"]
     assert command("train", f"--storage-path={storage}", "--data=/nothing") == 2  # and not for its name
 
 
@@ -147,8 +151,9 @@ def test_a_moved_storage_path_finds_its_artifacts(whole, tmp_path, how):
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     found = json.loads(output.splitlines()[-1])
     assert found["experiment"] == place.as_uri() and found["version"] == "models:/m/1"
-    assert found["source"] == (place / whole[1] / "artifacts" / "registered" / "step_00000001").as_uri()
-    assert found["listed"] == ["below", "later", "model", "registered"] and Path(found["model"], "MLmodel").exists()
+    (model,) = (place / "models").iterdir()
+    assert found["source"] == (model / "artifacts").as_uri()
+    assert found["listed"] == ["below", "later"] and Path(found["model"], "MLmodel").exists()
     assert (place / whole[1] / "artifacts" / "later" / "a.txt").exists()
     assert everything(origin) == before
 

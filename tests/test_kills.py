@@ -220,7 +220,7 @@ def assert_mlflow_agrees(storage, run_id: str, lines: list[dict]) -> None:
     assert run.info.status == "FINISHED"
     for name in run.data.metrics:
         history = [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run_id, name)]
-        if name.startswith("test_"):
+        if name.startswith("test/"):
             assert len(history) == 1, name
         else:
             assert history == [(line["epoch"], line[name], line["time"]) for line in lines if name in line], name

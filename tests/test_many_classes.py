@@ -59,7 +59,7 @@ def test_pictures_have_a_bounded_size(tmp_path):
     rng = np.random.default_rng(0)
     confusion = rng.integers(0, 1000, (200, 200))
     confusion[np.diag_indices(200)] = 10**6
-    record = {f"val_{kind}_class {i}": i / 200 for kind in ("iou", "dice") for i in range(200)}
+    record = {f"val/{kind}/class {i}": i / 200 for kind in ("iou", "dice") for i in range(200)}
     history = [{"epoch": e, "train/loss": 1 / e, "val/loss": 1 / e, "val/mean_iou": 0.5} | record for e in (1, 2)]
     masks = np.zeros((2, 32, 32), np.uint8)
     masks[:, 16:] = rng.integers(0, 200, (16, 32))

@@ -31,7 +31,7 @@ def recorder(tmp_path):
 
 def recorder_of(storage) -> RunRecorder:
     """Of a new start of the run `told`, which nobody but its folder hears."""
-    manifest = SimpleNamespace(data_digest="digest", class_infos=PETS.classes)
+    manifest = SimpleNamespace(source="pets", data_digest="digest", class_infos=PETS.classes)
     prepared = SimpleNamespace(folder=Folder(storage / "data"), manifest=manifest)
     return RunRecorder(Run.load("told", settings_of(storage)), prepared, 7, listening(), as_trial=True, started=0.0)
 

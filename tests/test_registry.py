@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import job, read_json, tiny_settings, weights_of
+from mlflow.entities import Metric
 
 from unet.config import ExportSettings, TrainSettings, flat, unflat
 from unet.errors import InputError, RunFailed
@@ -57,16 +58,18 @@ def test_who_is_champion(new, champion, becomes, words):
 def packaged_run(client, experiment: str, folder, name: str, val: float, test: float, digest="data", step=1) -> str:
     """A finished run with as much of a packaged model as the registry reads; its id."""
     run_id = client.create_run(experiment).info.run_id
-    pack(client, run_id, folder, name, val, digest, step)
-    client.log_metric(run_id, "test/mean_iou", test)
+    pack(client, run_id, folder, name, {"val/mean_iou": val, "test/mean_iou": test}, digest, step)
     return run_id
 
 
-def pack(client, run_id: str, folder, name: str, val: float, digest: str, step: int) -> None:
-    about = {"run_name": name, "checkpoint": f"step_{step:08d}", "data_digest": digest, "val_mean_iou": val}
+def pack(client, run_id: str, folder, name: str, scores: dict, digest: str, step: int) -> None:
+    tags = {"run_name": name, "checkpoint": f"step_{step:08d}", "data_digest": digest}
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, "model", run_id, tags)
+    client.log_batch(run_id, [Metric(*item, step, step, model_id=model.model_id) for item in scores.items()])
     (folder / name).mkdir(exist_ok=True)
-    (folder / name / "MLmodel").write_text(yaml.safe_dump({"metadata": about}))
-    client.log_artifacts(run_id, str(folder / name), "model")
+    (folder / name / "MLmodel").write_text(yaml.safe_dump({"metadata": tags | scores}))
+    client.log_model_artifacts(model.model_id, str(folder / name))
+    client.finalize_logged_model(model.model_id, "READY")
 
 
 def test_the_champion_is_the_best_on_val_whatever_test_says(trained, storage, tmp_path):
@@ -92,16 +95,16 @@ def test_the_champion_is_the_best_on_val_whatever_test_says(trained, storage, tm
     client.delete_registered_model_alias("contest", "champion")
     assert register(uri, "contest", better, said) == "models:/contest/3" and champion() == "3"
     # A run that goes on: another version, and the older one keeps its content.
-    pack(client, better, tmp_path, "better", 0.7, "data", step=2)
+    pack(client, better, tmp_path, "better", {"val/mean_iou": 0.7}, "data", step=2)
     assert register(uri, "contest", better, said, "step_00000002") == "models:/contest/5" and champion() == "5"
     mlflow.set_tracking_uri(uri)
     kept = mlflow.artifacts.download_artifacts("models:/contest/3", dst_path=str(tmp_path / "kept"))
     mlflow.set_tracking_uri(None)  # the project's own calls say which store they mean
-    assert "val_mean_iou: 0.6" in Path(kept, "MLmodel").read_text()
+    assert "val/mean_iou: 0.6" in Path(kept, "MLmodel").read_text()
     assert len(client.search_model_versions("name = 'contest'")) == 5
     with pytest.raises(InputError, match="is of its checkpoint step_00000002, not of step_00000001"):
         register(uri, "contest", better, said, "step_00000001")
-    with pytest.raises(RunFailed, match=r"did not register .* The same command tries again"):
+    with pytest.raises(RunFailed, match="has no packaged model in MLflow"):
         register(uri, "contest", client.create_run(experiment).info.run_id, said)
 
 

@@ -23,7 +23,7 @@ from unet.runs.run import locked
 from unet.storage import Folder
 
 CLASSES = ("pet", "background", "outline")
-SCORES = {f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES} | {
+SCORES = {f"{kind}/{name}" for kind in ("iou", "dice") for name in CLASSES} | {
     "loss",
     "accuracy",
     "mean_iou",
@@ -125,7 +125,7 @@ def test_mlflow_holds_the_run(trained, storage):
     run = client.get_run(summary["mlflow_run_id"])
     assert run.info.status == "FINISHED" and run.info.run_name == "trained"
     assert run.data.params["base_filters"] == "8" and run.data.params["data_digest"] == summary["data_digest"]
-    assert {f"{split}_{s}" for split in ("val", "test") for s in SCORES} <= set(run.data.metrics)
+    assert {f"{split}/{s}" for split in ("val", "test") for s in SCORES} <= set(run.data.metrics)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("val/mean_iou", "train/loss", "val/iou/outline", "val/best_epoch"):
         history = client.get_metric_history(summary["mlflow_run_id"], name)
@@ -139,11 +139,22 @@ def test_mlflow_holds_the_run(trained, storage):
         "confusion_test.png",
         "gallery.png",
         "best_checkpoint",
-        "model",
+        "images",
     } <= artifacts
     assert str(storage) in client.get_experiment(run.info.experiment_id).artifact_location
-    (data,) = run.inputs.dataset_inputs
-    assert summary["data_digest"].startswith(data.dataset.digest)
+    assert {i.tags[0].value: i.dataset.name.rpartition("/")[2] for i in run.inputs.dataset_inputs} == {
+        "training": "train",
+        "validation": "val",
+        "testing": "test",
+    }
+    assert {i.dataset.digest for i in run.inputs.dataset_inputs} == {summary["data_digest"][:36]}
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**Finished** after") and f"| outline | {summary['val']['iou']['outline']:.4f} |" in note
+    assert f"--resume trained --storage-path {storage}" in note
+    ranked = client.search_logged_models(
+        [run.info.experiment_id], order_by=[{"field_name": "metrics.val/mean_iou", "ascending": False}]
+    )
+    assert next(m.name for m in ranked if m.source_run_id == run.info.run_id) == "model"
 
 
 def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, storage):

@@ -295,7 +295,7 @@ def check_synced(folder: Path, server: Server) -> dict:
     run_id = summary["mlflow_run_id"]
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     found = metrics_of(server, run_id)
-    test = Counter({row: n for row, n in found.items() if row[0].startswith("test_")})
+    test = Counter({row: n for row, n in found.items() if row[0].startswith("test/")})
     assert found - test == expected(lines)
     assert {row[2:] for row in test} == {(summary["test_time"], 10)} and len(test) == 10
     assert ("test/mean_iou", summary["test"]["mean_iou"], summary["test_time"], 10) in test
@@ -306,23 +306,50 @@ def check_synced(folder: Path, server: Server) -> dict:
     shown = {k: str(v) for k, v in config.items() if v is not None}
     assert run.data.params == shown | {k: str(summary[k]) for k in ("parameters", "data_digest")}
     assert config["sync"] is None and run.data.tags["best_checkpoint"] == summary["best_checkpoint"]
-    (data,) = run.inputs.dataset_inputs
-    assert summary["data_digest"].startswith(data.dataset.digest)
+    assert {summary["data_digest"][:36]} == {data.dataset.digest for data in run.inputs.dataset_inputs}
+    check_models(client, run, summary, lines, folder)
     assert summary["model_uri"] == f"runs:/{run_id}/model" and summary["delivered"]
     (top,) = (server.folder / "artifacts").glob(f"*/{run_id}/artifacts")
     files = {str(p.relative_to(top)): p.read_bytes() for p in top.rglob("*") if p.is_file()}
     best = folder / summary["best_checkpoint"]
-    places = {"": folder, "best_checkpoint/": best, "model/": folder / "model"}
+    places = {"": folder, "best_checkpoint/": best, "images/": folder / "images"}
     own = {
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
         if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "summary.json", ".fencing-token")
     }
-    assert {name: content for name, content in files.items() if name in own} == own and "model/MLmodel" in own
+    assert {name: content for name, content in files.items() if name in own} == own
+    assert any(name.startswith("images/") for name in own)
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}
     assert {f for f in files if f.startswith("best_")} == {f"best_checkpoint/{f}" for f in (WEIGHTS, STATE)}
     return {"metrics": found, "tags": run.data.tags, "files": sorted(files)}
+
+
+def check_models(client, run, summary: dict, lines: list[dict], folder: Path) -> None:
+    """Each kept best checkpoint is a model once, with the scores of its epoch; the packaged one has the files."""
+    models = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'")
+    kept = {p.name for p in (folder / "checkpoints").iterdir()}
+    best = {f"step_{r['step']:08d}": r for r in lines if r["val/best_epoch"] == r["epoch"]}
+    final = Path(summary["best_checkpoint"]).name
+    there = {model.tags["checkpoint"]: model for model in models if model.tags["checkpoint_kept"] == "true"}
+    assert set(there) == kept & set(best) and there[final].name == "model"
+    assert len({model.tags["checkpoint"] for model in models}) == len(models)
+    assert {output.model_id for output in run.outputs.model_outputs} >= {model.model_id for model in models}
+    for name, model in there.items():
+        measured = {m.key: (m.value, m.step, m.dataset_name) for m in model.metrics if m.key.startswith("val/")}
+        of_epoch = {k: v for k, v in best[name].items() if k.startswith("val/")}
+        data = run.inputs.dataset_inputs[0].dataset.name.rpartition("/")[0]
+        assert measured == {k: (v, best[name]["epoch"], f"{data}/val") for k, v in of_epoch.items()}
+        assert model.status.value == "READY" and model.params["seed"] == run.data.params["seed"]
+    (test,) = [m for m in there[final].metrics if m.key == "test/mean_iou"]
+    assert test.value == summary["test"]["mean_iou"] and test.dataset_name.endswith("/test")
+    uri = client.tracking_uri
+    packed = Path(mlflow.artifacts.download_artifacts(summary["model_uri"], tracking_uri=uri))
+    there = {str(p.relative_to(packed)): p.read_bytes() for p in packed.rglob("*") if p.is_file()}
+    own = folder / "model"
+    sent = [p for p in own.rglob("*") if p.is_file() and p.name != "COMMIT"]
+    assert there == {str(p.relative_to(own)): p.read_bytes() for p in sent}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
         InputError: a file, a run or a value that cannot be used.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known = ("config", "resume", "sync", "storage-path", "tracking-uri", "data", "recipe")
+    known = ("config", "resume", "sync", "reproduce", "storage-path", "tracking-uri", "data", "recipe")
     for flag in (*known, *config.BEGINNINGS, *config.LENGTHS):
         early.add_argument(f"--{flag.replace('_', '-')}")
     given, _ = early.parse_known_args([_with_dashes(a) for a in argv])
@@ -95,6 +95,8 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
             if lost(values.get(flag)) and not getattr(given, flag):
                 again = flag.replace("_", "-")
                 raise InputError(f"Give --{again} again: the secret in {values[flag]} was not saved.")
+    elif given.reproduce:
+        values = _settings_to_reproduce(given)
     if given.config:
         values |= config.load_yaml(Path(given.config))
     if "recipe" in config.defaults(settings):
@@ -116,10 +118,11 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     is_sweep, flags = "sweep" in settings.model_fields, {n for n in config.LENGTHS if getattr(given, n)}
     if len(flags) == 1 and not is_sweep:  # else --epochs of a run of minutes would change nothing
         values |= {name: None for name in config.LENGTHS if name in values}
-    if given.resume or given.sync:  # with settings that are complete, but for those that are newer than the run
+    # With settings that are complete, but for those that are newer than the run.
+    if run := given.resume or given.sync or given.reproduce:
         values = {"recipe": config.REFERENCE} | values
         if given.recipe and config.recipe_name(given.recipe) != values["recipe"]:
-            raise InputError(f"{given.resume or given.sync} goes on with its own settings: leave out --recipe.")
+            raise InputError(f"{run} goes on with its own settings: leave out --recipe.")
         return values
     flagged = {name: getattr(given, name) for name in config.BEGINNINGS if getattr(given, name)}
     begin = {name: None if value == "None" else value for name, value in flagged.items()}
@@ -171,6 +174,22 @@ def _settings_of_run(name: str, storage_path: str | None) -> dict[str, Any]:
             f"There is no run {name} under {storage}." + (f" Known are: {', '.join(known[-8:])}." if known else "")
         )
     return config.read_config(folder) | {"storage_path": storage}
+
+
+def _settings_to_reproduce(given: argparse.Namespace) -> dict[str, Any]:
+    """What the run of --reproduce was, under a new name.
+
+    Raises:
+        InputError: there is no such run, its data are not known, or --config gives other settings.
+    """
+    from unet.tracking.original import Original
+
+    if given.config:
+        raise InputError("--reproduce takes the settings of that run: leave out --config.")
+    original = Original.find(given.reproduce, Folder(_storage(given.storage_path)), given.tracking_uri)
+    if lost(original.settings.get("data")) and not given.data:
+        raise InputError(f"Give --data again: the secret in {original.settings['data']} was not saved.")
+    return original.settings | {"reproduce": given.reproduce, "run_name": f"{original.name}-again"}
 
 
 def _explain(error: Exception, code: int, debug: bool, message: str | None = None) -> int:

@@ -88,6 +88,9 @@ class RunSettings(StoreSettings):
     """Name of the run; with the same settings, an existing name continues that run. None: the current time."""
     resume: str | None = None
     """Continue this run with the settings it was started with."""
+    reproduce: str | None = None
+    """Train this run again under a new name, RUN-again, and compare its numbers epoch by epoch. A run's name, its id in
+    MLflow, or runs:/ID."""
     sync: str | None = None
     """Train nothing; send MLflow what it lacks of this run, which has ended."""
     checkpoint_every: str | None = "10m"
@@ -220,7 +223,7 @@ MAY_CHANGE = frozenset(
         *("data", "memory_budget", "epochs", "minutes", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("register", "recipe", "config", "debug"),
+        *("reproduce", "register", "recipe", "config", "debug"),
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""

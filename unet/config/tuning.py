@@ -52,6 +52,8 @@ class TuneSettings(TrainSettings):
     @model_validator(mode="after")
     def _search_fits(self):
         sweep = self.sweep
+        if self.run.reproduce:
+            raise ValueError("--reproduce is for `jobs/train.py`")
         if self.run.sync:
             raise ValueError("--sync is for `jobs/train.py`: of a sweep, --resume sends what MLflow lacks")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):

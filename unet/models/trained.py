@@ -271,6 +271,9 @@ def _resolved(uri: str, client) -> tuple[str, str | None]:
         version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
         # MLflow's own reading of such a URI asks the registry of the environment, whatever store it is given.
         return client.get_model_version_download_uri(name, version.version), version.run_id
+    if match := re.fullmatch(r"models:/(m-[0-9a-f]+)", uri):
+        model = client.get_logged_model(match[1])
+        return model.artifact_location, model.source_run_id
     match = re.match(r"runs:/([0-9a-f]+)/", uri)
     return uri, match and match[1]
 

@@ -18,10 +18,13 @@ from unet.supervise import results
 from unet.supervise.preflight import check_disk
 from unet.supervise.prelude import gather
 from unet.supervise.recorder import RunRecorder
+from unet.supervise.reproduction import Reproduction, differences
 from unet.supervise.results import AUGMENTED
 from unet.supervise.supervisor import Supervisor
 from unet.terminal import Display
+from unet.tracking.original import Original
 from unet.tracking.send import send_later
+from unet.tracking.stored_run import code_version
 from unet.training.plan import has_ended, planned_steps
 
 
@@ -125,8 +128,25 @@ def _train(
             "nothing, and the run's name means its last checkpoint.",
             "yellow",
         )
-    recorder = RunRecorder(run, prepared, parameters, display, as_trial, started)
+    again = None if as_trial else _again(run, prepared, display)
+    recorder = RunRecorder(run, prepared, parameters, display, as_trial, started, reproduction=again)
     return Supervisor(recorder, counts, plan, callbacks, together, latest, start).run_to_end(stop_signal)
+
+
+def _again(run: Run, prepared: Prepared, display: Display) -> Reproduction | None:
+    """The comparison with the run that this one trains again, if it does; says what differs here.
+
+    Raises:
+        InputError: that run is not there any more.
+    """
+    part = run.settings.run
+    if part.reproduce is None:
+        return None
+    original = Original.find(part.reproduce, Folder(part.storage_path), part.tracking_uri)
+    found = differences(original, run.settings, prepared.manifest.data_digest, code_version())
+    same = f"Trains {original.name} again; as far as is known now, nothing differs here."
+    display.say("\n  ".join([f"Trains {original.name} again. What differs here:", *found]) if found else same)
+    return Reproduction(original)
 
 
 def _finished(run: Run, display: Display, as_trial: bool) -> dict:

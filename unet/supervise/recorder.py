@@ -2,9 +2,12 @@
 
 import contextlib
 import math
+import shlex
+import sys
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -16,8 +19,11 @@ from unet.runs.state import State
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise import results
+from unet.supervise.reproduction import Reproduction
 from unet.terminal import Display
-from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send
+from unet.tracking import images
+from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send, shown, tell
+from unet.tracking.stored_run import code_version
 from unet.tracking.writer import AsyncWriter, Untracked
 
 PASSING = ("time", SPEED, DATA_WAIT)
@@ -34,6 +40,7 @@ class RunRecorder:
         history: the epochs so far.
         written: the lines of `metrics.jsonl`.
         stop_signal: set when somebody wants the driver to end.
+        reproduction: the comparison with an earlier run that this one trains again.
     """
 
     run: Run
@@ -46,6 +53,7 @@ class RunRecorder:
     history: list[dict] = field(default_factory=list)
     written: list[dict] = field(default_factory=list)
     stop_signal: threading.Event | None = None
+    reproduction: Reproduction | None = None
 
     def open(self, state: State | None, begins_with: str | None = None) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
@@ -59,9 +67,13 @@ class RunRecorder:
         writer = None if self.as_trial else self._writer()
         self.tracker = writer or self.tracker
         self.written = run.history()
-        facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
+        facts: dict[str, str | None] = {
+            "data_digest": manifest.data_digest,
+            "prepared": without_secrets(self.prepared.folder.uri),
+        }
         facts |= {"begins_with": begins_with} if begins_with else {}
-        run.start(parameters=self.parameters, **facts)
+        facts |= {"data_source": manifest.source, "code": run.summary.get("code") or code_version()}
+        facts["command"] = run.summary.get("command") or _command()
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
@@ -103,6 +115,20 @@ class RunRecorder:
         self.run.write(results.AUGMENTED, results.draw_augmented(samples, augment, classes))
         self.tracker.file(self.run.folder, results.AUGMENTED)
 
+    def shown(self, content: dict) -> None:
+        """Photos of validation after an epoch, from `unet.training.shown`; of an epoch trained again the first ones."""
+        if not isinstance(self.tracker, AsyncWriter):
+            return
+        epoch, folder = content["epoch"], self.run.folder / images.IMAGES
+        known = tuple(folder.names())
+        time = next(record["time"] for record in self.history if record["epoch"] == epoch)
+        for name, picture in results.draw_shown(content, self.prepared.manifest.class_infos).items():
+            key = f"val/{name}"
+            if not any(file.startswith(images.prefix(key, epoch)) for file in known):
+                for file, data in images.files(picture, key, epoch, time).items():
+                    self.run.write(f"{images.IMAGES}/{file}", data)
+                    shown(self.run, file, self.tracker)
+
     def epoch(self, record: dict, validation: dict | None) -> None:
         """An epoch that has ended, and its scores if it is the best so far, or none could be scored yet."""
         self.tracker.open()
@@ -110,7 +136,11 @@ class RunRecorder:
         self.tracker.epoch(self.history[-1])
         best = {"best_epoch": record.get(BEST_EPOCH), "val": validation} if validation else {}
         self.run.write_summary(skipped_steps=record.get(SKIPPED_STEPS, 0), **best)
+        if isinstance(self.tracker, AsyncWriter):
+            tell(self.run, self.tracker)
         self.display.epoch(record, self.run.settings.epochs, self.prepared.manifest.class_infos)
+        if self.reproduction:
+            self.display.say("  " + self.reproduction.epoch(record))
 
     def catch_up(self, state: State | None) -> None:
         """The epochs whose checkpoint was written, but whose workers were lost before they reported it."""
@@ -176,10 +206,16 @@ class RunRecorder:
             self.display.waiting("drawing")
             results.keep(run, state, self.history, found)
             facts |= {"test": found.test, "test_time": found.tested}
+        if self.reproduction:
+            for record in self.history:  # of earlier starts, too
+                self.reproduction.epoch(record)
+            facts["reproduction"] = self.reproduction.verdict(run.summary | facts, state.equality)
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
         if isinstance(self.tracker, AsyncWriter):
             results.show(run, self.tracker.uri, self.display)
+        if self.reproduction:
+            self.display.say(run.summary["reproduction"], "bold")
 
     def _send(self, at_most: float, until: threading.Event | None = None) -> None:
         """Send all of the ended run to MLflow, while it accepts anything and until `until` is set."""
@@ -201,6 +237,13 @@ class RunRecorder:
             "val": state and state.validation,
             "skipped_steps": state.skipped_steps if state else 0,
         }
+
+
+def _command() -> str | None:
+    """What was typed; None where another program trains."""
+    program = Path(sys.argv[0])
+    name = {"train.py": "python jobs/train.py", "unet-train": "unet-train"}.get(program.name)
+    return name and " ".join([name, *(shlex.quote(without_secrets(word)) for word in sys.argv[1:])])
 
 
 def _lasting(record: dict) -> tuple:

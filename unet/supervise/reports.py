@@ -59,6 +59,9 @@ class Reports:
     def _on_epoch(self, content: dict) -> None:
         self.recorder.epoch(content["record"], content["validation"])
 
+    def _on_shown(self, content: dict) -> None:
+        self.recorder.shown(content)
+
     def _on_augmented(self, samples: dict) -> None:
         self.recorder.augmented(samples)
 

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from unet.classes import Classes
 from unet.config import TrainSettings
 from unet.pages import figures
+from unet.pages.pictures import outlines
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
 from unet.terminal import Display, score_table
 
+SHOWN_SIDE = 256
+"""Pixels of a side that a photo of an epoch is enlarged to."""
 AUGMENTED = "augmented.png"
 """Of a run that varies its training samples: what its network sees."""
 
@@ -72,6 +76,21 @@ def draw_augmented(samples: dict, settings: AugmentSettings, classes: Classes) -
     title = f"Training samples as the network sees them: {strength}, {settings.mix:.0%} mixed"
     parts = samples["images"], samples["masks"], samples["names"]
     return _png(lambda path: figures.samples(*parts, classes, title, path))
+
+
+def draw_shown(content: dict, classes: Classes) -> dict[str, Image.Image]:
+    """Photos of an epoch as `unet.training.shown` gives them, by name: outlined, left the truth, right the model's."""
+    found = {}
+    for name, image, *masks in zip(*(content[key] for key in ("names", "images", "truth", "predicted")), strict=True):
+        times = max(1, SHOWN_SIDE // len(image))
+        shape = (times * image.shape[0], times * image.shape[1])
+        photo = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BICUBIC)
+        both = Image.new("RGB", (2 * shape[1] + 8, shape[0]), "white")
+        for place, mask in enumerate(masks):
+            lines = outlines(mask, classes, shape).convert("RGBA")
+            both.paste(Image.alpha_composite(photo.convert("RGBA"), lines).convert("RGB"), (place * (shape[1] + 8), 0))
+        found[name] = both
+    return found
 
 
 def _png(picture: Callable[[Path], object]) -> bytes:

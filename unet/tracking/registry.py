@@ -1,24 +1,23 @@
 """Versions of a registered model in MLflow, and which of them is the champion.
 
-The val score decides, never the test score, which is only recorded. A version holds a copy of the packaged model: a
-run that is continued and packaged again changes no version that others use.
+The val score decides, never the test score, which is only recorded. A version is a logged model of a run: one
+that is continued and packaged again has another, and changes no version that others use.
 """
 
 import contextlib
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-from unet.config import RunSettings, parse_yaml
+from unet.config import RunSettings
 from unet.errors import InputError, RunFailed, first_line
-from unet.metric_names import TEST_SCORE
+from unet.metric_names import SCORE, TEST_SCORE
+from unet.runs.run import MODEL
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.database import ready
 from unet.tracking.library import load_mlflow
-from unet.tracking.patience import patient
+from unet.tracking.logged_models import CHECKPOINT, models_of
 from unet.tracking.reach import default_uri
 
 CHAMPION = "champion"
@@ -136,30 +135,31 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
     """The version of a run's packaged model, found or created."""
     from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory() as scratch:
-        with patient():
-            package = Path(client.download_artifacts(run_id, "model", scratch))
-        about = parse_yaml((package / "MLmodel").read_bytes(), f"the packaged model of {run_id}")["metadata"]
-        packaged = about["checkpoint"]
-        if checkpoint not in (None, packaged):
-            raise InputError(
-                f"The packaged model of the run {about['run_name']} is of its checkpoint {packaged}, not of "
-                f"{checkpoint}. Only the packaged one can be registered: give --model {about['run_name']}."
-            )
-        with contextlib.suppress(MlflowException):  # it is there already
-            client.create_registered_model(name)
-        for found in client.search_model_versions(f"name = '{name}'"):
-            if found.run_id == run_id and found.tags.get("checkpoint") == packaged:
-                return Version.of(found)
-        run = client.get_run(run_id)
-        folder = f"registered/{packaged}"
-        with patient():
-            client.log_artifacts(run_id, str(package), folder)
-        tags = {"run": about["run_name"]} | {k: about[k] for k in ("checkpoint", "data_digest", "val_mean_iou")}
-        tags["test_mean_iou"] = run.data.metrics.get(TEST_SCORE)  # reported, never decisive
-        tags = {key: str(value) for key, value in tags.items() if value is not None}
-        source = f"{run.info.artifact_uri}/{folder}"
-        return Version.of(client.create_model_version(name, source, run_id, tags=tags))
+    found = [model for model in models_of(client, run_id) if model.name == MODEL]
+    if not found:
+        raise RunFailed(
+            f"The run {run_id} has no packaged model in MLflow. If it has ended, send it: "
+            "python jobs/train.py --sync RUN_NAME"
+        )
+    model = max(found, key=lambda model: model.creation_timestamp)
+    run, packaged = model.tags["run_name"], model.tags[CHECKPOINT]
+    if checkpoint not in (None, packaged):
+        raise InputError(
+            f"The packaged model of the run {run} is of its checkpoint {packaged}, not of {checkpoint}. Only the "
+            f"packaged one can be registered: give --model {run}."
+        )
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(name)
+    for known in client.search_model_versions(f"name = '{name}'"):
+        if known.run_id == run_id and known.tags.get("checkpoint") == packaged:
+            return Version.of(known)
+    scores = {metric.key: metric.value for metric in model.metrics or []}
+    tags = {"run": run, "checkpoint": packaged, "data_digest": model.tags.get("data_digest")}
+    # The test score is reported, never decisive.
+    tags |= {"val_mean_iou": scores.get(SCORE), "test_mean_iou": scores.get(TEST_SCORE)}
+    tags = {key: str(value) for key, value in tags.items() if value is not None}
+    place = model.artifact_location
+    return Version.of(client.create_model_version(name, place, run_id, tags=tags, model_id=model.model_id))
 
 
 def _champion(client, name: str) -> Version | None:

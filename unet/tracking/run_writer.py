@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from unet.data.shards import Prepared
 from unet.storage import Folder
+from unet.tracking.logged_models import Models, reconcile
 from unet.tracking.store import Store
 from unet.tracking.stored_run import StoredRun
 
@@ -80,6 +81,10 @@ class RunWriter:
 
     def metrics(self, values: dict[str, float], step: int, time_ms: int) -> None:
         self._put(lambda run: run.metrics(values, step, time_ms))
+
+    def models(self, models: Models) -> None:
+        """What MLflow is to have of the run's models."""
+        self._put(lambda run: reconcile(run, models), file=True, once=("models", repr(models)))
 
     def tags(self, tags: dict) -> None:
         self._put(lambda run: run.tags(tags))

@@ -15,7 +15,11 @@ from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.database import check_database
+from unet.tracking.description import NOTE, described
+from unet.tracking.images import IMAGES, TAG
+from unet.tracking.logged_models import Models, best_of
 from unet.tracking.reach import check_server, default_uri
+from unet.tracking.stored_run import data_set
 from unet.tracking.writer import AsyncWriter
 
 PATIENCE = 30.0
@@ -34,7 +38,27 @@ def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
     if prepared := prepared or open_data(run.folder, summary["data_digest"]):
         to.data(prepared)
     to.epoch(*run.history())
+    tell(run, to)
     to.file(run.folder, CONFIG)
+    pictures = run.folder / IMAGES
+    for name in pictures.files() if run.folder.exists(IMAGES) else []:
+        shown(run, name, to)
+
+
+def tell(run: Run, to: AsyncWriter, packaged: str | None = None, **of_the_end) -> None:
+    """Send what follows from the run's epochs so far: its description and its best checkpoints."""
+    to.tags({NOTE: described(run)})
+    summary = run.summary
+    tags = {"data_digest": summary["data_digest"], "run_folder": str(run.folder), "run_name": run.name}
+    source = summary.get("data_source") or "data"
+    on = data_set(source, summary["data_digest"], "val")
+    to.models(Models(best_of(run, packaged), tags, run.public_settings(), on, packaged=packaged, **of_the_end))
+
+
+def shown(run: Run, name: str, to: AsyncWriter) -> None:
+    """Send a picture of an epoch, which MLflow's UI finds by its name."""
+    to.file(run.folder / IMAGES, name, IMAGES)
+    to.tags({TAG: "true"})
 
 
 def open_data(folder: Folder, digest: str) -> Prepared | None:
@@ -68,11 +92,13 @@ def send(
     if finished and summary.get("test"):  # a sweep's trials have none
         _results(run, to)
     if has_model:
-        model = run.folder / MODEL
-        for name in model.files():
-            to.file(model, name, "model")
+        test = metric_names.of("test", summary["test"])
+        package, packaged = run.folder / MODEL, summary["best_checkpoint"].rpartition("/")[2]
+        tell(run, to, package=package, packaged=packaged, test=test, tested=_tested(run))
+    else:
+        tell(run, to)
     to.tags(restart_tags(summary))
-    facts = {name: summary.get(name) for name in ("status", "reason", "best_checkpoint", "model_uri")}
+    facts = {name: summary.get(name) for name in ("status", "reason", "best_checkpoint", "model_uri", "reproduction")}
     to.tags({name: value[:500] for name, value in facts.items() if value})
     to.file(run.folder, SUMMARY)
     to.status(summary["status"], summary.get("ended"))
@@ -90,8 +116,8 @@ def restart_tags(summary: dict) -> dict[str, str]:
 
 def _results(run: Run, to: AsyncWriter) -> None:
     """Test scores, pictures and the best checkpoint, as far as evaluation and prediction read it."""
-    summary, last = run.summary, run.history()[-1]
-    to.metrics(metric_names.of("test", summary["test"]), last["epoch"], summary.get("test_time") or last["time"])
+    summary = run.summary
+    to.metrics(metric_names.of("test", summary["test"]), *_tested(run))
     for name in run.folder.names():
         if name.endswith(PICTURES):
             to.file(run.folder, name)
@@ -99,6 +125,12 @@ def _results(run: Run, to: AsyncWriter) -> None:
     for name in best.files():
         if name != OPTIMIZER:  # twice the weights; only a continuation needs it, and that begins at the folder
             to.file(best, name, "best_checkpoint")
+
+
+def _tested(run: Run) -> tuple[int, int]:
+    """The epoch and the time of the scores on the test split."""
+    last = run.history()[-1]
+    return last["epoch"], run.summary.get("test_time") or last["time"]
 
 
 def kept_back(run: Run, to: AsyncWriter) -> str:

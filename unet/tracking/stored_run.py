@@ -24,6 +24,8 @@ from unet.storage import Folder
 from unet.tracking.patience import patient
 from unet.tracking.store import KEY, Store
 
+CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
+"""What MLflow's UI calls the splits."""
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 BATCH = 1000
 """The most metrics that MLflow takes in one request."""
@@ -106,21 +108,27 @@ class StoredRun:
         self.client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in new.items()])
 
     def data(self, prepared: Prepared) -> None:
-        """The prepared data as the run's input, with their manifest and the page that shows them."""
+        """The splits of the prepared data as the run's inputs, with their manifest and the page that shows them."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        manifest = prepared.manifest
+        manifest, size = prepared.manifest, prepared.manifest.image_size
         profile: dict = {name: manifest.kinds(name).total() for name in ("left_out", "repaired")}
-        profile |= {"classes": manifest.classes, "image_size": manifest.image_size, "resize": manifest.resize}
-        data = Dataset(
-            name=manifest.source,
-            digest=manifest.data_digest[:36],
-            source_type="local" if prepared.folder.is_local else "object store",
-            source=str(prepared.folder),
-            profile=json.dumps(manifest.counts | profile | {"digest": manifest.data_digest}),
-        )
-        tag = InputTag("mlflow.data.context", "training")
-        self.client.log_inputs(self.run_id, [DatasetInput(data, [tag])])
+        profile |= {"classes": manifest.classes, "resize": manifest.resize, "digest": manifest.data_digest}
+        features = _tensor((-1, size, size, 3)), _tensor((-1, size, size))
+        schema = {"mlflow_tensorspec": {"features": json.dumps([features[0]]), "targets": json.dumps([features[1]])}}
+        inputs = []
+        for split, context in CONTEXTS.items():
+            name, digest = data_set(manifest.source, manifest.data_digest, split)
+            data = Dataset(
+                name=name,
+                digest=digest,
+                source_type="local" if prepared.folder.is_local else "object store",
+                source=str(prepared.folder),
+                schema=json.dumps(schema),
+                profile=json.dumps({"num_rows": manifest.counts[split]} | profile),
+            )
+            inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(self.run_id, inputs)
         for name in (MANIFEST, REPORT):
             if prepared.folder.exists(name):
                 self.file(prepared.folder, name, "data")
@@ -141,6 +149,15 @@ class StoredRun:
         from mlflow.entities import Metric
 
         self._metrics([Metric(name, float(value), time_ms, step) for name, value in values.items()])
+
+    def scores(
+        self, values: dict[str, float], step: int, time_ms: int, model_id: str, data_set: tuple[str, str]
+    ) -> None:
+        """Metrics of a logged model on a data set, which has a name and a digest."""
+        from mlflow.entities import Metric
+
+        of = {"model_id": model_id, "dataset_name": data_set[0], "dataset_digest": data_set[1], "run_id": self.run_id}
+        self._metrics([Metric(name, float(value), time_ms, step, **of) for name, value in values.items()])
 
     def latest(self, values: dict[str, float]) -> None:
         """Metrics without a history: those whose latest value differs, now, at step 0."""
@@ -165,11 +182,12 @@ class StoredRun:
             if not source.is_local:
                 path = Path(scratch) / path.name
                 path.write_bytes(source.read_bytes(name))
-            with self._patient(path.stat().st_size):
+            with self.patient(path.stat().st_size):
                 self.client.log_artifact(self.run_id, str(path), below)
 
     @contextlib.contextmanager
-    def _patient(self, size: int) -> Iterator[None]:
+    def patient(self, size: int) -> Iterator[None]:
+        """Give the sending of so many bytes the time that it may take."""
         with patient(size) as seconds:
             self.store.file_seconds = seconds
             try:
@@ -183,6 +201,15 @@ class StoredRun:
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             self.client.set_terminated(self.run_id, STATUS[status], ended)
+
+
+def data_set(source: str, digest: str, split: str) -> tuple[str, str]:
+    """Name and digest of a split as an input of a run; MLflow takes 36 characters of a digest."""
+    return f"{source}/{split}", digest[:36]
+
+
+def _tensor(shape: tuple[int, ...]) -> dict:
+    return {"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": shape}}
 
 
 @functools.cache

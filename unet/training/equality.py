@@ -17,7 +17,7 @@ def equality_of(settings: TrainSettings, world_size: int, threads: int) -> dict:
         "num_workers": world_size,
         "threads": threads,
         "precision": settings.training.precision,
-        "processor": _processor(),
+        "processor": processor(),
         "device": device_name(),
         "op_determinism": settings.compute.deterministic,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def equality_of(settings: TrainSettings, world_size: int, threads: int) -> dict:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The kind of processor, as far as the system says."""
     try:
         with open("/proc/cpuinfo") as info:

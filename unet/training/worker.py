@@ -11,6 +11,7 @@ from unet.training.begin import begin
 from unet.training.finish import finish
 from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
+from unet.training.shown import show
 
 
 def train_worker(config: dict) -> None:
@@ -36,7 +37,12 @@ def train_worker(config: dict) -> None:
             shard = WorkerShard(ray.get(reading), rank, world_size)
         loop = Loop(job, learner, shard.reader(), link, rank, world_size)
         begin(loop)
-        if loop.train(ray.train.report) and job.score_test:
+
+        def report(record: dict) -> None:
+            ray.train.report(record)
+            show(loop, record["epoch"])
+
+        if loop.train(report) and job.score_test:
             finish(loop)
     except FirstCannotWrite:
         pass
