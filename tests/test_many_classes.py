@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from unet import metric_names
 from unet.classes import MANY, ClassInfo
 from unet.evaluation import tables
 from unet.evaluation.counts import CELLS, Counts, cells_of
@@ -18,6 +19,7 @@ from unet.evaluation.summary import compare, summary
 from unet.pages import figures
 from unet.recipe.loss import LossSettings
 from unet.terminal import score_table
+from unet.tracking.stored_run import for_charts
 
 
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -99,3 +101,14 @@ def test_tables_show_the_lowest_classes_and_say_so():
     lines = console.file.getvalue().splitlines()
     assert len(lines) < 3 * MANY + 60 and sum(line.split()[:2] == worst.split() for line in lines) >= 2
     assert sum("lowest 30 of 200 classes" in line for line in lines) == 2
+
+
+def test_a_tracking_server_gets_charts_that_can_be_looked_at():
+    """Of thirty classes all scores, of more the means; the loss and the rest in any case."""
+
+    def record(count: int) -> dict:
+        scores = {kind: {f"class {i}": 0.5 for i in range(count)} for kind in ("iou", "dice")}
+        return {"epoch": 1, "speed/images_per_second": 1.0} | metric_names.of("val", {"mean_iou": 0.5} | scores)
+
+    assert for_charts(record(30)) == record(30) and len(record(30)) == 63
+    assert for_charts(record(31)).keys() == {"epoch", "speed/images_per_second", "val/mean_iou"}

@@ -203,6 +203,12 @@ def test_the_parent_run_is_told_of_every_end(rows, tmp_path):
     ends = {f"sweep/trials_{end}": 1 for end in ("finished", "pruned", "failed", "stopped")}
     assert counts == ends | {"sweep/trials": 4, "sweep/trial_epochs_saved": 3, "val/best_mean_iou": 0.6} and step == 0
     (tags,) = told["tags"]
+    note = tags.pop("mlflow.note.content")
+    assert "4 trials, 3 of" in note and note.split("\n")[2:5] == [
+        "| trial | dropout | learning_rate | val mean IoU | epochs | end |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| trial-002 | 0.1 | 0.01 | 0.6000 | 5 | finished |",
+    ]
     assert tags == {
         "status": "finished",
         "reason": "all trials ended",

@@ -74,6 +74,7 @@ class RunRecorder:
         facts |= {"begins_with": begins_with} if begins_with else {}
         facts |= {"data_source": manifest.source, "code": run.summary.get("code") or code_version()}
         facts["command"] = run.summary.get("command") or _command()
+        run.start(parameters=self.parameters, **facts)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
@@ -213,7 +214,7 @@ class RunRecorder:
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
         if isinstance(self.tracker, AsyncWriter):
-            results.show(run, self.tracker.uri, self.display)
+            results.show(run, self.tracker, self.display)
         if self.reproduction:
             self.display.say(run.summary["reproduction"], "bold")
 

@@ -12,12 +12,15 @@ from PIL import Image
 
 from unet.classes import Classes
 from unet.config import TrainSettings
+from unet.metric_names import BEST
 from unet.pages import figures
 from unet.pages.pictures import outlines
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
 from unet.terminal import Display, score_table
+from unet.tracking.reach import page, ranking
+from unet.tracking.writer import AsyncWriter
 
 SHOWN_SIDE = 256
 """Pixels of a side that a photo of an epoch is enlarged to."""
@@ -100,14 +103,22 @@ def _png(picture: Callable[[Path], object]) -> bytes:
         return (Path(scratch) / "picture.png").read_bytes()
 
 
-def show(run: Run, uri: str, display: Display) -> None:
+def _where_to_look(to: AsyncWriter) -> list[tuple[str, str]]:
+    """What shows the run in MLflow, and the runs of its experiment beside each other."""
+    first = [] if to.uri.startswith("http") else [("look", f"mlflow ui --backend-store-uri {shlex.quote(to.uri)}")]
+    if to.run_id is None or to.experiment_id is None:
+        return first
+    pages = [page(to.uri, to.experiment_id, to.run_id), ranking(to.uri, to.experiment_id, BEST)]
+    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1])]
+
+
+def show(run: Run, to: AsyncWriter, display: Display) -> None:
     """The table of scores and the commands to look, evaluate and continue."""
     summary, settings = run.summary, run.settings
     scored = summary["best_epoch"] is not None
     kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
     display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
     more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
-    look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience, latest = settings.training.patience, run.checkpoints.latest()
     if patience is not None and latest and patience <= latest[1].stale_epochs:
         more_of = f"{more_of} --patience {patience + 5}"
@@ -116,7 +127,7 @@ def show(run: Run, uri: str, display: Display) -> None:
         [
             (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
-            ("look", look),
+            *_where_to_look(to),
             (
                 "evaluate",
                 f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",

@@ -3,7 +3,7 @@
 import socket
 import urllib.error
 import urllib.request
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from unet.errors import InputError
 from unet.paths import sqlite_uri
@@ -23,6 +23,28 @@ def default_uri(storage: Folder) -> str:
     if not storage.is_local:
         raise InputError(f"{storage} is an object store, which cannot hold a database: give --tracking-uri.")
     return sqlite_uri(f"{storage.path}/{DATABASE}")
+
+
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` shows a database."""
+
+
+def page(uri: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run in MLflow's UI, among what that has for trained models, not for prompts."""
+    return f"{_ui(uri)}/#/experiments/{experiment_id}/runs/{run_id}?{WORKSPACE}"
+
+
+def ranking(uri: str, experiment_id: str, by: str) -> str:
+    """The address of charts of an experiment's runs, best first by a metric."""
+    order = quote(f"metrics.`{by}`", safe="")
+    return f"{_ui(uri)}/#/experiments/{experiment_id}/runs?{WORKSPACE}&compareRunsMode=CHART&orderByKey={order}"
+
+
+WORKSPACE = "workflowType=machine_learning"
+
+
+def _ui(uri: str) -> str:
+    return without_secrets(uri).rstrip("/") if scheme(uri) in ("http", "https") else UI
 
 
 def is_database(uri: str) -> bool:

@@ -32,13 +32,14 @@ class RunWriter:
     """One run's calls, in the order in which they are given. What was given once is left out.
 
     Attributes:
-        run_id: of the MLflow run, once the store has answered.
+        run_id, experiment_id: of the MLflow run, once the store has answered.
         waiting: how many calls have not been made.
         refused: how many the store has refused, and would again.
     """
 
     def __init__(self, put: Callable[[Call], None], parent: "RunWriter | None" = None):
         self.run_id: str | None = None
+        self.experiment_id: str | None = None
         self.waiting = self.refused = 0
         self._queue, self._parent = put, parent
         self._given: set[Hashable] = set()
@@ -60,6 +61,7 @@ class RunWriter:
 
         def start(run: StoredRun) -> None:
             above = self._parent.run_id if self._parent else None
+            self.experiment_id = run.store.experiment_id
             self.run_id = run.start(run_name, run_id, tags, above, key, started)
 
         self._put(start, needed=True, once="start")

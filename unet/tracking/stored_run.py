@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from unet.classes import MANY
 from unet.data.manifest import MANIFEST, REPORT
 from unet.data.shards import Prepared
 from unet.errors import InputError
@@ -139,7 +140,7 @@ class StoredRun:
 
         metrics = []
         for record in records:
-            values = [(name, value) for name, value in record.items() if name not in PLACE]
+            values = [(name, value) for name, value in for_charts(record).items() if name not in PLACE]
             # First what the UI's comparison of runs shows first.
             values.sort(key=lambda item: item[0] != BEST)
             metrics += [Metric(name, float(value), record["time"], record["epoch"]) for name, value in values]
@@ -148,7 +149,7 @@ class StoredRun:
     def metrics(self, values: dict[str, float], step: int, time_ms: int) -> None:
         from mlflow.entities import Metric
 
-        self._metrics([Metric(name, float(value), time_ms, step) for name, value in values.items()])
+        self._metrics([Metric(name, float(value), time_ms, step) for name, value in for_charts(values).items()])
 
     def scores(
         self, values: dict[str, float], step: int, time_ms: int, model_id: str, data_set: tuple[str, str]
@@ -157,7 +158,7 @@ class StoredRun:
         from mlflow.entities import Metric
 
         of = {"model_id": model_id, "dataset_name": data_set[0], "dataset_digest": data_set[1], "run_id": self.run_id}
-        self._metrics([Metric(name, float(value), time_ms, step, **of) for name, value in values.items()])
+        self._metrics([Metric(name, float(v), time_ms, step, **of) for name, v in for_charts(values).items()])
 
     def latest(self, values: dict[str, float]) -> None:
         """Metrics without a history: those whose latest value differs, now, at step 0."""
@@ -201,6 +202,13 @@ class StoredRun:
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             self.client.set_terminated(self.run_id, STATUS[status], ended)
+
+
+def for_charts(values: dict) -> dict:
+    """Metrics without those of single classes where those are too many: MLflow's UI draws a chart for each."""
+    of_classes = {name for name in values if "/iou/" in name or "/dice/" in name}
+    many = len(of_classes) > 2 * MANY  # IoU and Dice
+    return {name: value for name, value in values.items() if not (many and name in of_classes)}
 
 
 def data_set(source: str, digest: str, split: str) -> tuple[str, str]:

@@ -14,12 +14,14 @@ from unet.classes import Classes
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metric_names import BEST, BEST_EPOCH, EPOCHS_SAVED, TRIALS, of_class
+from unet.pages.numbers import score
 from unet.runs.run import Run, milliseconds, where
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
 from unet.supervise.driver import train
 from unet.supervise.preflight import open_run
 from unet.terminal import Display, score_table
+from unet.tracking.description import NOTE
 from unet.tracking.registry import register
 from unet.tracking.run_writer import RunWriter
 from unet.tracking.send import send_later
@@ -98,6 +100,9 @@ def _settings_of(row: dict, base: dict, tracking_uri: str, **changes) -> TrainSe
     return unflat(TrainSettings, values | changes)
 
 
+SHOWN_TRIALS = 30
+
+
 def report(to: RunWriter, folder: Folder, rows: list[dict], epochs: int, summary: dict) -> None:
     """Send the outcome to the sweep's own MLflow run."""
     best = rows[0]
@@ -113,11 +118,27 @@ def report(to: RunWriter, folder: Folder, rows: list[dict], epochs: int, summary
         "best_trial": best["trial"],
         "best_run_id": best.get("mlflow_run_id"),
     }
-    to.tags(tags | {f"best_{k}": v for k, v in best["settings"].items()})
+    to.tags(tags | {f"best_{k}": v for k, v in best["settings"].items()} | {NOTE: described(rows, epochs, summary)})
     for name in FILES:
         if folder.exists(name):
             to.file(folder, name)
     to.status(summary["status"], summary["ended"])
+
+
+def described(rows: list[dict], epochs: int, summary: dict) -> str:
+    """The sweep's description in MLflow: Markdown, at most 8,000 characters."""
+    best, saved, names = rows[0], epochs_saved(rows, epochs), list(rows[0]["settings"])
+    words = f"**{summary['status'].capitalize()}**: {len(rows)} trials, {saved} of {len(rows) * epochs} trial-epochs "
+    words += f"saved by pruning. Best: **{best['trial']}**, val mean IoU {score(best[BEST])}"
+    if summary.get("test"):
+        words += f", test mean IoU {score(summary['test']['mean_iou'])}"
+    lines = [["trial", *names, "val mean IoU", "epochs", "end"], ["---"] * (len(names) + 4)]
+    for row in rows[:SHOWN_TRIALS]:
+        values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row["settings"].values())
+        lines.append([row["trial"], *values, score(row[BEST]), str(row["epochs"]), row["end"]])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    more = f"\n\n{len(rows) - SHOWN_TRIALS} more: see `sweep.csv`." if len(rows) > SHOWN_TRIALS else ""
+    return f"{words}.\n\n{table}{more}"
 
 
 def conclude(
@@ -140,7 +161,7 @@ def conclude(
     display.close()
     if run["status"] != "finished":
         return None
-    facts = {TRIALS: len(rows), EPOCHS_SAVED: epochs_saved(rows, epochs), "best_trial": best["trial"]}
+    facts = {"trials": len(rows), "trial_epochs_saved": epochs_saved(rows, epochs), "best_trial": best["trial"]}
     facts |= {BEST: best[BEST], "model_uri": run["model_uri"], "test": run["test"], "reason": reason}
     sent = run.get("delivered", True)
     if settings.run.register and sent:
