@@ -26,9 +26,10 @@ from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings, Network, Shapes
 from unet.recipe.networks import describe
 from unet.runs.checkpoint import STATE, Checkpoints
-from unet.runs.run import read_summary
+from unet.runs.run import MODEL, read_summary
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
+from unet.tracking.logged_models import packaged_of
 
 MLMODEL = "MLmodel"
 VARIABLES = "variables/variables"
@@ -275,6 +276,8 @@ def _resolved(uri: str, client) -> tuple[str, str | None]:
         model = client.get_logged_model(match[1])
         return model.artifact_location, model.source_run_id
     match = re.match(r"runs:/([0-9a-f]+)/", uri)
+    if match and uri.removesuffix("/") == f"{match[0]}{MODEL}" and (model := packaged_of(client, match[1])):
+        return model.artifact_location, match[1]  # MLflow's own reading, again, asks the store of the environment
     return uri, match and match[1]
 
 

@@ -117,6 +117,12 @@ def models_of(client, run_id: str | None) -> Iterator[Any]:
             return
 
 
+def packaged_of(client, run_id: str) -> Any:
+    """The logged model of a run that has its packaged model; None before the run's end."""
+    found = [model for model in models_of(client, run_id) if model.name == MODEL]
+    return max(found, key=lambda model: model.creation_timestamp, default=None)
+
+
 def _created(run: "StoredRun", name: str, best: Best, models: Models):
     from mlflow.entities import LoggedModelOutput
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from unet.config import RunSettings
 from unet.errors import InputError, RunFailed, first_line
 from unet.metric_names import SCORE, TEST_SCORE
-from unet.runs.run import MODEL
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
 from unet.tracking.database import ready
 from unet.tracking.library import load_mlflow
-from unet.tracking.logged_models import CHECKPOINT, models_of
+from unet.tracking.logged_models import CHECKPOINT, packaged_of
 from unet.tracking.reach import default_uri
 
 CHAMPION = "champion"
@@ -135,13 +134,12 @@ def _version(client, name: str, run_id: str, checkpoint: str | None) -> Version:
     """The version of a run's packaged model, found or created."""
     from mlflow.exceptions import MlflowException
 
-    found = [model for model in models_of(client, run_id) if model.name == MODEL]
-    if not found:
+    model = packaged_of(client, run_id)
+    if model is None:
         raise RunFailed(
             f"The run {run_id} has no packaged model in MLflow. If it has ended, send it: "
             "python jobs/train.py --sync RUN_NAME"
         )
-    model = max(found, key=lambda model: model.creation_timestamp)
     run, packaged = model.tags["run_name"], model.tags[CHECKPOINT]
     if checkpoint not in (None, packaged):
         raise InputError(
