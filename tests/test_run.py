@@ -130,6 +130,12 @@ def test_mlflow_holds_the_run(trained, storage):
     for name in ("val/mean_iou", "train/loss", "val/iou/outline", "val/best_epoch"):
         history = client.get_metric_history(summary["mlflow_run_id"], name)
         assert [(m.step, m.value, m.timestamp) for m in history] == [(r["epoch"], r[name], r["time"]) for r in lines]
+    system = [json.loads(line) for line in (folder / "system.jsonl").read_text().splitlines()]
+    assert system and list(summary["nodes"].values()) == ["node_0"]
+    for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"):
+        history = client.get_metric_history(summary["mlflow_run_id"], f"system/node_0/{name}")
+        expected = [(line["step"], line[f"system/node_0/{name}"], line["time"]) for line in system]
+        assert [(m.step, m.value, m.timestamp) for m in history] == expected and expected[0][1] > 0
     assert run.data.tags["best_checkpoint"] == summary["best_checkpoint"]
     assert run.data.tags["mlflow.source.git.commit"]
     artifacts = {a.path for a in client.list_artifacts(summary["mlflow_run_id"])}

@@ -66,7 +66,7 @@ def line(epoch: int) -> dict:
 def expected(lines: list[dict]) -> Counter:
     """Metrics as MLflow keeps them."""
     return Counter(
-        (name, value, record["time"], record["epoch"])
+        (name, value, record["time"], record.get("epoch", record["step"]))
         for record in lines
         for name, value in record.items()
         if name not in ("epoch", "step", "time")
@@ -296,7 +296,8 @@ def check_synced(folder: Path, server: Server) -> dict:
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     found = metrics_of(server, run_id)
     test = Counter({row: n for row, n in found.items() if row[0].startswith("test/")})
-    assert found - test == expected(lines)
+    system = [json.loads(text) for text in (folder / "system.jsonl").read_text().splitlines()]
+    assert found - test == expected(lines + system) and system
     assert {row[2:] for row in test} == {(summary["test_time"], 10)} and len(test) == 10
     assert ("test/mean_iou", summary["test"]["mean_iou"], summary["test_time"], 10) in test
     client = mlflow.MlflowClient(server.uri)
@@ -317,7 +318,7 @@ def check_synced(folder: Path, server: Server) -> dict:
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "summary.json", ".fencing-token")
+        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "system.jsonl", "summary.json", ".fencing-token")
     }
     assert {name: content for name, content in files.items() if name in own} == own
     assert any(name.startswith("images/") for name in own)

@@ -10,7 +10,17 @@ TEST_SCORE = "test/mean_iou"
 SPEED, DATA_WAIT = "speed/images_per_second", "speed/data_wait_fraction"
 TRIALS, EPOCHS_SAVED = "sweep/trials", "sweep/trial_epochs_saved"
 PLACE = ("epoch", "step", "time")
-"""What a line of `metrics.jsonl` has beside its metrics: where and when (milliseconds) it was measured."""
+"""What a line of `metrics.jsonl` or `system.jsonl` has beside its metrics: where and when (milliseconds) they were."""
+
+
+def step_of(record: dict) -> int:
+    """Where a chart shows a line: the epoch of `metrics.jsonl`, the seconds of `system.jsonl`."""
+    return record.get("epoch", record["step"])
+
+
+def of_node(node: str, values: dict[str, float]) -> dict[str, float]:
+    """`system/node_0/cpu_utilization_percentage`: MLflow's UI shows such names in a tab of their own."""
+    return {f"system/{node}/{name}": value for name, value in values.items()}
 
 
 def of(prefix: str, result: dict) -> dict[str, float]:

@@ -103,6 +103,9 @@ class RunSettings(StoreSettings):
     register: RegisteredName | None = None
     """Register the model in MLflow under this name; it becomes the champion if it scores better on val."""
 
+    tensorboard: bool = False
+    """Write metrics and pictures for TensorBoard, too, into tensorboard/ in the run's folder."""
+
     @field_validator("run_name")
     @classmethod
     def _is_free(cls, value):
@@ -128,6 +131,10 @@ class RunSettings(StoreSettings):
         if "://" in self.storage_path and not self.tracking_uri:
             raise ValueError(
                 "--storage-path in an object store needs --tracking-uri: the default, SQLite, needs a local disk"
+            )
+        if "://" in self.storage_path and self.tensorboard:
+            raise ValueError(
+                "--tensorboard needs a --storage-path on a disk, since its files grow, and objects cannot: leave it out"
             )
         return self
 
@@ -223,7 +230,7 @@ MAY_CHANGE = frozenset(
         *("data", "memory_budget", "epochs", "minutes", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("reproduce", "register", "recipe", "config", "debug"),
+        *("reproduce", "register", "tensorboard", "recipe", "config", "debug"),
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""

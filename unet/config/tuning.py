@@ -56,6 +56,8 @@ class TuneSettings(TrainSettings):
             raise ValueError("--reproduce is for `jobs/train.py`")
         if self.run.sync:
             raise ValueError("--sync is for `jobs/train.py`: of a sweep, --resume sends what MLflow lacks")
+        if self.run.tensorboard:
+            raise ValueError("--tensorboard is for `jobs/train.py`: the trials of a sweep are compared in MLflow")
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
         if self.compute.is_elastic:

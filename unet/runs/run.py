@@ -25,10 +25,10 @@ from unet.runs.checkpoint import Checkpoints
 from unet.secrets import lost, without_passwords, without_secrets
 from unet.storage import Folder, persistently
 
-SUMMARY, METRICS, MODEL = "summary.json", "metrics.jsonl", "model"
+SUMMARY, METRICS, SYSTEM, MODEL = "summary.json", "metrics.jsonl", "system.jsonl", "model"
 KNOWN_LATER = (
     *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "restart_log", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
+    *("restarts", "restart_log", "nodes", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
 )
 OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
 """These of them come anew at the next end."""
@@ -99,9 +99,13 @@ class Run:
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
-        self.write(METRICS, "".join(json.dumps(line) + "\n" for line in history).encode())
+        self.write(METRICS, _text(history))
 
-    def write(self, name: str, content: bytes) -> None:
+    def write_system(self, lines: list[dict]) -> None:
+        """The lines of `system.jsonl`, whole. Without another attempt: it comes often, and nothing waits for it."""
+        self.write(SYSTEM, _text(lines), patiently=False)
+
+    def write(self, name: str, content: bytes, patiently: bool = True) -> None:
         """Write a file of the run that has started.
 
         Raises:
@@ -114,7 +118,7 @@ class Run:
             self.folder.require(CONFIG)
             self.folder.write_bytes(name, content)
 
-        if self.summary.get("status") == "failed":  # perhaps for want of this storage
+        if not patiently or self.summary.get("status") == "failed":  # perhaps for want of this storage
             write()
         else:
             persistently(write)
@@ -131,6 +135,10 @@ class Run:
     def history(self) -> list[dict]:
         """The lines of `metrics.jsonl`."""
         return read_history(self.folder)
+
+    def system(self) -> list[dict]:
+        """The lines of `system.jsonl`."""
+        return _read_lines(self.folder, SYSTEM)
 
     def mlflow_key(self) -> str:
         """What its MLflow run is found by where nobody has heard its id."""
@@ -173,8 +181,16 @@ def prepared_of(folder: Folder) -> str | None:
 
 def read_history(folder: Folder) -> list[dict]:
     """The lines of the `metrics.jsonl` of a run's folder; none where it has none."""
-    lines = folder.read_text(METRICS).splitlines() if folder.exists(METRICS) else []
+    return _read_lines(folder, METRICS)
+
+
+def _read_lines(folder: Folder, name: str) -> list[dict]:
+    lines = folder.read_text(name).splitlines() if folder.exists(name) else []
     return [json.loads(line) for line in lines]
+
+
+def _text(lines: list[dict]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def milliseconds() -> int:

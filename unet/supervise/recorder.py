@@ -19,7 +19,9 @@ from unet.runs.state import State
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise import results
+from unet.supervise.board import Board
 from unet.supervise.reproduction import Reproduction
+from unet.supervise.system import SystemMetrics
 from unet.terminal import Display
 from unet.tracking import images
 from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send, shown, tell
@@ -55,6 +57,10 @@ class RunRecorder:
     stop_signal: threading.Event | None = None
     reproduction: Reproduction | None = None
 
+    def __post_init__(self):
+        self.system = SystemMetrics(self.run)
+        self.board = Board(self.run, lambda words: self.display.say(words, "yellow"))
+
     def open(self, state: State | None, begins_with: str | None = None) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
 
@@ -75,6 +81,11 @@ class RunRecorder:
         facts |= {"data_source": manifest.source, "code": run.summary.get("code") or code_version()}
         facts["command"] = run.summary.get("command") or _command()
         run.start(parameters=self.parameters, **facts)
+        self.system.open()
+        if run.folder.exists(results.AUGMENTED):
+            self.board.picture("augmented", results.AUGMENTED, 0, run.summary["started"])
+        for name in (run.folder / images.IMAGES).names():
+            self.board.image(name)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
@@ -98,12 +109,19 @@ class RunRecorder:
     def close(self) -> None:
         """Let go of MLflow; what it has not accepted is in the run's folder."""
         self.tracker.close()
+        self.board.close()
 
     def receive(self) -> None:
         """What MLflow says, and the id of the run there when it is known."""
         self.tracker.receive()
+        self._system()
         if self.tracker.run_id not in (None, self.run.summary["mlflow_run_id"]):
             self.run.write_summary(mlflow_run_id=self.tracker.run_id)
+
+    def _system(self, last: bool = False) -> None:
+        # After an epoch: the UI's comparison of runs begins with the metric that a run had first.
+        if self.system.point(last) and self.history:
+            self.tracker.epoch(*self.system.lines)
 
     def first_step(self, at: float) -> None:
         self.tracker.open()  # of a run that goes on; until now the processor was its workers'
@@ -115,6 +133,7 @@ class RunRecorder:
         augment, classes = self.run.settings.augment, self.prepared.manifest.class_infos
         self.run.write(results.AUGMENTED, results.draw_augmented(samples, augment, classes))
         self.tracker.file(self.run.folder, results.AUGMENTED)
+        self.board.picture("augmented", results.AUGMENTED, 0, self.run.summary["started"])
 
     def shown(self, content: dict) -> None:
         """Photos of validation after an epoch, from `unet.training.shown`; of an epoch trained again the first ones."""
@@ -129,6 +148,7 @@ class RunRecorder:
                 for file, data in images.files(picture, key, epoch, time).items():
                     self.run.write(f"{images.IMAGES}/{file}", data)
                     shown(self.run, file, self.tracker)
+                    self.board.image(file)
 
     def epoch(self, record: dict, validation: dict | None) -> None:
         """An epoch that has ended, and its scores if it is the best so far, or none could be scored yet."""
@@ -167,6 +187,7 @@ class RunRecorder:
         last = history[-1]["epoch"] if history else 0
         self.written = self.history + [record for record in self.written if record["epoch"] > last]
         self.run.write_history(self.written)
+        self.board.epochs(self.written)
 
     def restart(self, reason: str, step: int, workers: int) -> None:
         """A group of workers that takes the place of another."""
@@ -192,6 +213,7 @@ class RunRecorder:
 
     def broken_off(self, status: str, state: State | None, reason: str) -> None:
         """The end of a run that was stopped or failed."""
+        self._system(last=True)
         self.mark(status, reason=without_secrets(reason), **self._facts(state))
         with contextlib.suppress(StorageFailed, InputError, OSError):  # what is to be sent may be out of reach
             self._send(STOP_SECONDS if status == "stopped" else math.inf)
@@ -203,9 +225,10 @@ class RunRecorder:
     def finished(self, state: State, found: results.Results | None) -> None:
         """The end of a run whose last epoch is over; `found` is None for a trial of a sweep."""
         run, facts = self.run, self._facts(state)
+        self._system(last=True)
         if found:
             self.display.waiting("drawing")
-            results.keep(run, state, self.history, found)
+            results.keep(run, state, self.history, found, self.board)
             facts |= {"test": found.test, "test_time": found.tested}
         if self.reproduction:
             for record in self.history:  # of earlier starts, too

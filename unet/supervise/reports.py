@@ -65,6 +65,9 @@ class Reports:
     def _on_augmented(self, samples: dict) -> None:
         self.recorder.augmented(samples)
 
+    def _on_sample(self, content: tuple[str, dict[str, float]]) -> None:
+        self.recorder.system.take(*content)
+
     def _on_test(self, result: dict) -> None:
         self.test, self.tested = result, milliseconds()
 

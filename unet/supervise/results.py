@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unet import metric_names
 from unet.classes import Classes
 from unet.config import TrainSettings
 from unet.metric_names import BEST
@@ -18,6 +19,7 @@ from unet.pages.pictures import outlines
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
+from unet.supervise.board import Board
 from unet.terminal import Display, score_table
 from unet.tracking.reach import page, ranking
 from unet.tracking.writer import AsyncWriter
@@ -45,10 +47,14 @@ class Results:
     package: dict[str, bytes]
 
 
-def keep(run: Run, state: State, history: list[dict], results: Results) -> None:
-    """Write the pictures and the packaged model."""
+def keep(run: Run, state: State, history: list[dict], results: Results, board: Board) -> None:
+    """Write the pictures and the packaged model; the board gets the pictures and the test scores."""
+    place = history[-1]["epoch"], results.tested
+    board.scores(metric_names.of("test", results.test), *place)
     for name, content in draw(history, results.test, results.gallery, state.class_infos).items():
         run.write(name, content)
+        if name.endswith(".png"):
+            board.picture(name.removesuffix(".png"), name, *place)
     run.folder.commit(MODEL, results.package)
 
 
@@ -103,13 +109,15 @@ def _png(picture: Callable[[Path], object]) -> bytes:
         return (Path(scratch) / "picture.png").read_bytes()
 
 
-def _where_to_look(to: AsyncWriter) -> list[tuple[str, str]]:
-    """What shows the run in MLflow, and the runs of its experiment beside each other."""
+def _where_to_look(run: Run, to: AsyncWriter) -> list[tuple[str, str]]:
+    """What shows the run in TensorBoard and MLflow, and the runs of its experiment beside each other."""
+    board = [("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.folder))}")]
+    board = board if run.settings.run.tensorboard else []
     first = [] if to.uri.startswith("http") else [("look", f"mlflow ui --backend-store-uri {shlex.quote(to.uri)}")]
     if to.run_id is None or to.experiment_id is None:
-        return first
+        return [*first, *board]
     pages = [page(to.uri, to.experiment_id, to.run_id), ranking(to.uri, to.experiment_id, BEST)]
-    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1])]
+    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1]), *board]
 
 
 def show(run: Run, to: AsyncWriter, display: Display) -> None:
@@ -127,7 +135,7 @@ def show(run: Run, to: AsyncWriter, display: Display) -> None:
         [
             (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
-            *_where_to_look(to),
+            *_where_to_look(run, to),
             (
                 "evaluate",
                 f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",

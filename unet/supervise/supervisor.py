@@ -29,6 +29,7 @@ from unet.supervise.recorder import RunRecorder
 from unet.supervise.reports import Reports
 from unet.supervise.signals import catch_stop_signals
 from unet.training.job import Job
+from unet.training.link import SAMPLE
 
 POLL_SECONDS = 0.25
 LOOK_SECONDS = 3.0
@@ -260,7 +261,7 @@ class Supervisor:
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
                 return hung
             # Opening the data takes as long as it takes.
-            if events or not group.begun or (at is not None and at != live):
+            if any(kind != SAMPLE for kind, _ in events) or not group.begun or (at is not None and at != live):
                 live, moved, since = at or live, now, since or (now if at else None)
             if live is not None and not self.reports.stopped:
                 self.display.progress(live, self.settings.epochs, self.settings.length.minutes)

@@ -30,6 +30,12 @@ def files(picture: Image.Image, key: str, step: int, time: int) -> dict[str, byt
     return {f"{stem}.png": _saved(picture, "png"), f"{stem}+compressed.webp": _saved(small, "webp")}
 
 
+def parsed(name: str) -> tuple[str, int, int]:
+    """Key, step and time of a file of that name."""
+    key, _, step, _, time, _ = name.split("+", 5)
+    return key.replace("~", "/"), int(step), int(time)
+
+
 def _saved(picture: Image.Image, kind: str) -> bytes:
     content = io.BytesIO()
     picture.save(content, kind)

@@ -18,7 +18,7 @@ from unet.tracking.database import ready
 from unet.tracking.library import load_mlflow
 from unet.tracking.reach import check_server, default_uri
 
-LOCAL = ("storage_path", "tracking_uri", "run_name", "resume", "sync", "config", "reproduce", "register")
+LOCAL = ("storage_path", "tracking_uri", "run_name", "resume", "sync", "config", "reproduce", "register", "tensorboard")
 """Settings that say where a run is kept, not what it is."""
 BEST = "best_checkpoint"
 """The folder of the best checkpoint among a run's artifacts."""

@@ -74,7 +74,7 @@ class RunWriter:
         self._put(lambda run: run.data(prepared), file=True, once="data")
 
     def epoch(self, *records: dict) -> None:
-        """Lines of `metrics.jsonl`."""
+        """Lines of `metrics.jsonl` and `system.jsonl`."""
         lines = {json.dumps(record): record for record in records}
         new = [record for line, record in lines.items() if line not in self._given]
         self._given |= lines.keys()

@@ -37,7 +37,7 @@ def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
     to.start(run.name, summary["mlflow_run_id"], params, tags, run.mlflow_key(), summary.get("started"))
     if prepared := prepared or open_data(run.folder, summary["data_digest"]):
         to.data(prepared)
-    to.epoch(*run.history())
+    to.epoch(*run.history(), *run.system())
     tell(run, to)
     to.file(run.folder, CONFIG)
     pictures = run.folder / IMAGES

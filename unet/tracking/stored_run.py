@@ -19,7 +19,7 @@ from unet.classes import MANY
 from unet.data.manifest import MANIFEST, REPORT
 from unet.data.shards import Prepared
 from unet.errors import InputError
-from unet.metric_names import BEST, PLACE
+from unet.metric_names import BEST, PLACE, step_of
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
 from unet.tracking.patience import patient
@@ -135,7 +135,7 @@ class StoredRun:
                 self.file(prepared.folder, name, "data")
 
     def epoch(self, *records: dict) -> None:
-        """Lines of `metrics.jsonl`, with their own times (milliseconds) and the epochs as steps."""
+        """Lines of `metrics.jsonl` and `system.jsonl`, with their own times (milliseconds) and steps."""
         from mlflow.entities import Metric
 
         metrics = []
@@ -143,7 +143,7 @@ class StoredRun:
             values = [(name, value) for name, value in for_charts(record).items() if name not in PLACE]
             # First what the UI's comparison of runs shows first.
             values.sort(key=lambda item: item[0] != BEST)
-            metrics += [Metric(name, float(value), record["time"], record["epoch"]) for name, value in values]
+            metrics += [Metric(name, float(value), record["time"], step_of(record)) for name, value in values]
         self._metrics(metrics)
 
     def metrics(self, values: dict[str, float], step: int, time_ms: int) -> None:

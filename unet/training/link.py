@@ -1,14 +1,19 @@
 """What passes between driver and workers while a run goes on: progress and events one way, requests the other."""
 
 import asyncio
+import contextlib
+import socket
 import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from unet.progress import Live
 
-LIVE_SECONDS = 0.5
+LIVE_SECONDS, SAMPLE_TIMEOUT = 0.5, 5
+SAMPLE = "sample"
+"""The kind of event that is no progress: a node whose worker hangs is sampled on."""
 News = tuple[dict[str, Live], list[tuple[str, Any]]]
 """Where each run is, by its folder, and events: their kind and content."""
 
@@ -88,6 +93,11 @@ class WorkerLink:
         """Delivered before this returns: what follows may be the end of the process."""
         if self._speaks:
             ray.get(self._link.event.remote(kind, content))
+
+    def sample(self, values: dict[str, float]) -> None:
+        """What this worker's node does, whatever its rank; lost where the link does not answer."""
+        with contextlib.suppress(RayError):
+            ray.get(self._link.event.remote(SAMPLE, (socket.gethostname(), values)), timeout=SAMPLE_TIMEOUT)
 
 
 def not_finite(content: dict) -> str:

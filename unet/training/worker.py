@@ -1,5 +1,7 @@
 """A worker of Ray Train: TensorFlow is started, peers are joined, and the loop runs to its end."""
 
+import contextlib
+
 import ray
 import ray.train
 
@@ -9,8 +11,10 @@ from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
 from unet.training.backend import join_workers
 from unet.training.begin import begin
 from unet.training.finish import finish
+from unet.training.job import Job
 from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
+from unet.training.sampler import sampling
 from unet.training.shown import show
 
 
@@ -22,6 +26,13 @@ def train_worker(config: dict) -> None:
     link = WorkerLink(job.link, job.run, rank)
     ray.get(job.link.event.remote("worker", ray.get_runtime_context().get_node_id()))
     link.event("start", world_size)
+    # One worker a node, and none of a sweep's trials, which share their nodes.
+    samples = job.score_test and context.get_local_rank() == 0
+    with sampling(link.sample) if samples else contextlib.nullcontext():
+        _train(job, link, rank, world_size, config["streamed"])
+
+
+def _train(job: Job, link: WorkerLink, rank: int, world_size: int, streamed: bool) -> None:
     try:
         start_tensorflow(job.threads, job.use_gpu, job.settings.compute.deterministic)
         strategy = join_workers(job.use_gpu) if world_size > 1 else None
@@ -30,10 +41,10 @@ def train_worker(config: dict) -> None:
 
         recipe = job.settings.recipe(len(job.classes))
         learner = Learner(recipe, rank, world_size, strategy, ray.get(job.start) if job.start else None)
-        if config["streamed"]:
+        if streamed:
             shard = ray.train.get_dataset_shard("train")
         else:
-            (reading,) = ray.get(job.link.reading.remote())
+            reading: ray.ObjectRef = ray.get(job.link.reading.remote())[0]
             shard = WorkerShard(ray.get(reading), rank, world_size)
         loop = Loop(job, learner, shard.reader(), link, rank, world_size)
         begin(loop)
