@@ -159,7 +159,7 @@ def evaluation(folder: Path, checkpoint: str, shift: int, images: int = 40) -> N
     pq.write_table(pa.concat_tables(written(records, 3)), place / "per_image.parquet")
     total = confusions.sum(0)
     iou = np.diag(total) / (total.sum(0) + total.sum(1) - np.diag(total))
-    scores = {"iou": dict(zip(NAMES, iou.tolist(), strict=True)), "mean_iou": float(iou.mean())}
+    scores = {"iou": dict(zip(NAMES, iou.tolist(), strict=True)), "mean_iou": float(iou.mean()), "images": images}
     about = {"checkpoint": checkpoint, "data_digest": "digest", "confusion": total.tolist()}
     (place / "metrics.json").write_text(json.dumps(about | scores | {"intervals": {"mean_iou": None}}))
 
@@ -180,7 +180,7 @@ def test_evaluations_that_are_there_are_reused_and_no_others(tmp_path, monkeypat
     tables_of = [outcome.read(run.folder / "evaluations/val", run.checkpoint, "digest")[1] for run in runs]
     assert found.pairs == compare(["a", "b", "c"], tables_of, NAMES, 2000)["pairs"]
     assert best_of(found, "val").startswith("b scores highest on val: mean IoU 0.9")
-    assert "more than chance makes of the difference to a and c." in best_of(found, "val")
+    assert "Its difference to a and c is more than chance." in best_of(found, "val")
 
     place = tmp_path / "a" / "evaluations" / "val"
     metrics, kept = read_json(place / "metrics.json"), (place / "metrics.json").read_text()
@@ -252,7 +252,8 @@ def compared(count: int, **facts) -> Comparison:
     size = {"mean_iou": one, "iou": {"pet": one, "background": none, "outline": {"value": None, "interval": None}}}
     pair = {"a": NASTY, "b": "run_1", "verdict": f"run_1 is better than {NASTY}: so.", "network_size": size}
     scores = {
-        run.name: {"mean_iou": 0.4 + 0.01 * i, "intervals": {"mean_iou": [0.3, 0.5]}} for i, run in enumerate(runs)
+        run.name: {"mean_iou": 0.4 + 0.01 * i, "images": 421, "intervals": {"mean_iou": [0.3, 0.5]}}
+        for i, run in enumerate(runs)
     }
     done = Comparison("x", Folder("/out"), "val", runs, "4f" * 32, Pairs(scores, [pair], ["One is <left> out."]), None)
     return replace(done, **facts)
@@ -267,6 +268,7 @@ def test_the_page_shows_what_was_compared():
     assert "run_1 scores highest on val: mean IoU 0.4100." in page.words("summary")
     assert f"run_1 {NASTY} +0.0123 +0.0017 to +0.0245" in page.words("pairs")
     assert page.words("pairs").endswith("+0.0123 −0.0345 – One is <left> out.")
+    assert "on the 421 images of val" in page.words("pairs")
     assert "learning_rate 0.001 0.002" in page.words("settings") and "recipe" not in page.words("settings")
     assert "pet 0.200 0.205" in page.words("classes") and "On test" not in page.words("classes")
     assert "importance" not in page.text and "different losses" not in page.words("curves")

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from unet.cluster.session import ray_session
 from unet.comparison.runs import ComparedRun
-from unet.config import EvaluateSettings, flat, unflat
+from unet.config import EvaluateSettings
 from unet.config.compare import CompareSettings
 from unet.errors import InputError
 from unet.evaluation import outcome
@@ -31,6 +31,11 @@ class Pairs:
     scores: dict[str, dict] = field(default_factory=dict)
     pairs: list[dict] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """How many they were scored on."""
+        return max((found["images"] for found in self.scores.values()), default=0)
 
 
 def data_of(runs: Sequence[ComparedRun]) -> str:
@@ -92,7 +97,7 @@ def _evaluate(
         again = f"python jobs/evaluate.py --model {models} --split {split} --data DATA"
         return f"{left_out} The data are not where they were: {again}, then compare again."
     values = {"model": models, "split": split, "data": data.folder.uri, "track": settings.compare.track}
-    asked = unflat(EvaluateSettings, flat(EvaluateSettings(store=settings.store, command=settings.command)) | values)
+    asked = EvaluateSettings(evaluate=values, store=settings.store, command=settings.command)
     try:
         with ray_session(settings.command.debug):
             evaluations = evaluate(asked, display)
@@ -121,7 +126,7 @@ def best_of(pairs: Pairs, split: str) -> str | None:
             group.append(pair["a"] if pair["b"] == best else pair["b"])
     parts = [f"{best} scores highest on {split}: mean IoU {scored[best]:.4f}."]
     for others, words in (
-        (worse, "That is more than chance makes of the difference to {}."),
+        (worse, "Its difference to {} is more than chance."),
         (equal, "Its difference to {} may be chance."),
         (unknown, "Whether its difference to {} is chance cannot be told."),
     ):
