@@ -377,10 +377,10 @@ def test_the_job_compares_trained_runs(trained, storage, capsys):
     names = ["compared-a", "compared-b"]
     try:
         for name in names:
-            shutil.copytree(folder, storage / name)
+            shutil.copytree(folder, storage / name, ignore=shutil.ignore_patterns("evaluations"))
         config = yaml.safe_load((storage / "compared-b" / "config.yaml").read_text())
         (storage / "compared-b" / "config.yaml").write_text(yaml.safe_dump(config | {"learning_rate": 0.125}))
-        flags = [*names, "--storage-path", storage]
+        flags = [*names, "--split", "test", "--storage-path", storage]
         assert command("compare", *flags) == 0
         said = capsys.readouterr().out
         assert re.search(r"learning_rate +0.005 +0.125", said)
@@ -391,8 +391,8 @@ def test_the_job_compares_trained_runs(trained, storage, capsys):
         client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
         logged = client.list_artifacts(summary["mlflow_run_id"], "comparisons/compared-a-vs-compared-b")
         assert [item.path.rpartition("/")[2] for item in logged] == ["comparison.html"]
-        metrics = [read_json(storage / name / "evaluations" / "val" / "metrics.json") for name in names]
-        assert metrics[0]["mean_iou"] == pytest.approx(summary["val"]["mean_iou"], abs=1e-3)
+        metrics = [read_json(storage / name / "evaluations" / "test" / "metrics.json") for name in names]
+        assert metrics[0]["mean_iou"] == pytest.approx(summary["test"]["mean_iou"], abs=1e-3)
 
         page.unlink()  # again: nothing is scored, and without MLflow there is a page all the same
         with pytest.MonkeyPatch.context() as patch:
