@@ -25,6 +25,7 @@ LAYERS = (
     ("training",),
     ("supervise",),
     ("tuning",),
+    ("comparison",),
     ("commands",),
 )
 """From the ground up: what stands on one floor knows nothing of its neighbours."""

@@ -14,7 +14,7 @@ from unet.config import TrainSettings, flat, parse_bytes, parse_interval, parse_
 from unet.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "compare", "predict", "export"])
 def test_help_is_there_without_ray_or_tensorflow(name):
     done = job(name, "--help")
     assert done.returncode == 0 and "--debug" in done.stdout and "default" in done.stdout
@@ -39,7 +39,7 @@ def test_the_installed_commands_are_the_jobs():
         assert f"from unet.commands.{name} import main\n" in (ROOT / "jobs" / f"{name}.py").read_text()
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "evaluate", "compare", "predict", "export"])
 def test_examples_in_the_help_keep_their_lines(name):
     lines = job(name, "--help").stdout.splitlines()
     module = importlib.import_module(f"unet.commands.{name}")

@@ -262,7 +262,7 @@ def test_the_ledger_outlives_its_process_and_ranks_by_score(tmp_path):
 
 def test_importance_names_the_setting_that_decides(tmp_path):
     """Forty trials whose score is their learning rate's alone; too few trials say nothing."""
-    from unet.tuning.figures import parameter_importance
+    from unet.tuning.importance import parameter_importance
 
     space = space_of(RANGES)
     searched(tmp_path, "random", 40, scores=lambda draw: draw["learning_rate"])

@@ -167,13 +167,7 @@ def _storage(path: str | None) -> str:
 
 def _settings_of_run(name: str, storage_path: str | None) -> dict[str, Any]:
     storage = _storage(storage_path)
-    folder = Folder(storage) / name
-    if not folder.exists(config.CONFIG):
-        known = [n for n in Folder(storage).names() if (Folder(storage) / n).exists(config.CONFIG)]
-        raise InputError(
-            f"There is no run {name} under {storage}." + (f" Known are: {', '.join(known[-8:])}." if known else "")
-        )
-    return config.read_config(folder) | {"storage_path": storage}
+    return config.read_config(config.folder_of(name, Folder(storage))) | {"storage_path": storage}
 
 
 def _settings_to_reproduce(given: argparse.Namespace) -> dict[str, Any]:

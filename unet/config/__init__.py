@@ -3,7 +3,7 @@
 from unet.config.common import StoreSettings
 from unet.config.data import DataSettings, PrepareSettings
 from unet.config.fields import SOURCES, Resize, is_source_name
-from unet.config.files import CONFIG, load_yaml, moved_with, parse_yaml, read_config, read_named
+from unet.config.files import CONFIG, folder_of, load_yaml, moved_with, parse_yaml, read_config, read_named
 from unet.config.recipes import (
     BEGINNINGS,
     LENGTHS,
@@ -16,7 +16,14 @@ from unet.config.recipes import (
     usual_recipe,
     with_recipe,
 )
-from unet.config.training import DEFAULT_EPOCHS, FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
+from unet.config.training import (
+    DEFAULT_EPOCHS,
+    FENCING_TOKEN,
+    MAY_CHANGE,
+    OF_THIS_PLACE,
+    RunSettings,
+    TrainSettings,
+)
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, parse_interval, unflat
@@ -29,6 +36,7 @@ __all__ = [
     "LENGTHS",
     "MAY_CHANGE",
     "MINUTES",
+    "OF_THIS_PLACE",
     "RECIPES",
     "RECIPE_SETTINGS",
     "REFERENCE",
@@ -50,6 +58,7 @@ __all__ = [
     "TuneSettings",
     "defaults",
     "flat",
+    "folder_of",
     "is_complete",
     "is_source_name",
     "load_yaml",

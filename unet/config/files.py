@@ -95,6 +95,21 @@ def parse_yaml(content: bytes | str, what: str) -> Any:
         raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def folder_of(name: str, storage: Folder) -> Folder:
+    """The folder of a run or sweep.
+
+    Raises:
+        InputError: there is none of that name (with the names of some).
+    """
+    folder = storage / name
+    if not folder.exists(CONFIG):
+        known = [n for n in storage.names() if (storage / n).exists(CONFIG)]
+        raise InputError(
+            f"There is no run {name} under {storage}." + (f" Known are: {', '.join(known[-8:])}." if known else "")
+        )
+    return folder
+
+
 def read_config(folder: Folder) -> dict[str, Any]:
     """The flat settings in the folder of a run or sweep; if it was moved, with the paths of today.
 

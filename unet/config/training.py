@@ -109,7 +109,7 @@ class RunSettings(StoreSettings):
     @field_validator("run_name")
     @classmethod
     def _is_free(cls, value):
-        if value in ("data", "mlartifacts", "mlflow.db"):
+        if value in ("data", "comparisons", "mlartifacts", "mlflow.db"):
             raise ValueError(f"--run-name {value} is a name that the storage path needs itself: choose another")
         return value
 
@@ -234,6 +234,9 @@ MAY_CHANGE = frozenset(
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""
+OF_THIS_PLACE = ("storage_path", "tracking_uri", "run_name", "resume", "config", "debug")
+"""Settings that say where something is, not how a network learns: best_config.yaml leaves them out, so that it trains
+anywhere."""
 
 
 def check_image_size(image_size: int, model: ModelSettings) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from itertools import chain
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,7 +13,7 @@ from unet.config import EvaluateSettings
 from unet.errors import first_line
 from unet.evaluation.output import METRICS, PAGE, RECORDS, is_best
 from unet.evaluation.page import evaluation_page
-from unet.evaluation.records import written
+from unet.evaluation.records import counts_of, read_counts, written
 from unet.evaluation.run import Evaluation
 from unet.models.trained import tracking_uri_of
 from unet.runs.run import read_history
@@ -43,16 +44,33 @@ def write(done: Evaluation, display: Display) -> None:
     display.close()
 
 
+def read(folder: Folder, checkpoint: str, data_digest: str) -> tuple[dict, pa.Table] | None:
+    """The metrics and the counts of each image that `write` left there, if they are of this checkpoint and these data,
+    and belong together."""
+    if not (folder.exists(METRICS) and folder.exists(RECORDS)):
+        return None
+    try:
+        metrics = json.loads(folder.read_text(METRICS))
+        if (metrics["checkpoint"], metrics["data_digest"]) != (checkpoint, data_digest):
+            return None
+        classes = len(metrics["iou"])
+        records = read_counts(folder.read_bytes(RECORDS), classes)
+        is_whole = np.array_equal(counts_of(records, "confusion", classes).total(), metrics["confusion"])
+    except (OSError, ValueError, KeyError, TypeError):  # as a kill or another version left them
+        return None
+    return (metrics, records) if is_whole else None
+
+
 def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> None:
     """Log scores and files to the model's MLflow run; if that cannot be done, a sentence says so."""
-    model, kept = done.model, f"the results are in {done.folder}"
-    not_its_model = f"Not logged to MLflow: {model.checkpoint} is not the best checkpoint of {model.run_name}; {kept}."
+    model, kept = done.model, f"the results are in {done.folder}."
+    not_its_model = f"Not logged to MLflow: {model.checkpoint} is not the best checkpoint of {model.run_name}; {kept}"
     if model.run is not None and not is_best(model):
         display.say(not_its_model)
         return
     run_id = model.mlflow_run_id
     if run_id is None:
-        display.say(f"{done.label} has no MLflow run: {kept}.", "yellow")
+        display.say(f"{done.label} has no MLflow run: {kept}", "yellow")
         return
     storage = Folder(settings.store.storage_path)
     try:
@@ -60,10 +78,13 @@ def track(done: Evaluation, settings: EvaluateSettings, display: Display) -> Non
         if not _send(done, run_id, storage, uri):
             display.say(not_its_model)
     except Exception as error:  # whatever the store's library raises: the results are there
-        reason = without_secrets(first_line(error))[:200].rstrip(".")
-        display.say(
-            f"The evaluation was not logged to MLflow ({reason}): {kept}. Run it again once MLflow answers.", "yellow"
-        )
+        display.say(not_logged("evaluation", error, kept), "yellow")
+
+
+def not_logged(what: str, error: Exception, kept: str) -> str:
+    """That MLflow has not taken the results of a job, and why."""
+    reason = without_secrets(first_line(error))[:200].rstrip(".")
+    return f"The {what} was not logged to MLflow ({reason}): {kept} Run it again once MLflow answers."
 
 
 def _send(done: Evaluation, run_id: str, storage: Folder, uri: str | None) -> bool:

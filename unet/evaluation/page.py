@@ -14,7 +14,7 @@ from unet.data.shards import Prepared
 from unet.evaluation.gallery import PREDICTION, TRUTH, gallery, highest, pictures
 from unet.evaluation.slices import slices
 from unet.pages.charts import Axis, training_charts
-from unet.pages.numbers import ABSENT, cell_text
+from unet.pages.numbers import cell_text
 from unet.pages.pictures import relative
 from unet.pages.render import render
 
@@ -63,7 +63,6 @@ def evaluation_page(
         slices=slices(metrics, records, classes),
         pairs=comparison_rows(metrics),
         colours={"truth": TRUTH[0], "prediction": PREDICTION[0]},
-        absent=ABSENT,
     )
 
 

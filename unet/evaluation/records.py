@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from unet.evaluation.counts import CELLS, Counts
+from unet.data.plain import open_parquet
+from unet.evaluation.counts import CELLS, Counts, cells_of
 from unet.evaluation.intervals import score_vector
 
 PART_BYTES = 2**25
@@ -49,8 +50,8 @@ def record_schema() -> pa.Schema:
 
 
 def is_measured(records: pa.Table, view: str) -> bool:
-    """Whether every image has a view's counts; "confusion" and "confusion_band" always have."""
-    return records[view].null_count == 0
+    """Whether every image has a view's counts; "confusion" always has, and "confusion_band" unless it was not read."""
+    return view in records.column_names and records[view].null_count == 0
 
 
 def counts_of(records: pa.Table, view: str, classes: int) -> Counts:
@@ -70,6 +71,21 @@ def written(records: pa.Table, classes: int) -> Iterator[pa.Table]:
             values = _matrices(counts_of(part, view, classes)) if measured else pa.nulls(len(part), _MATRIX)
             part = part.set_column(part.column_names.index(view), view, values)
         yield part
+
+
+def read_counts(content: bytes, classes: int) -> pa.Table:
+    """The names and the counts at the network's size from a `per_image.parquet`, a part at a time.
+
+    Raises:
+        OSError, KeyError, ValueError: it holds something else.
+    """
+    file = open_parquet(pa.BufferReader(content))
+    parts = []
+    for group in range(file.num_row_groups):
+        part = file.read_row_group(group, columns=["name", "confusion"])
+        matrices = part["confusion"].combine_chunks().flatten().to_numpy().reshape(len(part), classes, classes)
+        parts.append(pa.table({"name": part["name"], "confusion": pa.array([cells_of(m) for m in matrices], CELLS)}))
+    return pa.concat_tables(parts)
 
 
 def _matrices(counts: Counts) -> pa.Array:

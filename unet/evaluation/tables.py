@@ -34,7 +34,7 @@ def show(console: Console, title: str, metrics: Mapping) -> None:
 def show_comparison(console: Console, comparison: Mapping) -> None:
     """The differences of each pair, and the verdict."""
     for pair in comparison["pairs"]:
-        table = _table(f"{pair['b']} minus {pair['a']}", "IoU of", "difference", "95 %")
+        table = framed(f"{pair['b']} minus {pair['a']}", "IoU of", "difference", "95 %")
         parts = [("network_size", ""), ("band", ", near borders"), ("own_size", ", own size")]
         for part, words in parts:
             if part not in pair:
@@ -57,7 +57,7 @@ def _most_different(differences: Mapping) -> list[tuple[str, Mapping]]:
 
 def _by_class(title: str, metrics: Mapping) -> Table:
     spans = metrics["intervals"]
-    table = _table(title, "class", "IoU", "95 %", "Dice", "95 %")
+    table = framed(title, "class", "IoU", "95 %", "Dice", "95 %")
     table.caption = (
         f"accuracy {score(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {score(metrics['loss'])}\n"
         f"{metrics['images']:,} images" + ("; 95 % intervals over images" if spans["accuracy"] else "")
@@ -75,7 +75,7 @@ def _by_class(title: str, metrics: Mapping) -> Table:
 
 def _otherwise(metrics: Mapping) -> Table:
     """The means of the other ways to score the same masks."""
-    table = _table("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy", width=WIDE)
+    table = framed("Other ways to score", "of", "mean IoU", "95 %", "mean Dice", "accuracy", width=WIDE)
     band, own = metrics.get("band"), metrics.get("own_size")
     rows = [("mean over images", metrics["per_image"])]
     rows += [(f"within {band['width']} px of a border", band)] if band else []
@@ -90,7 +90,7 @@ def _otherwise(metrics: Mapping) -> Table:
 
 def _binary(metrics: Mapping) -> Table:
     """Pet against background."""
-    table = _table("Pet against background", "outline", "IoU pet", "95 %", "Dice pet", "mean IoU")
+    table = framed("Pet against background", "outline", "IoU pet", "95 %", "Dice pet", "mean IoU")
     own = (metrics.get("own_size") or {}).get("binary") or {}
     rows = [(WAYS[way], scores) for way, scores in metrics["binary"].items()]
     rows += [(f"{WAYS[way]}, own size", scores) for way, scores in own.items()]
@@ -106,14 +106,14 @@ def _groups(group: str, found: Mapping) -> Table:
     ranked = sorted(large.items(), key=lambda item: (item[1]["mean_iou"] is None, item[1]["mean_iou"]))
     title = f"The worst {WORST} of {len(large)} breeds" if len(large) > WORST else f"By {group}"
     title += f" with {LEAST_IMAGES} images or more" if len(large) < len(found) else ""
-    table = _table(title, group, "images", "mean IoU", "95 %", "accuracy", width=WIDE)
+    table = framed(title, group, "images", "mean IoU", "95 %", "accuracy", width=WIDE)
     for name, scores in ranked[:WORST]:
         numbers = score(scores["mean_iou"]), _span(scores["intervals"]["mean_iou"]), score(scores["accuracy"])
         table.add_row(Text(name), f"{scores['images']:,}", *numbers)
     return table
 
 
-def _table(title: str, first: str, *columns: str, width: int = NAME_WIDTH) -> Table:
+def framed(title: str, first: str, *columns: str, width: int = NAME_WIDTH) -> Table:
     """A table whose title, like the names in it, is plain text, not markup: users name classes and runs."""
     right = (Column(name, justify="right", no_wrap=True) for name in columns)
     head = Column(first, overflow="ellipsis", no_wrap=True, max_width=width)

@@ -51,16 +51,27 @@ class Curve(NamedTuple):
     colour: str
     points: list[tuple[float, float]]
     last: float
+    dashed: bool = False
 
 
 class Chart(NamedTuple):
-    """Lines over epochs; `best` is the position of the best epoch's point and its text, if there is one."""
+    """Lines over epochs or minutes; `best` is the position of the best epoch's point and its text, if there is one."""
 
     title: str
     across: Axis
     down: Axis
     lines: list[Curve]
     best: tuple[tuple[float, float], str] | None
+    by: str = "epoch"
+
+
+class Line(NamedTuple):
+    """What a chart shows of a run: a record per epoch (`unet.pages.figures.training_curves`), with its `minutes`."""
+
+    name: str
+    colour: str
+    dashed: bool
+    history: Sequence[Mapping]
 
 
 def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart]:
@@ -86,10 +97,32 @@ def training_charts(history: Sequence[Mapping], classes: Sequence) -> list[Chart
         # A loss has no upper bound; scores of different runs compare better on one axis.
         down = Axis.over([0.0, 1.0] if lines is iou else [0.0, *(v for line in measured for v in line[3])])
         best = best_epoch(history) if lines is iou else None
-        drawn = [
-            Curve(name, colour, [(across.at(x), down.at(y)) for x, y in zip(xs, ys, strict=True)], ys[-1])
-            for name, colour, xs, ys in measured
-        ]
+        drawn = [Curve(name, colour, _points(across, down, xs, ys), ys[-1]) for name, colour, xs, ys in measured]
         mark = best and ((across.at(best[0]), down.at(best[1])), f"best mean {best[1]:.3f}, epoch {best[0]}")
         found.append(Chart(title, across, down, drawn, mark))
     return [chart for chart in found if chart.lines]
+
+
+def run_charts(runs: Sequence[Line]) -> list[Chart]:
+    """The mean IoU on the validation split and both losses of some runs, each over epochs and over minutes.
+
+    Their axes go as far as the values do: what differs between runs is often a small part of a score.
+    """
+    found = []
+    for title, key in (("Mean IoU on val", SCORE), ("Loss on val", VAL_LOSS), ("Loss in training", TRAIN_LOSS)):
+        for by, across_all in (("epoch", {"steps": 8, "least": 1}), ("minutes", {"steps": 8})):
+            measured = [(run, *series(run.history, key, by)) for run in runs]
+            measured = [line for line in measured if line[2]]
+            begin = [0.0] if by == "minutes" else []
+            across = Axis.over([*begin, *(x for _, xs, _ in measured for x in xs)], **across_all)
+            down = Axis.over(y for _, _, ys in measured for y in ys)
+            lines = [
+                Curve(run.name, run.colour, _points(across, down, xs, ys), ys[-1], run.dashed)
+                for run, xs, ys in measured
+            ]
+            found.append(Chart(title, across, down, lines, None, by))
+    return [chart for chart in found if chart.lines]
+
+
+def _points(across: Axis, down: Axis, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    return [(across.at(x), down.at(y)) for x, y in zip(xs, ys, strict=True)]

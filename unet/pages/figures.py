@@ -281,10 +281,10 @@ def iou_caption(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[Clas
     return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
-def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
-    """Return the epochs that measured `key` and their values."""
+def series(history: Sequence[Mapping], key: str, by: str = "epoch") -> tuple[list, list[float]]:
+    """Return the epochs (or what else `by` names) that measured `key` and their values."""
     records = [record for record in history if record.get(key) is not None and math.isfinite(record[key])]
-    return [record["epoch"] for record in records], [record[key] for record in records]
+    return [record[by] for record in records], [record[key] for record in records]
 
 
 def _panel(photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:

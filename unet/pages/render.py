@@ -3,7 +3,7 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from unet.pages.numbers import percent, signed
+from unet.pages.numbers import ABSENT, percent, signed
 
 
 def render(template: str, **content) -> str:
@@ -17,6 +17,7 @@ def render(template: str, **content) -> str:
     )
     environment.filters |= {"percent": percent, "signed": signed, "rgb": _rgb, "breakable": _breakable}
     environment.filters["thousands"] = "{:,}".format
+    environment.globals["absent"] = ABSENT
     page = environment.get_template(template).render(content)
     # A file name that is not UTF-8 reaches Python as lone surrogates, which cannot be written to a file.
     return page.encode(errors="backslashreplace").decode()

@@ -53,10 +53,10 @@ class Checkpoints:
 
     def latest(self) -> tuple[str, State] | None:
         """The last whole one whose state can be read. After `resume` that is the one to start from, or a newer one."""
-        return next(self._readable(), None)
+        return next(self.readable(), None)
 
-    def _readable(self) -> Iterator[tuple[str, State]]:
-        """These, newest first."""
+    def readable(self) -> Iterator[tuple[str, State]]:
+        """The whole ones whose state can be read, newest first."""
         for name in reversed(self.whole()):
             try:
                 yield name, self.state(name)
@@ -157,7 +157,7 @@ class Checkpoints:
         except Damaged as error:
             damage = f"the best checkpoint {error}"
         self.folder.revoke(lost)
-        scored = [(-s.score, n) for n, s in self._readable() if s.score is not None and n <= name]
+        scored = [(-s.score, n) for n, s in self.readable() if s.score is not None and n <= name]
         best = next((n for _, n in sorted(scored) if self._verifies(n)), None)
         if best is None:
             state.best_score = state.best_epoch = state.best_checkpoint = state.validation = None
@@ -214,7 +214,7 @@ class Checkpoints:
 
     def prune(self, keep_best: int) -> None:
         """Keep the `keep_best` best by score and always the last that verifies; remove the rest, torn ones too."""
-        readable = dict(self._readable())
+        readable = dict(self.readable())
         last = next((name for name in readable if name in self._saved or self._verifies(name)), None)
         if last is None:
             return

@@ -11,8 +11,6 @@ from unet.tuning.space import Space, choices, is_log, limits
 
 ENDS = {"finished": "#174a7e", "pruned": "#9aa0a9", "stopped": "#b8860b"}
 FAILED = "#b3412f"
-IMPORTANCE_TRIALS = 8
-"""With fewer trials an importance would be noise."""
 
 
 def scores_over_time(histories: dict[str, list[dict]], rows: Sequence[dict], path: Path) -> None:
@@ -85,26 +83,6 @@ def settings_and_scores(rows: Sequence[dict], space: Space, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), **LEGEND)
     figure.savefig(path, format="png")
-
-
-def parameter_importance(rows: Sequence[dict], space: Space, seed: int) -> dict[str, float]:
-    """The share of the scores' variance that each setting explains (fANOVA, by Optuna); empty for too few trials.
-
-    Pruned trials count with the score they had, so what matters early weighs more.
-    """
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scored = [r for r in rows if r[BEST] is not None]
-    if len(scored) < IMPORTANCE_TRIALS or len({r[BEST] for r in scored}) < 2:
-        return {}
-    study = optuna.create_study(direction="maximize")
-    distributions = OptunaSearch.convert_search_space(space.draws)
-    for row in scored:
-        study.add_trial(optuna.trial.create_trial(params=row["settings"], distributions=distributions, value=row[BEST]))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
 def importance_picture(importance: dict[str, float], path: Path) -> None:

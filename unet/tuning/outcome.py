@@ -11,7 +11,7 @@ import yaml
 
 from unet import metric_names
 from unet.classes import Classes
-from unet.config import TrainSettings, TuneSettings, unflat
+from unet.config import OF_THIS_PLACE, TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metric_names import BEST, BEST_EPOCH, EPOCHS_SAVED, TRIALS, of_class
 from unet.pages.numbers import score
@@ -27,14 +27,13 @@ from unet.tracking.run_writer import RunWriter
 from unet.tracking.send import send_later
 from unet.tuning import figures
 from unet.tuning.board import epochs_saved, trial_table
+from unet.tuning.importance import parameter_importance
 from unet.tuning.ledger import Ledger, ranked
 from unet.tuning.space import Space
 from unet.tuning.sweep import Sweep
 from unet.tuning.sweep_runs import SweepRuns
 from unet.tuning.trial import Shared
 
-OF_THIS_PLACE = ("storage_path", "tracking_uri", "run_name", "resume", "config", "debug")
-"""Settings that best_config.yaml leaves out, so that it trains anywhere."""
 FILES = ("sweep.csv", "best_config.yaml", "scores_over_time.png", "settings.png", "importance.png")
 NOT_ALL_SENT = "MLflow does not have all of the sweep; its folder does."
 
@@ -66,7 +65,7 @@ def write_files(
     best = shared.base | {"data": settings.data.data} | rows[0]["settings"]
     best = without_passwords({k: v for k, v in best.items() if k not in OF_THIS_PLACE})
     files = {"sweep.csv": table.getvalue().encode(), "best_config.yaml": yaml.safe_dump(best, sort_keys=False).encode()}
-    importance = figures.parameter_importance(rows, space, settings.training.seed)
+    importance = parameter_importance(rows, space, settings.training.seed)
     histories = {row["trial"]: ledger.history(row["trial"])[: row["epochs"]] for row in rows}
     pictures = {
         "scores_over_time.png": lambda path: figures.scores_over_time(histories, rows, path),
