@@ -14,7 +14,6 @@ from unet.commands.cli import parse
 from unet.config import TrainSettings, flat, parse_bytes, parse_interval, parse_yaml, unflat
 from unet.errors import InputError
 
-
 JOBS = ("train", "tune", "prepare", "evaluate", "predict", "export")
 HELP = """
 import runpy, sys
