@@ -1,6 +1,10 @@
 """A peer of two workers joined by TensorFlow alone, without Ray: run by the tests as a script.
 
-python tests/peers.py RANK PORTS_JSON OUTPUT SETTINGS_JSON STEPS POISON_STEP DEVICES
+python tests/peers.py RANK PORTS_JSON DEVICES DETERMINISTIC
+
+Each line that it reads is a training, as JSON: `output`, the file for its results; `values` of settings; `steps`, of
+which none asks for the gradients of the first; and `poison`, the step in which the numbers of the last rank are not
+finite.
 """
 
 import json
@@ -26,7 +30,8 @@ def play_gpus(count):
     CollectiveAllReduceExtended._initialize_local_devices = devices
 
 
-def main(rank, ports, output, values, steps, poison, devices):
+def join(rank, ports, devices, deterministic):
+    """The strategy over the peers; None for one alone."""
     world = len(ports)
     if world > 1:
         cluster = {"cluster": {"worker": [f"127.0.0.1:{p}" for p in ports]}, "task": {"type": "worker", "index": rank}}
@@ -34,22 +39,19 @@ def main(rank, ports, output, values, steps, poison, devices):
     from unet.cluster.devices import start_tensorflow
     from unet.training.backend import join_workers
 
-    start_tensorflow(1, deterministic=values.get("deterministic", False))
+    start_tensorflow(1, deterministic=deterministic)
     if devices > 1:
         play_gpus(devices)
-    strategy = join_workers(devices > 1) if world > 1 else None
+    return join_workers(devices > 1) if world > 1 else None
 
-    import pytest
-    import toys
 
+def train(rank, world, strategy, output, values, steps, poison):
     from unet.config import TrainSettings, unflat
     from unet.data.synthetic import draw_pet
     from unet.recipe.augment import draw
     from unet.recipe.schedule import Horizon
     from unet.recipe.step import Learner
 
-    if values.pop("toys", False):
-        toys.add_layer(pytest.MonkeyPatch())
     settings = unflat(TrainSettings, {"precision": "float32"} | values | {"num_workers": world})
     learner = Learner(settings.recipe(3), rank, world, strategy)
     learner.synchronise()
@@ -64,12 +66,14 @@ def main(rank, ports, output, values, steps, poison, devices):
         first = step % 2 * batch
         return tuple(part[first : first + batch][share] for part in (images, masks, draws))
 
-    def train(step):
+    def take(step):
         *pixels, drawn = rows(step)
         return learner.train_step(*pixels, step + 1, horizon=Horizon(steps, 2), draws=drawn)
 
-    *pixels, drawn = rows(0)
-    results = {f"gradient/{i}": g for i, g in enumerate(learner.gradients(*pixels, 1, drawn))}
+    results = {}
+    if not steps:
+        *pixels, drawn = rows(0)
+        results = {f"gradient/{i}": g for i, g in enumerate(learner.gradients(*pixels, 1, drawn))}
     losses, norms, finite = [], [], []
     for step in range(steps):
         if step == poison and rank == world - 1:
@@ -79,20 +83,33 @@ def main(rank, ports, output, values, steps, poison, devices):
             good = bias.numpy()
             bias.assign(np.full_like(good, np.nan))
             before = [w.numpy() for w in learner.model.weights[:-1]]
-            result = train(step)
+            result = take(step)
             bias.assign(good)
             after = [w.numpy() for w in learner.model.weights[:-1]]
             results["unchanged"] = np.array(all(map(np.array_equal, before, after)))
         else:
-            result = train(step)
+            result = take(step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         finite.append(result.finite)
     results["counted"] = learner.sum_over_workers(np.array([2**53 + 1, rank]))
     results |= {f"weight/{name}": variable.numpy() for name, variable in learner.variables().items()}
-    np.savez(output, losses=losses, norms=norms, finite=finite, **results)
+    np.savez(f"{output}.part.npz", losses=losses, norms=norms, finite=finite, **results)
+    os.replace(f"{output}.part.npz", output)
+
+
+def main(rank, ports, devices, deterministic):
+    strategy = join(rank, ports, devices, deterministic)
+    import pytest
+    import toys
+
+    for line in sys.stdin:
+        told = json.loads(line)
+        with pytest.MonkeyPatch.context() as patch:
+            if told["values"].pop("toys", False):
+                toys.add_layer(patch)
+            train(rank, len(ports), strategy, **told)
 
 
 if __name__ == "__main__":
-    rank, ports, output, values, steps, poison, devices = sys.argv[1:]
-    main(int(rank), json.loads(ports), output, json.loads(values), int(steps), int(poison), int(devices))
+    main(*map(json.loads, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Imports run one way: a folder knows those below it, and none above."""
 
 import ast
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -33,6 +34,7 @@ FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 # `unet/__init__.py`, the public face, may import all, and nothing in the package imports it.
 
 
+@functools.cache
 def imports(file: Path) -> set[str]:
     """The folders and top modules of the package that a file imports, in functions too."""
     found = set()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, command, job, read_json, weights_of
+from conftest import ROOT, TINY, command, read_json, weights_of
 
 import unet
 from unet import environment
@@ -89,11 +89,6 @@ def test_no_home_is_a_sentence_where_it_is_needed(name, monkeypatch, capsys, tmp
     nothing = {"train": ["--data=/no"], "tune": ["--data=/no"], "prepare": ["--source=/no"]}.get(name, [])
     assert command(name, f"--storage-path={tmp_path}", *nothing) == 2
     assert "home" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_help_comes_through_any_stream(name):
-    assert job(name, "--help", env={"PYTHONIOENCODING": "ascii", "TERM": "dumb"}).returncode == 0
 
 
 @pytest.mark.parametrize("name", JOBS)

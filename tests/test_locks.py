@@ -26,7 +26,7 @@ from unet.terminal import Display
 from unet.tuning.runner import run_sweep
 from unet.tuning.sweep import open_sweep
 
-BEAT, LAPSE = 0.2, 5.0
+BEAT, LAPSE = 0.2, 3.0
 HOLD = """
 import sys
 from unet import locks
@@ -132,9 +132,9 @@ def test_who_was_frozen_for_too_long_has_lost_the_folder_and_writes_no_more(s3, 
     folder.write_text("config.yaml", "")
     with run.locked():
         place = folder / locks.LOCK
-        for name in place.names():
-            place.fs.delete_file(place.at(name))
         while not run.lock.lost:
+            for name in place.names():  # again and again, since a sign of life may just be under way
+                place.fs.delete_file(place.at(name))
             time.sleep(BEAT)
         with pytest.raises(StorageFailed, match=r"^Another process has taken over the run x, "):
             run.write_summary(status="running")
@@ -142,17 +142,18 @@ def test_who_was_frozen_for_too_long_has_lost_the_folder_and_writes_no_more(s3, 
 
 def test_an_object_that_comes_too_late_takes_no_folder(s3, tmp_path, monkeypatch):
     """It was on its way while another process took the holder for dead, and would be there again beside that one's."""
-    folder, say, sent = Folder(s3(f"{tmp_path.name}/x")), locks._renew, []
+    folder, say, sent, taken = Folder(s3(f"{tmp_path.name}/x")), locks._renew, [], threading.Event()
 
     def late(place, own):
         sent.append(own)
         if own == sent[0] and sent.count(own) == 2:  # the first holder's first sign of life
-            time.sleep(2 * LAPSE)
+            taken.wait(60)
         say(place, own)
 
     monkeypatch.setattr(locks, "_renew", late)
     monkeypatch.setattr(locks, "_has_ended", lambda holder: False)
     with held(folder) as first, held(folder) as second:
+        taken.set()
         until = time.monotonic() + 60
         while not first.lost and time.monotonic() < until:
             time.sleep(BEAT)

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import job
+from conftest import command
 
 from unet.commands.cli import parse
 from unet.config import DEFAULT_EPOCHS, RECIPE_SETTINGS, RECIPES, TrainSettings, TuneSettings, flat
@@ -105,10 +105,10 @@ def test_what_a_recipe_cannot_say_is_one_sentence(mine, text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_recipe_that_is_not_there_meets_its_nearest(tmp_path):
-    done = job("train", "--recipe", "refrence", "--storage-path", str(tmp_path / "new"))
-    assert done.returncode == 2 and not (tmp_path / "new").exists()
-    assert "There is no recipe 'refrence': did you mean reference?" in done.stdout
+def test_a_recipe_that_is_not_there_meets_its_nearest(tmp_path, capsys):
+    assert command("train", "--recipe", "refrence", "--storage-path", tmp_path / "new") == 2
+    assert not (tmp_path / "new").exists()
+    assert "There is no recipe 'refrence': did you mean reference?" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"Cannot read --recipe .*none.yaml: No such file"):
         parse(TrainSettings, "", ["--recipe", str(tmp_path / "none.yaml")])
 

@@ -163,10 +163,10 @@ def _outlast(folder: Folder, others: dict[str, float], now: float | None) -> Non
 def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
     while not over.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError, StorageFailed):  # the next one may come through
+            began = time.monotonic()
             if not folder.exists(own):
                 lock.lost = True
                 return
-            began = time.monotonic()
             _renew(folder, own)
             # An object that took this long may arrive after another process has removed it and taken the folder.
             if time.monotonic() - began > LAPSE_SECONDS - BEAT_SECONDS and _entries(folder).keys() - {own}:
