@@ -127,8 +127,8 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     if config.is_complete(values):
         if given.recipe and config.recipe_name(name) != values.get("recipe"):
             raise InputError(f"--config {given.config} has every setting of a recipe: leave out --recipe.")
-        is_of_training = is_sweep and "space" not in values  # whose minutes are not those of a sweep
-        return {key: value for key, value in values.items() if not (is_of_training and key == config.MINUTES)}
+        is_of_training = is_sweep and "space" not in values
+        return {key: value for key, value in values.items() if not (is_of_training and key in config.NOT_OF_A_SWEEP)}
     without = set(config.LENGTHS) if not is_sweep and (flags or values.keys() & set(config.LENGTHS)) else set()
     if is_sweep:
         without.add(config.MINUTES)

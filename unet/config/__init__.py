@@ -16,7 +16,14 @@ from unet.config.recipes import (
     usual_recipe,
     with_recipe,
 )
-from unet.config.training import DEFAULT_EPOCHS, FENCING_TOKEN, MAY_CHANGE, RunSettings, TrainSettings
+from unet.config.training import (
+    DEFAULT_EPOCHS,
+    FENCING_TOKEN,
+    MAY_CHANGE,
+    NOT_OF_A_SWEEP,
+    RunSettings,
+    TrainSettings,
+)
 from unet.config.tuning import SEARCHABLE, SWEEP_MAY_CHANGE, SweepSettings, TuneSettings
 from unet.config.use import EvaluateSettings, ExportSettings, PredictSettings
 from unet.settings import Device, SettingsGroup, defaults, flat, parse_bytes, parse_interval, unflat
@@ -29,6 +36,7 @@ __all__ = [
     "LENGTHS",
     "MAY_CHANGE",
     "MINUTES",
+    "NOT_OF_A_SWEEP",
     "RECIPES",
     "RECIPE_SETTINGS",
     "REFERENCE",

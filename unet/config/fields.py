@@ -66,5 +66,9 @@ ByteSize = Annotated[str, AfterValidator(_size)]
 """As `unet.settings.parse_bytes` reads it."""
 ImageSize = Annotated[int, Field(ge=16, le=2048)]
 Resize = Literal["stretch", "letterbox"]
+Format = Literal["saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"]
+"""A form in which a network alone is exported."""
+FORMATS: tuple[Format, ...] = ("saved_model", "tflite", "onnx")
+"""Those that are written unless others are named."""
 RegisteredName = Annotated[str, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 """Of a model in MLflow's registry: it stands in URIs and in queries."""

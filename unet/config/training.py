@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
-from unet.config.fields import RegisteredName
-from unet.config.recipes import REFERENCE, recipe_name
+from unet.config.fields import FORMATS, Format, RegisteredName
+from unet.config.recipes import MINUTES, REFERENCE, recipe_name
 from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings
@@ -99,6 +99,12 @@ class RunSettings(StoreSettings):
     """Name of the MLflow experiment."""
     register: RegisteredName | None = None
     """Register the model in MLflow under this name; it becomes the champion if it scores better on val."""
+    report: bool = False
+    """At the end also score the test split (of data without one: val) as jobs/evaluate.py does, with a page of scores,
+    worst images and likely label errors: report.html in evaluations/ in the run's folder."""
+    export: tuple[Format, ...] | None = None
+    """At the end also write the network in these formats into export/ in the run's folder, as jobs/export.py does;
+    --export alone: as saved_model, tflite and onnx."""
 
     @field_validator("run_name")
     @classmethod
@@ -113,6 +119,11 @@ class RunSettings(StoreSettings):
         if value is not None:
             parse_interval(value)
         return value
+
+    @field_validator("export")
+    @classmethod
+    def _usual_if_none_is_named(cls, value):
+        return value if value is None else tuple(dict.fromkeys(value)) or FORMATS
 
     @model_validator(mode="after")
     def _syncs_only(self):
@@ -215,12 +226,15 @@ class TrainSettings(SettingsGroup):
         return [workers for workers in allowed if shards == 1 or shards % workers == 0]
 
 
+NOT_OF_A_SWEEP = (MINUTES, "report", "export")
+"""Settings of a training that a sweep does not take over from its file: its minutes are the sweep's."""
+
 MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "minutes", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("register", "recipe", "config", "debug"),
+        *("register", "report", "export", "recipe", "config", "debug"),
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""

@@ -177,8 +177,8 @@ class RunRecorder:
             facts |= {"test": found.test, "test_time": found.tested}
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
-        if isinstance(self.tracker, AsyncWriter):
-            results.show(run, self.tracker.uri, self.display)
+        if found:
+            results.show_scores(run, self.display)
 
     def _send(self, at_most: float, until: threading.Event | None = None) -> None:
         """Send all of the ended run to MLflow, while it accepts anything and until `until` is set."""

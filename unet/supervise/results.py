@@ -3,7 +3,7 @@
 import io
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from unet.pages import figures
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
+from unet.storage import Folder
 from unet.terminal import Display, score_table
+from unet.tracking.reach import default_uri
 
 AUGMENTED = "augmented.png"
 """Of a run that varies its training samples: what its network sees."""
@@ -81,12 +83,26 @@ def _png(picture: Callable[[Path], object]) -> bytes:
         return (Path(scratch) / "picture.png").read_bytes()
 
 
-def show(run: Run, uri: str, display: Display) -> None:
-    """The table of scores and the commands to look, evaluate and continue."""
+def show_scores(run: Run, display: Display) -> None:
+    """The table of the test split's scores."""
+    kind, _ = _chosen(run)
+    display.console.print(score_table(f"Test split, {kind} epoch's weights", run.summary["test"]))
+
+
+def _chosen(run: Run) -> tuple[str, str]:
+    """Which epoch's weights a finished run means, and why."""
+    best = run.summary["best_epoch"]
+    return ("last", "no epoch has a score") if best is None else ("best", f"epoch {best}")
+
+
+def show(run: Run, display: Display, made: Mapping[str, str]) -> None:
+    """Where everything of a finished run is, and the commands to look, evaluate and continue.
+
+    `made` is what was made of it, and where that is.
+    """
     summary, settings = run.summary, run.settings
-    scored = summary["best_epoch"] is not None
-    kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
-    display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
+    kind, reason = _chosen(run)
+    uri = settings.run.tracking_uri or default_uri(Folder(settings.run.storage_path))
     more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     patience, latest = settings.training.patience, run.checkpoints.latest()
@@ -97,6 +113,7 @@ def show(run: Run, uri: str, display: Display) -> None:
         [
             (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
+            *made.items(),
             ("look", look),
             (
                 "evaluate",
