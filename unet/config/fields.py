@@ -3,6 +3,7 @@
 A path is made absolute: a run continues from other folders, and a submitted job's working directory is temporary.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,12 @@ def _absolute(value: str) -> str:
     """A path, or a `file://` of one, from anywhere; a URI, and what is empty, as it is."""
     value = Folder(value).uri if value.startswith("file:") else value
     return str(absolute(value)) if value and "://" not in value else value
+
+
+def known_from_anywhere(value: str) -> str:
+    """What a training begins with: a file or folder from anywhere; a run's name or a URI as it is."""
+    found = str(absolute(value))
+    return found if os.path.isfile(found) or ("/" in value and os.path.exists(found)) else value
 
 
 def _not_empty(value: str) -> str:

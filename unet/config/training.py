@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
-from unet.config.fields import FORMATS, Format, RegisteredName
+from unet.config.fields import FORMATS, Format, RegisteredName, known_from_anywhere
 from unet.config.recipes import MINUTES, REFERENCE, recipe_name
 from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import LossSettings
@@ -162,6 +162,12 @@ class TrainSettings(SettingsGroup):
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: TrainCommandSettings = TrainCommandSettings()
+
+    @field_validator("start")
+    @classmethod
+    def _is_found_from_anywhere(cls, start):
+        found = {name: known_from_anywhere(value) for name, value in start.model_dump(exclude_none=True).items()}
+        return start.model_copy(update=found)
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -3,8 +3,10 @@
 import contextlib
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import numpy as np
 
@@ -46,10 +48,10 @@ class RunRecorder:
     written: list[dict] = field(default_factory=list)
     stop_signal: threading.Event | None = None
 
-    def open(self, state: State | None, begins_with: str | None = None) -> None:
+    def open(self, state: State | None, begins: Mapping = MappingProxyType({})) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
 
-        `begins_with` says which weights it began with, where they are not drawn.
+        `begins` says which weights it begins with (`unet.models.start.Start.facts`), where they are not drawn.
 
         Raises:
             InputError: MLflow can never accept a new run this way. A run that continues does so without it.
@@ -59,14 +61,13 @@ class RunRecorder:
         self.tracker = writer or self.tracker
         self.written = run.history()
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
-        facts |= {"begins_with": begins_with} if begins_with else {}
-        run.start(parameters=self.parameters, **facts)
+        run.start(parameters=self.parameters, **facts, **begins)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
         self._best_of(state)
         if writer:
             begin(run, writer, self.prepared)  # with the history
-            writer.tags({"status": "running"} | ({"begins_with": begins_with} if begins_with else {}))
+            writer.tags({"status": "running"} | {name: begins[name] for name in begins if name == "begins_with"})
             writer.status("running")
 
     def _writer(self) -> AsyncWriter:
