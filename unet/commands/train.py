@@ -71,7 +71,7 @@ def _made_of(run: "Run", display: "Display") -> dict[str, str]:
             known = isinstance(error, InputError | RunFailed)
             reason = str(error).rstrip(".") if known else f"{type(error).__name__}: {first_line(error)}"
             display.say(
-                f"The run {run.name} is finished, but it has no {what} yet ({reason}). Make it later: python "
+                f"The run {run.name} is finished, but it has no {what} yet: {reason}. Make it later: python "
                 f"jobs/{command} --model {run.name}{where(part)}",
                 "yellow",
             )
