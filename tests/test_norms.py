@@ -16,6 +16,8 @@ from unet.storage import Folder
 
 SMALL = {"image_size": 16, "base_filters": 4, "depth": 1, "batch_size": 6, "dropout": 0.0, "precision": "float32"}
 EPSILON, MOMENTUM = 1e-3, 0.75
+FIRST = 9 / 11
+"""What an average takes of the first step."""
 PRECISIONS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 EACH = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.bfloat16)]
 """How far, by the largest value, numbers of a dtype may be from those of NumPy in float64."""
@@ -30,9 +32,9 @@ def pets():
     return images, masks
 
 
-def trained(layer, x, slope, samples=None):
+def trained(layer, x, slope, samples=None, step=1):
     """Output, gradients by the input, gamma and beta, and the pass of a training step."""
-    step = tf.constant(1, tf.int64)
+    step = tf.constant(step, tf.int64)
     with tf.GradientTape() as tape, training_pass(TrainingPass(0, step, step, samples=samples)) as current:
         tape.watch(x)
         y = layer(x, training=True)
@@ -80,7 +82,7 @@ def test_batch_norm_is_that_of_the_rows_up_to_the_last_sample(dtype):
     close([mean.total / mean.count, variance.total / variance.count], own, dtype)
     for average in (mean, variance):
         average.move()
-    expected = 0.25 * own[0], 0.75 + 0.25 * own[1]
+    expected = FIRST * own[0], 1 - FIRST + FIRST * own[1]
     close([layer.moving_mean.numpy(), layer.moving_variance.numpy()], expected, dtype)
     scored = (values - expected[0]) / np.sqrt(expected[1] + EPSILON) * gamma + beta
     close([tf.cast(layer(x), tf.float64).numpy()], [scored], dtype)
@@ -135,8 +137,22 @@ def test_moving_averages_are_those_of_the_micro_shards_by_their_pixels(normed, p
     )
     assert one.train_step(*pets, 1).finite
     found = {name.rpartition("/")[2]: v.numpy() for name, v in one.variables().items() if "weights/norm" in name}
-    np.testing.assert_allclose(found["moving_mean"], 0.25 * mean, atol=1e-6)
-    np.testing.assert_allclose(found["moving_variance"], 0.75 + 0.25 * variance, rtol=1e-5)
+    np.testing.assert_allclose(found["moving_mean"], FIRST * mean, atol=1e-6)
+    np.testing.assert_allclose(found["moving_variance"], 1 - FIRST + FIRST * variance, rtol=1e-5)
+
+
+def test_moving_averages_soon_forget_their_beginning():
+    """Of ones, step by step: the average of them all but for 2/11, 3/12, … at first, then by the layer's own part."""
+    layer, value = BatchNorm(MOMENTUM, EPSILON, dtype="float32"), 0.0
+    x = tf.ones((2, 5, 4, 12))
+    layer.build(x.shape)
+    for step in range(1, 30):
+        current = trained(layer, x, np.zeros(x.shape), step=step)[1]
+        for average in current.moved.values():
+            average.move()
+        share = min(MOMENTUM, (1 + step) / (10 + step))
+        value = share * value + 1 - share
+        np.testing.assert_allclose(layer.moving_mean.numpy(), value, rtol=1e-6)
 
 
 def test_padding_changes_no_gradient(normed, pets):

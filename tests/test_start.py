@@ -1,6 +1,7 @@
 """What a training begins with: encoders known from ImageNet, files of weights, earlier models."""
 
 import itertools
+import json
 import re
 import shutil
 import tarfile
@@ -12,12 +13,13 @@ import mlflow
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from conftest import command, state_of, tiny_settings, train, weights_of, write_archives
 from PIL import Image
 from torch_files import write_torch
 
 from unet.commands.cli import parse
-from unet.config import TrainSettings, unflat
+from unet.config import TrainSettings, TuneSettings, flat, unflat
 from unet.data.preparing.resolve import resolve
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
@@ -31,6 +33,7 @@ from unet.recipe.networks import describe
 from unet.recipe.schedule import Horizon
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
+from unet.runs.run import Run
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -263,6 +266,8 @@ def test_a_training_begins_with_what_fits_of_an_earlier_model(trained, storage, 
     changes = {"init_from": "trained", "freeze": "encoder", "epochs": 1, "learning_rate": 1e-4}
     summary = train(storage, packed, run_name="tuned", **changes)
     assert re.fullmatch(r"(\d+) of \1 variables of trained, step_\d+", summary["begins_with"])
+    lesson = {"run_name": "trained", "data_digest": before["data_digest"], "prepared": before["prepared"]}
+    assert summary["lessons"] == [lesson] and len(summary["begins_with_sha256"]) == 64
     run = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(summary["mlflow_run_id"])
     assert run.data.tags["begins_with"] == summary["begins_with"] and run.data.params["freeze"] == "encoder"
     old, new = (weights_of(storage / one["run_name"], Path(one["best_checkpoint"]).name) for one in (before, summary))
@@ -296,6 +301,7 @@ def test_the_last_layer_is_drawn_where_classes_differ_and_what_does_not_fit_is_s
     assert other.words.endswith(", anew: head")
     deeper = start(storage, prepared, depth=3)
     assert 0 < len(deeper.weights) < len(found.weights) and "anew: " in deeper.words
+    assert deeper.words.endswith("; another network: depth 3, not 2") and "another" not in found.words
     with pytest.raises(InputError, match=r"Nothing of trained.* \(U-Net, 8 filters\) fits .*\(U-Net, 16 filters\)"):
         start(storage, prepared, base_filters=16)
     with pytest.raises(InputError, match=r"--freeze encoder:1 would keep layers that trained, .* lacks, such as \w+"):
@@ -322,16 +328,84 @@ def test_a_package_begins_with_its_checkpoint_or_is_refused_where_norms_are_fold
         start(elsewhere, prepared, init_from=str(elsewhere / "model"), norm="batch")
 
 
-def test_photos_do_not_change_from_train_to_test(storage, archives, prepared, tmp_path):
-    """The same photos with train and test exchanged; other photos of the same names are others."""
-    swapped = shutil.copytree(archives, tmp_path / "swapped")
-    lists = [swapped / "annotations" / f"{name}.txt" for name in ("trainval", "test")]
+def with_splits_exchanged(archives: Path, copy: Path) -> Path:
+    shutil.copytree(archives, copy)
+    lists = [copy / "annotations" / f"{name}.txt" for name in ("trainval", "test")]
     for file, content in zip(lists, [file.read_text() for file in reversed(lists)], strict=True):
         file.write_text(content)
+    return copy
+
+
+def test_photos_do_not_change_from_train_to_test(storage, archives, prepared, tmp_path):
+    """The same photos with train and test exchanged, under any names; other photos of the same names are others."""
+    swapped = with_splits_exchanged(archives, tmp_path / "swapped")
     assert start(storage, prepared)
-    with pytest.raises(InputError, match=r"\d+ photos that trained had in train are in test now, such as \w+_\d+: sc"):
+    said = r"\d+ photos that trained had in train are in test now, such as \w+_\d+: sc"
+    with pytest.raises(InputError, match=said):
         start(storage, prepared_of(swapped, storage))
+    with pytest.raises(InputError, match=said):
+        start(storage, prepared_of(renamed(swapped), storage))
     assert start(storage, prepared_of(write_archives(tmp_path / "others", 21, 90, size=48), storage))
+
+
+def renamed(archives: Path) -> Path:
+    """The same with each photo under another name, from `beagle_3` to `beagle_1003`."""
+    for file in (file for file in archives.rglob("*_*") if file.is_file()):
+        file.rename(file.with_name(file.name.replace("_", "_100")))
+    for file in (archives / "annotations").glob("*.txt"):
+        file.write_text(file.read_text().replace("_", "_100"))
+    return archives
+
+
+def test_nor_do_those_of_what_came_before_the_earlier_model(trained, storage, archives, prepared, tmp_path):
+    """The model's own data are these very ones; what it had begun with was trained on those of today's test."""
+    swapped = with_splits_exchanged(archives, tmp_path / "swapped")
+    first = prepared_of(swapped, tmp_path)
+    child = shutil.copytree(trained[0], storage / "child")
+    lesson = {"run_name": "first", "data_digest": first.manifest.data_digest, "prepared": first.folder.uri}
+    (child / "summary.json").write_text(json.dumps(trained[1] | {"lessons": [lesson]}))
+    try:
+        with pytest.raises(InputError, match=r"\d+ photos that first had in train are in test now"):
+            start(storage, prepared, init_from="child")
+        (child / "summary.json").write_text(json.dumps(trained[1]))
+        assert [lesson["run_name"] for lesson in start(storage, prepared, init_from="child").lessons] == ["child"]
+    finally:
+        shutil.rmtree(child)
+
+
+def test_what_a_run_begins_with_stays_the_same_until_its_first_checkpoint(trained, storage, packed):
+    begun = {"begins_with": "3 of 3 variables of trained, step_00000001", "begins_with_sha256": "0" * 64}
+    Run.load("begun", tiny_settings(storage, packed, run_name="begun", init_from="trained")).start(**begun)
+    said = r"The run begun began with 3 of 3 .*, which has changed since; now it is (\d+) of \1 variables of trained, "
+    with pytest.raises(InputError, match=said):
+        train(storage, packed, run_name="begun", init_from="trained")
+
+
+def test_a_run_that_has_begun_needs_its_earlier_model_no_more(tmp_path):
+    """The same command, which says no network: it is the run's own, unless a flag says otherwise."""
+    (tmp_path / "begun").mkdir()
+    own = flat(unflat(TrainSettings, SMALL | {"init_from": "gone", "storage_path": str(tmp_path), "run_name": "begun"}))
+    (tmp_path / "begun" / "config.yaml").write_text(yaml.safe_dump(own))
+    here = [f"--storage-path={tmp_path}", "--init-from=gone"]
+    for job in (TrainSettings, TuneSettings):
+        found = parse(job, "", [*here, "--run-name=begun"]).model
+        assert (found.network, found.base_filters, found.depth, found.norm) == ("compact", 8, 2, "batch")
+        assert parse(job, "", [*here, "--run-name=begun", "--depth=3"]).model.depth == 3
+        with pytest.raises(InputError, match="neither a run"):
+            parse(job, "", [*here, "--run-name=new"])
+
+
+def test_what_a_run_begins_with_is_found_from_other_folders(trained, storage, tmp_path, monkeypatch):
+    checkpoint = trained[0] / trained[1]["best_checkpoint"]
+    monkeypatch.chdir(trained[0])
+    begin = ["--data=none", f"--storage-path={storage}", "--init-from"]
+    assert parse(TrainSettings, "", [*begin, trained[1]["best_checkpoint"]]).start.init_from == str(checkpoint)
+    monkeypatch.chdir(storage)  # which holds a folder of that name
+    assert parse(TrainSettings, "", [*begin, "trained"]).start.init_from == "trained"
+    Path(tmp_path / "w.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    known = parse(TrainSettings, "", ["--encoder=efficientnet-lite0", "--encoder-weights=w.pth"])
+    assert known.start.encoder_weights == str(tmp_path / "w.pth")
 
 
 def test_what_a_job_begins_with_chooses_its_recipe_and_its_network(trained, storage, tmp_path):

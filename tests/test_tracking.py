@@ -314,11 +314,12 @@ def check_synced(folder: Path, server: Server) -> dict:
     files = {str(p.relative_to(top)): p.read_bytes() for p in top.rglob("*") if p.is_file()}
     best = folder / summary["best_checkpoint"]
     places = {"": folder, "best_checkpoint/": best, "images/": folder / "images"}
+    kept_here = {"COMMIT", OPTIMIZER, "metrics.jsonl", "system.jsonl", "summary.json", ".fencing-token"}
     own = {
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "system.jsonl", "summary.json", ".fencing-token")
+        if p.is_file() and p.name not in kept_here
     }
     assert {name: content for name, content in files.items() if name in own} == own
     assert any(name.startswith("images/") for name in own)

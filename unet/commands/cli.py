@@ -81,7 +81,7 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
         InputError: a file, a run or a value that cannot be used.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known = ("config", "resume", "sync", "reproduce", "storage-path", "tracking-uri", "data", "recipe")
+    known = ("config", "resume", "sync", "reproduce", "run-name", "storage-path", "tracking-uri", "data", "recipe")
     for flag in (*known, *config.BEGINNINGS, *config.LENGTHS):
         early.add_argument(f"--{flag.replace('_', '-')}")
     given, _ = early.parse_known_args([_with_dashes(a) for a in argv])
@@ -130,8 +130,8 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
     if config.is_complete(values):
         if given.recipe and config.recipe_name(name) != values.get("recipe"):
             raise InputError(f"--config {given.config} has every setting of a recipe: leave out --recipe.")
-        is_of_training = is_sweep and "space" not in values  # whose minutes are not those of a sweep
-        return {key: value for key, value in values.items() if not (is_of_training and key == config.MINUTES)}
+        is_of_training = is_sweep and "space" not in values
+        return {key: value for key, value in values.items() if not (is_of_training and key in config.NOT_OF_A_SWEEP)}
     without = set(config.LENGTHS) if not is_sweep and (flags or values.keys() & set(config.LENGTHS)) else set()
     if is_sweep:
         without.add(config.MINUTES)
@@ -142,16 +142,20 @@ def _with_recipe(settings: type[Settings], values: dict[str, Any], given: argpar
 
 def _network_of(model: str, values: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """The settings of the network of an earlier model, which one that begins with it has unless a flag or --config says
-    otherwise.
+    otherwise; of a run or sweep that has begun its own, since the earlier model may be gone.
 
     Raises:
         InputError: there is no such model.
     """
+    storage = Folder(_storage(given.storage_path or values.get("storage_path")))
+    name = given.run_name or values.get("run_name")
+    if name and (storage / name).exists(config.CONFIG):
+        begun = config.read_config(storage / name)
+        return {setting: begun[setting] for setting in config.NETWORK if setting in begun}
     from unet.models.trained import network_of
 
-    storage = _storage(given.storage_path or values.get("storage_path"))
     uri = given.tracking_uri or values.get("tracking_uri")
-    return network_of(model, Folder(storage), uri).model_dump(exclude={"dropout"})
+    return network_of(model, storage, uri).model_dump(include=set(config.NETWORK))
 
 
 def _with_dashes(argument: str) -> str:

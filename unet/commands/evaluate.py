@@ -5,20 +5,35 @@ examples:
     python jobs/evaluate.py --model ONE_RUN,ANOTHER --data FOLDER
 """
 
+from typing import TYPE_CHECKING
+
 from unet.commands import cli
 from unet.config import EvaluateSettings
 
+if TYPE_CHECKING:
+    from unet.storage import Folder
+    from unet.terminal import Display
+
 
 def run(settings: EvaluateSettings) -> None:
+    from unet.terminal import Display
+
+    score(settings, Display())
+
+
+def score(settings: EvaluateSettings, display: "Display") -> "list[Folder]":
+    """Score, write, show and track; where the results of each model are.
+
+    Raises:
+        InputError, RunFailed: as `unet.evaluation.run.evaluate` does.
+    """
     from unet.evaluation.output import check_settings
 
     check_settings(settings)
     from unet.cluster.session import ray_session
     from unet.evaluation import outcome, tables
     from unet.evaluation.run import evaluate
-    from unet.terminal import Display
 
-    display = Display()
     with ray_session(settings.command.debug):
         try:
             found = evaluate(settings, display)
@@ -34,6 +49,7 @@ def run(settings: EvaluateSettings) -> None:
         display.say(f"Written to {done.folder}: {', '.join(outcome.FILES)}")
         if settings.evaluate.track:
             outcome.track(done, settings, display)
+    return [done.folder for done in found]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 examples:
     python jobs/train.py --data synthetic --num-workers 2      on this machine
+    python jobs/train.py --data FOLDER --report --export onnx  with a page of scores and a model for others
     python jobs/train.py --resume RUN_NAME                     continue a run
     python jobs/train.py --reproduce RUN_NAME                  train it again and compare the numbers
     python jobs/train.py --sync RUN_NAME                       send MLflow what it missed
@@ -12,12 +13,21 @@ import time
 
 STARTED = time.time()
 
-from unet.commands import cli  # noqa: E402
-from unet.config import TrainSettings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from unet.commands import cli, evaluate, export  # noqa: E402
+from unet.config import EvaluateSettings, ExportSettings, TrainSettings, unflat  # noqa: E402
+from unet.errors import InputError, RunFailed, first_line  # noqa: E402
+
+if TYPE_CHECKING:
+    from unet.runs.run import Run
+    from unet.terminal import Display
 
 
 def run(settings: TrainSettings) -> int:
     from unet.cluster.session import ray_session
+    from unet.supervise import results
     from unet.supervise.driver import train
     from unet.supervise.preflight import open_run
     from unet.terminal import Display
@@ -30,9 +40,43 @@ def run(settings: TrainSettings) -> int:
     opened, display = open_run(settings), Display()
     with ray_session(settings.command.debug):
         summary = train(opened, display, started=STARTED)
-    if settings.run.register and summary["status"] == "finished":
+        if summary["status"] == "stopped":
+            return cli.STOPPED
+        made = _made_of(opened, display)
+    results.show(opened, display, made)
+    if settings.run.register:
         register_run(summary, settings.run, display)
-    return cli.STOPPED if summary["status"] == "stopped" else cli.DONE
+    return cli.DONE if len(made) == settings.run.report + bool(settings.run.export) else cli.FAILED
+
+
+def _made_of(run: "Run", display: "Display") -> dict[str, str]:
+    """What --report and --export make of a finished run, and where it is. What fails is not in it, but said."""
+    from unet.evaluation.output import PAGE
+    from unet.runs.run import where
+
+    settings, found = run.settings, {}
+    part, split = settings.run, "test" if run.summary["test"]["images"] else "val"
+    values: dict[str, Any] = {"model": run.name, "storage_path": part.storage_path, "tracking_uri": part.tracking_uri}
+    values["debug"] = settings.command.debug
+    jobs: dict[str, tuple[Callable[[], str], str]] = {}
+    if part.report:
+        scoring = unflat(EvaluateSettings, values | {"split": split, "device": settings.compute.device})
+        jobs["report"] = lambda: f"{evaluate.score(scoring, display)[0]}/{PAGE}", f"evaluate.py --split {split}"
+    if part.export:
+        handing_on = unflat(ExportSettings, values | {"formats": part.export})
+        jobs["export"] = lambda: str(export.write(handing_on, display)), f"export.py --formats {' '.join(part.export)}"
+    for what, (make, command) in jobs.items():
+        try:
+            found[what] = make()
+        except Exception as error:  # whatever it is: the run is finished, and the rest is made
+            known = isinstance(error, InputError | RunFailed)
+            reason = str(error).rstrip(".") if known else f"{type(error).__name__}: {first_line(error)}"
+            display.say(
+                f"The run {run.name} is finished, but it has no {what} yet: {reason}. Make it later: python "
+                f"jobs/{command} --model {run.name}{where(part)}",
+                "yellow",
+            )
+    return found
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from unet.cluster.session import ray_session
 from unet.comparison.runs import ComparedRun
 from unet.config import EvaluateSettings
 from unet.config.compare import CompareSettings
+from unet.config.use import EvaluatePart
 from unet.errors import InputError
 from unet.evaluation import outcome
 from unet.evaluation.output import FOLDER
@@ -96,8 +97,8 @@ def _evaluate(
     if data is None:
         again = f"python jobs/evaluate.py --model {models} --split {split} --data DATA"
         return f"{left_out} The data are not where they were: {again}, then compare again."
-    values = {"model": models, "split": split, "data": data.folder.uri, "track": settings.compare.track}
-    asked = EvaluateSettings(evaluate=values, store=settings.store, command=settings.command)
+    part = EvaluatePart(model=models, split=split, data=data.folder.uri, track=settings.compare.track)
+    asked = EvaluateSettings(evaluate=part, store=settings.store, command=settings.command)
     try:
         with ray_session(settings.command.debug):
             evaluations = evaluate(asked, display)

@@ -3,6 +3,7 @@
 A path is made absolute: a run continues from other folders, and a submitted job's working directory is temporary.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,12 @@ def _absolute(value: str) -> str:
     """A path, or a `file://` of one, from anywhere; a URI, and what is empty, as it is."""
     value = Folder(value).uri if value.startswith("file:") else value
     return str(absolute(value)) if value and "://" not in value else value
+
+
+def known_from_anywhere(value: str) -> str:
+    """What a training begins with: a file or folder from anywhere; a run's name or a URI as it is."""
+    found = str(absolute(value))
+    return found if os.path.isfile(found) or ("/" in value and os.path.exists(found)) else value
 
 
 def _not_empty(value: str) -> str:
@@ -66,5 +73,9 @@ ByteSize = Annotated[str, AfterValidator(_size)]
 """As `unet.settings.parse_bytes` reads it."""
 ImageSize = Annotated[int, Field(ge=16, le=2048)]
 Resize = Literal["stretch", "letterbox"]
+Format = Literal["saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"]
+"""A form in which a network alone is exported."""
+FORMATS: tuple[Format, ...] = ("saved_model", "tflite", "onnx")
+"""Those that are written unless others are named."""
 RegisteredName = Annotated[str, Field(pattern=r"^[\w.@-][\w .@-]*$")]
 """Of a model in MLflow's registry: it stands in URIs and in queries."""

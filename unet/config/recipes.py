@@ -6,6 +6,7 @@ from typing import Any
 
 from unet.config.files import absolute, parse_yaml, read_named
 from unet.errors import InputError
+from unet.recipe.network import ModelSettings
 from unet.recipe.recipe import PARTS
 from unet.recipe.start import StartSettings
 
@@ -17,6 +18,8 @@ BEGINNINGS = ("init_from", "encoder")
 """What a training may begin with, by which a job that names no recipe chooses one."""
 LENGTHS = ("epochs", MINUTES)
 """How long a run takes: where one is given, a recipe's other does not count."""
+NETWORK = frozenset(ModelSettings.model_fields) - {"dropout"}
+"""Of an earlier model, those of a training that begins with it."""
 RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields) | {MINUTES}
 RECIPE_SETTINGS -= StartSettings.model_fields.keys()
 """What a recipe may set: how a network learns, not what it begins with."""

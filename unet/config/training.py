@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
 from unet.config.data import DataSettings
-from unet.config.fields import RegisteredName
-from unet.config.recipes import REFERENCE, recipe_name
+from unet.config.fields import FORMATS, Format, RegisteredName, known_from_anywhere
+from unet.config.recipes import MINUTES, REFERENCE, recipe_name
 from unet.recipe.augment import AugmentSettings
 from unet.recipe.loss import LossSettings
 from unet.recipe.network import ModelSettings
@@ -102,6 +102,12 @@ class RunSettings(StoreSettings):
     """Name of the MLflow experiment."""
     register: RegisteredName | None = None
     """Register the model in MLflow under this name; it becomes the champion if it scores better on val."""
+    report: bool = False
+    """At the end also score the test split (of data without one: val) as jobs/evaluate.py does, with a page of scores,
+    worst images and likely label errors: report.html in evaluations/ in the run's folder."""
+    export: tuple[Format, ...] | None = None
+    """At the end also write the network in these formats into export/ in the run's folder, as jobs/export.py does;
+    --export alone: as saved_model, tflite and onnx."""
 
     tensorboard: bool = False
     """Write metrics and pictures for TensorBoard, too, into tensorboard/ in the run's folder."""
@@ -119,6 +125,11 @@ class RunSettings(StoreSettings):
         if value is not None:
             parse_interval(value)
         return value
+
+    @field_validator("export")
+    @classmethod
+    def _usual_if_none_is_named(cls, value):
+        return value if value is None else tuple(dict.fromkeys(value)) or FORMATS
 
     @model_validator(mode="after")
     def _syncs_only(self):
@@ -161,6 +172,12 @@ class TrainSettings(SettingsGroup):
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     command: TrainCommandSettings = TrainCommandSettings()
+
+    @field_validator("start")
+    @classmethod
+    def _is_found_from_anywhere(cls, start):
+        found = {name: known_from_anywhere(value) for name, value in start.model_dump(exclude_none=True).items()}
+        return start.model_copy(update=found)
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -225,12 +242,15 @@ class TrainSettings(SettingsGroup):
         return [workers for workers in allowed if shards == 1 or shards % workers == 0]
 
 
+NOT_OF_A_SWEEP = (MINUTES, "report", "export")
+"""Settings of a training that a sweep does not take over from its file: its minutes are the sweep's."""
+
 MAY_CHANGE = frozenset(
     (
         *("data", "memory_budget", "epochs", "minutes", "patience", "num_workers", "threads", "checkpoint_every"),
         *("max_failures", "step_timeout", "device", "deterministic"),
         *("on_nan", "precision", "keep_checkpoints", "storage_path", "tracking_uri", "run_name", "resume", "sync"),
-        *("reproduce", "register", "tensorboard", "recipe", "config", "debug"),
+        *("reproduce", "register", "report", "export", "tensorboard", "recipe", "config", "debug"),
     )
 )
 """Settings that may change when a run continues; its data are compared by their digest."""

@@ -58,6 +58,11 @@ class TuneSettings(TrainSettings):
             raise ValueError("--sync is for `jobs/train.py`: of a sweep, --resume sends what MLflow lacks")
         if self.run.tensorboard:
             raise ValueError("--tensorboard is for `jobs/train.py`: the trials of a sweep are compared in MLflow")
+        if self.run.report or self.run.export:
+            raise ValueError(
+                "--report and --export are for `jobs/train.py`: of the best trial, jobs/evaluate.py and jobs/export.py "
+                "make them with --model SWEEP/TRIAL"
+            )
         if sweep.search == "grid" and (sweep.num_samples or sweep.extend):
             raise ValueError("--search grid tries every combination: leave out --num-samples and --extend")
         if self.compute.is_elastic:

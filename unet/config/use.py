@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unet.config.common import CommandSettings, StoreSettings
-from unet.config.fields import DataSource, ExistingFolder, FolderOrUri, PathOrUri, RegisteredName
+from unet.config.fields import FORMATS, DataSource, ExistingFolder, FolderOrUri, Format, PathOrUri, RegisteredName
 from unet.settings import Device, SettingsGroup
 
 
@@ -109,13 +109,12 @@ class ExportPart(SettingsGroup):
     """Name or folder of a run (its best checkpoint), folder of a checkpoint, or MLflow URI."""
     output: FolderOrUri | None = None
     """Folder for the exported files, local or s3://… None: export/ in the run's folder, or no files with --register."""
-    formats: tuple[Literal["saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"], ...] = (
-        *("saved_model", "tflite", "onnx"),
-    )
+    formats: tuple[Format, ...] = FORMATS
     """Formats to write. Each takes float32 (N, S, S, 3) in [0, 1] and gives probabilities (N, S, S, C); the caller
     resizes photos. tflite_float16 is half as large as tflite, tflite_int8 a quarter."""
     images: ExistingFolder | None = None
-    """Folder of photos to compare the formats on, and to measure the ranges of tflite_int8 on. None: drawn pets."""
+    """Folder of photos to compare the formats on, and to measure the ranges of tflite_int8 on. None: the run's own
+    photos of val, or drawn pets where they are gone."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """Threads of each format while it is timed. None: one per CPU."""
     register: RegisteredName | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unet.config import CONFIG, TrainSettings, read_config
+from unet.config import NETWORK, TrainSettings
 from unet.data.shards import Prepared
 from unet.errors import Damaged, InputError
 from unet.models.imagenet import encoder_weights
@@ -17,6 +17,7 @@ from unet.recipe.optimizer import OptimizerSettings
 from unet.recipe.recipe import Recipe
 from unet.recipe.start import StartSettings
 from unet.runs.checkpoint import Checkpoints
+from unet.runs.run import prepared_of, read_summary
 from unet.storage import Folder
 
 HEAD = "head/"
@@ -31,26 +32,28 @@ class Known:
         weights: float32 arrays by name.
         words: where they are from.
         class_names: what the last layer means, if they have one.
-        network: what they are of, for a person.
+        network: the settings of an earlier model's.
+        lessons: the data that an earlier model and those before it were trained on, newest first.
     """
 
     weights: dict[str, np.ndarray]
     words: str
     class_names: Sequence[str] = ()
-    network: str = ""
+    network: ModelSettings | None = None
+    lessons: Sequence[dict] = ()
+
+    @property
+    def facts(self) -> dict:
+        """What the summary of a run or sweep says of them."""
+        found = hashlib.sha256()
+        for name in sorted(self.weights):
+            found.update(f"{name}{self.weights[name].shape}".encode())
+            found.update(np.ascontiguousarray(self.weights[name]).data)
+        return {"begins_with": self.words, "begins_with_sha256": found.hexdigest(), "lessons": [*self.lessons]}
 
 
-@dataclass(frozen=True, repr=False)
-class Start:
-    """Weights that a training begins with.
-
-    Attributes:
-        weights: float32 arrays by name (`Network.variables`); those that are absent are drawn.
-        words: how many they are and where they are from, for the overview.
-    """
-
-    weights: dict[str, np.ndarray]
-    words: str
+class Start(Known):
+    """Those that a training takes of them, by `Network.variables`: the others are drawn. `words` says how many."""
 
 
 def check_start(model: ModelSettings, start: StartSettings, optimizer: OptimizerSettings) -> None:
@@ -104,10 +107,10 @@ def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) ->
     }
     anew = sorted({name.partition("/")[0] for name in wanted.keys() - fit.keys()})
     if not any(map(is_of_encoder, fit)):
-        model = recipe.model
+        theirs = f" ({_title(known.network)})" if known.network else ""
         raise InputError(
-            f"Nothing of {known.words} ({known.network}) fits the network of this training ({model.title}, "
-            f"{model.base_filters} filters): leave out the flags that make it another one, such as --base-filters."
+            f"Nothing of {known.words}{theirs} fits the network of this training ({_title(recipe.model)}): leave out "
+            "the flags that make it another one, such as --base-filters, or the lines of --config."
         )
     if recipe.optimizer.freeze and (drawn := [layer for layer in anew if is_of_encoder(layer)]):
         raise InputError(
@@ -115,24 +118,54 @@ def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) ->
             "give --freeze None, or leave out the flags that add them, such as --depth."
         )
     some = f", anew: {', '.join(anew[:4])}{' and others' if len(anew) > 4 else ''}" if anew else ""
-    return Start(fit, f"{len(fit)} of {len(wanted)} variables of {known.words}{some}")
+    words = f"{len(fit)} of {len(wanted)} variables of {known.words}{some}{_differing(known.network, recipe.model)}"
+    return Start(fit, words, known.class_names, known.network, known.lessons)
+
+
+def check_same(begun: Known | None, summary: dict, name: str) -> None:
+    """Refuse to begin a run or sweep again, of which `summary` tells, with other weights than it began with.
+
+    Raises:
+        InputError: with what they were and are.
+    """
+    before = summary.get("begins_with_sha256")
+    if begun and before not in (None, begun.facts["begins_with_sha256"]):
+        raise InputError(
+            f"{name} began with {summary['begins_with']}, which has changed since; now it is {begun.words}: give "
+            "another --run-name."
+        )
+
+
+def _title(network: ModelSettings) -> str:
+    return f"{network.title}, {network.base_filters} filters"
+
+
+def _differing(theirs: ModelSettings | None, ours: ModelSettings) -> str:
+    """Where a network differs from that of the earlier model, as flags or a file may have it."""
+    before, now = (theirs.model_dump(include=set(NETWORK)) if theirs else {}), ours.model_dump()
+    found = [f"{name} {now[name]}, not {value}" for name, value in before.items() if now[name] != value]
+    return f"; another network: {', '.join(found).replace('_', ' ')}" if found else ""
 
 
 def _of_model(model: str, settings: TrainSettings, wanted: Shapes, prepared: Prepared) -> Known:
     """What an earlier model knows. A package has its norms folded away, so its checkpoint is taken."""
     storage = Folder(settings.run.storage_path)
     trained = TrainedModel.find(model, storage, settings.run.tracking_uri)
-    refuse_shared(trained, prepared, storage)
     run, weights = trained.run or storage / trained.run_name, trained.weights
-    if _is_checkpoint_of(trained, run):
+    is_of_run = _is_checkpoint_of(trained, run)
+    lessons = [{"run_name": trained.run_name, "data_digest": trained.data_digest, "prepared": None}]
+    if is_of_run:
+        lessons[0]["prepared"] = prepared_of(run)
+        lessons += read_summary(run).get("lessons") or []
         weights = Checkpoints(run).weights(trained.checkpoint)
-    elif any("/moving_" in name for name in wanted):
+    refuse_shared(lessons, prepared, storage)
+    if not is_of_run and any("/moving_" in name for name in wanted):
         raise InputError(
             f"{model} is a package, whose batch norms are folded away, and {run} lacks {trained.checkpoint}, which has "
             "them: give --init-from a run or a checkpoint."
         )
-    network = f"{trained.network.title}, {trained.network.base_filters} filters"
-    return Known(weights, f"{trained.run_name}, {trained.checkpoint}", trained.class_names, network)
+    words = f"{trained.run_name}, {trained.checkpoint}"
+    return Known(weights, words, trained.class_names, trained.network, lessons)
 
 
 def _is_checkpoint_of(trained: TrainedModel, run: Folder) -> bool:
@@ -151,69 +184,55 @@ MIXED = (("train", "test"), ("train", "val"), ("test", "train"))
 """Splits, of the data before and now, that must have no photo in common: else a score means less than it seems to."""
 
 
-def refuse_shared(trained: TrainedModel, prepared: Prepared, storage: Folder) -> None:
-    """Refuse to go on from a model with other splits of the same photos.
+def refuse_shared(lessons: Sequence[dict], prepared: Prepared, storage: Folder) -> None:
+    """Refuse to go on from a model with other splits of the same photos, whatever their names.
 
-    It is seen where the model's data are still there and were prepared at the same size: by names and pixels.
+    It is seen where the data of its lessons are still there and were prepared at the same size: by their pixels.
 
     Raises:
         InputError: with how many there are, and one of them.
     """
-    before = _prepared_of(trained, storage)
-    if before is None or before.manifest.data_digest == prepared.manifest.data_digest:
-        return
-    one, other = before.manifest, prepared.manifest
-    if (one.image_size, one.resize) != (other.image_size, other.resize):
-        return  # photos of one name are often others
-    earlier, now = _names(before), _names(prepared)
-    for old, new in MIXED:
-        if shared := _alike(before, old, earlier[old] & now[new], prepared, new):
-            raise InputError(
-                f"{len(shared):,} photos that {trained.run_name} had in {old} are in {new} now, such as {shared[0]}: "
-                "scores would not be of unseen photos. Give data with the splits of then (list files), or another "
-                "--init-from."
-            )
+    now: dict[str, dict[bytes, str]] = {}
+    for lesson in lessons:
+        before = _data_of(lesson, storage) if lesson["data_digest"] != prepared.manifest.data_digest else None
+        if before is None or _form(before) != _form(prepared):  # in another form photos have other pixels
+            continue
+        for old in ("train", "test"):
+            try:
+                earlier = _photos(before, old)
+            except InputError:  # they can no longer be read
+                continue
+            for new in (new for split, new in MIXED if split == old):
+                now[new] = now.get(new) or _photos(prepared, new)
+                if shared := sorted(now[new][photo] for photo in earlier.keys() & now[new].keys()):
+                    raise InputError(
+                        f"{len(shared):,} photos that {lesson['run_name']} had in {old} are in {new} now, such as "
+                        f"{shared[0]}: scores would not be of unseen photos. Give data with the splits of then (list "
+                        "files), or another --init-from."
+                    )
 
 
-def _prepared_of(trained: TrainedModel, storage: Folder) -> Prepared | None:
-    """The data that a model was trained on, if they are where its run says or below the storage path."""
-    places = [storage / "data" / name for name in (storage / "data").names()]
-    if trained.run and trained.run.exists(CONFIG):
-        places.append(Folder(read_config(trained.run)["data"]))
-    for place in places:
+def _form(prepared: Prepared) -> tuple[int, str]:
+    return prepared.manifest.image_size, prepared.manifest.resize
+
+
+def _data_of(lesson: dict, storage: Folder) -> Prepared | None:
+    """The data of a lesson, if they are where they were or below the storage path."""
+    places = [Folder(lesson["prepared"])] if lesson["prepared"] else []
+    for place in [*places, *(storage / "data" / name for name in (storage / "data").names())]:
         try:
-            if (found := Prepared(place)).manifest.data_digest == trained.data_digest:
+            if (found := Prepared(place)).manifest.data_digest == lesson["data_digest"]:
                 return found
         except (InputError, OSError):
             continue
     return None
 
 
-def _names(prepared: Prepared) -> dict[str, set[str]]:
-    """Those of each split's photos."""
-    rows = prepared.samples(("split", "name"))
-    found: dict[str, set[str]] = {split: set() for split in prepared.manifest.counts}
-    for split, name in zip(rows["split"].to_pylist(), rows["name"].to_pylist(), strict=True):
-        found[split].add(name)
-    return found
-
-
-def _alike(before: Prepared, old: str, names: set[str], now: Prepared, new: str) -> list[str]:
-    """The names of those that have equal pixels; none where the earlier data can no longer be read."""
-    if not names:
-        return []
-    try:
-        first = _digests(before, old, names)
-    except InputError:
-        return []
-    second = _digests(now, new, names)
-    return sorted(name for name in names if first[name] == second[name])
-
-
-def _digests(prepared: Prepared, split: str, names: set[str]) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+def _photos(prepared: Prepared, split: str) -> dict[bytes, str]:
+    """The name of each photo of a split, by a digest of its pixels."""
+    found: dict[bytes, str] = {}
     for chunk in range(len(prepared.chunks[split])):
         table = prepared.read_chunk(split, chunk, ("name", "image"))
-        rows = zip(table["name"].to_pylist(), table["image"].to_pylist(), strict=True)
-        found |= {name: hashlib.sha256(image).digest() for name, image in rows if name in names}
+        rows = zip(table["image"], table["name"].to_pylist(), strict=True)
+        found |= {hashlib.sha256(image.as_buffer()).digest(): name for image, name in rows}
     return found

@@ -16,7 +16,10 @@ from unet.data.resize import to_square
 from unet.data.sources import SUFFIXES
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
+from unet.models.trained import TrainedModel
 from unet.packaging.forms import Run, as_input
+from unet.secrets import without_secrets
+from unet.tracking.send import open_data
 
 PHOTOS, DRAWN = 200, 20
 """How many are compared: of the user's photos at most, or of drawn pets."""
@@ -37,18 +40,34 @@ class Agreement:
     equal_classes: float
 
 
-def squares(folder: Path | None, size: int, resize: Resize, say: Callable[[str], None]) -> np.ndarray:
-    """Photos at the network's size as in training, uint8 (N, size, size, 3); without a folder, drawn pets.
+def squares(folder: Path | None, trained: TrainedModel, say: Callable[[str], None]) -> tuple[np.ndarray, str]:
+    """Photos at the network's size as in training, uint8 (N, S, S, 3), and where they are from.
+
+    Without a folder they are those that the model was validated on, or drawn pets where these are gone.
 
     Raises:
-        InputError: the folder has no photo that can be read.
+        InputError: the folder has no photo that can be read, or the data are damaged.
     """
-    if folder is None:
-        # At odd sizes, so that a drawing is resized as a photo is.
-        drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
-        return np.stack([to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn])
+    size, resize = trained.image_size, trained.resize
+    if folder:
+        return _of_folder(folder, size, resize, say), str(folder)
+    if trained.run and (data := open_data(trained.run, trained.data_digest)):
+        photos = [image for _, image, _ in data.pick("val", _spread(data.count("val")))]
+        return np.stack(photos), f"val of {without_secrets(data.folder.uri)}"
+    # At odd sizes, so that a drawing is resized as a photo is.
+    drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
+    pets = [to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn]
+    return np.stack(pets), "drawn pets"
+
+
+def _spread(count: int) -> list[int]:
+    """At most `PHOTOS` of so many places, from the first to the last."""
+    return np.linspace(0, count - 1, min(PHOTOS, count)).astype(int).tolist()
+
+
+def _of_folder(folder: Path, size: int, resize: Resize, say: Callable[[str], None]) -> np.ndarray:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(PHOTOS, len(files))).astype(int)]
+    chosen = [files[i] for i in _spread(len(files))]
     found = []
     for file in chosen:
         try:

@@ -57,7 +57,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     """
     part, size, earlier = settings.export, trained.image_size, _forms_in(target)
     threads = part.threads or len(os.sched_getaffinity(0))
-    images = compare.squares(part.images, size, trained.resize, display.say)
+    images, source = compare.squares(part.images, trained, display.say)
     display.waiting("loading TensorFlow")
     with tempfile.TemporaryDirectory() as scratch, silenced(settings.command.debug):
         from unet.cluster.devices import start_tensorflow
@@ -82,7 +82,7 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         "model": {"asked_for": trained.name, **trained.about},
         "input": {"name": INPUT, "shape": [None, size, size, 3], "dtype": "float32", "range": [0, 1], "colour": "RGB"},
         "output": {"name": OUTPUT, "shape": [None, size, size, len(trained.classes)], "dtype": "float32"},
-        "compared_on": {"images": len(images), "source": str(part.images or "drawn pets")},
+        "compared_on": {"images": len(images), "source": source},
         "threads": threads,
         "network_ms": round(times["network"], 3),
         "formats": {name: _passport(name, files[name], found[name], times[name]) for name in part.formats},

@@ -35,8 +35,9 @@ class Average:
         """After the update that is number `updates`, from 1."""
         import tensorflow as tf
 
-        number = tf.cast(updates, tf.float32)
-        way = 1 - tf.minimum(self._decay, (1 + number) / (10 + number))
+        from unet.recipe.passes import kept
+
+        way = 1 - kept(self._decay, updates)
         for average, weight in zip(self._averages, self._weights, strict=True):
             average.assign_add(way * (tf.convert_to_tensor(weight) - average))
 

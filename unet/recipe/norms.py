@@ -7,7 +7,7 @@ Their weights and statistics are float32 under every policy.
 import keras
 import tensorflow as tf
 
-from unet.recipe.passes import current_pass
+from unet.recipe.passes import current_pass, kept
 
 GROUP = 8
 """Channels of a group, at most."""
@@ -81,7 +81,8 @@ class BatchNorm(_Norm):
         biased = variance * (pixels - 1) / pixels  # the fused operation's is that of a sample
         weight = tf.where(rows > 0, pixels, 0.0)
         for variable, value in ((self.moving_mean, mean), (self.moving_variance, biased)):
-            current_pass().move(variable, tf.stop_gradient(value) * weight, weight, self.momentum)
+            momentum = kept(self.momentum, current_pass().step)
+            current_pass().move(variable, tf.stop_gradient(value) * weight, weight, momentum)
 
     def get_config(self):
         return super().get_config() | {"momentum": self.momentum, "fixed": self.fixed}

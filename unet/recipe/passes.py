@@ -37,7 +37,7 @@ class TrainingPass:
         """Whether a layer, by its name, is to be as it is in use."""
         return not self.trains_encoder and is_of_encoder(layer)
 
-    def move(self, variable: keras.Variable, total: tf.Tensor, count: tf.Tensor, momentum: float) -> None:
+    def move(self, variable: keras.Variable, total: tf.Tensor, count: tf.Tensor, momentum: float | tf.Tensor) -> None:
         """Let a variable follow the mean `total / count` over all micro-shards and workers of the step.
 
         `total` has the shape of the variable, `count` is a scalar; both are sums over this pass. A layer that calls
@@ -54,11 +54,20 @@ class MovingAverage:
     variable: keras.Variable
     total: tf.Tensor
     count: tf.Tensor
-    momentum: float
+    momentum: float | tf.Tensor
 
     def move(self) -> None:
         mean = self.total / tf.maximum(self.count, 1.0)
         self.variable.assign(self.momentum * self.variable + (1 - self.momentum) * mean)
+
+
+def kept(decay: float, number: tf.Tensor) -> tf.Tensor:
+    """The share of itself that a moving average keeps at its update `number`, from 1: float32, `decay` at most.
+
+    It rises with the updates, as in TensorFlow's own averages, so that what they began with is soon forgotten.
+    """
+    number = tf.cast(number, tf.float32)
+    return tf.minimum(decay, (1 + number) / (10 + number))
 
 
 _passes: list[TrainingPass] = []

@@ -27,8 +27,9 @@ from unet.storage import Folder, persistently
 
 SUMMARY, METRICS, SYSTEM, MODEL = "summary.json", "metrics.jsonl", "system.jsonl", "model"
 KNOWN_LATER = (
-    *("mlflow_run_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second", "seconds_to_first_step"),
-    *("restarts", "restart_log", "nodes", "skipped_steps", "val", "test", "test_time", "reason", "ended", "delivered"),
+    *("mlflow_run_id", "mlflow_experiment_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second"),
+    *("seconds_to_first_step", "restarts", "restart_log", "nodes", "skipped_steps", "val", "test", "test_time"),
+    *("reason", "ended", "delivered"),
 )
 OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
 """These of them come anew at the next end."""

@@ -10,7 +10,7 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
-from unet.models.start import Known, Start, known_of, start_of
+from unet.models.start import Known, Start, check_same, known_of, start_of
 from unet.recipe.optimizer import in_few_words
 from unet.runs.run import Run
 from unet.storage import Folder
@@ -115,6 +115,7 @@ def _train(
     if not latest:
         known = known if as_trial else known_of(material.settings, material.recipe, prepared)
         start = start_of(known, material.recipe, names)
+        check_same(start, run.summary, f"The run {run.name}")
     run.settings, choice = precision.settled(material.settings, plan.use_gpu)
 
     display.table(f"Run {run.name}", _overview(run, prepared, counts, parameters, plan, choice, start))

@@ -5,9 +5,11 @@ import math
 import shlex
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -61,10 +63,10 @@ class RunRecorder:
         self.system = SystemMetrics(self.run)
         self.board = Board(self.run, lambda words: self.display.say(words, "yellow"))
 
-    def open(self, state: State | None, begins_with: str | None = None) -> None:
+    def open(self, state: State | None, begins: Mapping = MappingProxyType({})) -> None:
         """Write down that the run is on, from the state of its last checkpoint, and begin or continue it in MLflow.
 
-        `begins_with` says which weights it began with, where they are not drawn.
+        `begins` says which weights it begins with (`unet.models.start.Start.facts`), where they are not drawn.
 
         Raises:
             InputError: MLflow can never accept a new run this way. A run that continues does so without it.
@@ -73,14 +75,10 @@ class RunRecorder:
         writer = None if self.as_trial else self._writer()
         self.tracker = writer or self.tracker
         self.written = run.history()
-        facts: dict[str, str | None] = {
-            "data_digest": manifest.data_digest,
-            "prepared": without_secrets(self.prepared.folder.uri),
-        }
-        facts |= {"begins_with": begins_with} if begins_with else {}
+        facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(self.prepared.folder.uri)}
         facts |= {"data_source": manifest.source, "code": run.summary.get("code") or code_version()}
-        facts["command"] = run.summary.get("command") or _command()
-        run.start(parameters=self.parameters, **facts)
+        command = run.summary.get("command") or _command()
+        run.start(parameters=self.parameters, command=command, **facts, **begins)
         self.system.open()
         if run.folder.exists(results.AUGMENTED):
             self.board.picture("augmented", results.AUGMENTED, 0, run.summary["started"])
@@ -91,7 +89,7 @@ class RunRecorder:
         self._best_of(state)
         if writer:
             begin(run, writer, self.prepared)  # with the history
-            writer.tags({"status": "running"} | ({"begins_with": begins_with} if begins_with else {}))
+            writer.tags({"status": "running"} | {name: begins[name] for name in begins if name == "begins_with"})
             writer.status("running")
 
     def _writer(self) -> AsyncWriter:
@@ -116,7 +114,7 @@ class RunRecorder:
         self.tracker.receive()
         self._system()
         if self.tracker.run_id not in (None, self.run.summary["mlflow_run_id"]):
-            self.run.write_summary(mlflow_run_id=self.tracker.run_id)
+            self.run.write_summary(mlflow_run_id=self.tracker.run_id, mlflow_experiment_id=self.tracker.experiment_id)
 
     def _system(self, last: bool = False) -> None:
         # After an epoch: the UI's comparison of runs begins with the metric that a run had first.
@@ -236,8 +234,8 @@ class RunRecorder:
             facts["reproduction"] = self.reproduction.verdict(run.summary | facts, state.equality)
         run.write_summary(status="finished", ended=milliseconds(), **facts)
         self._send(math.inf, self.stop_signal)
-        if isinstance(self.tracker, AsyncWriter):
-            results.show(run, self.tracker, self.display)
+        if found:
+            results.show_scores(run, self.display)
         if self.reproduction:
             self.display.say(run.summary["reproduction"], "bold")
 

@@ -3,7 +3,7 @@
 import io
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from unet.pages.pictures import outlines
 from unet.recipe.augment import AugmentSettings
 from unet.runs.run import MODEL, Run, where
 from unet.runs.state import State
+from unet.storage import Folder
 from unet.supervise.board import Board
 from unet.terminal import Display, score_table
-from unet.tracking.reach import page, ranking
-from unet.tracking.writer import AsyncWriter
+from unet.tracking.reach import default_uri, page, ranking
 
 SHOWN_SIDE = 256
 """Pixels of a side that a photo of an epoch is enlarged to."""
@@ -109,23 +109,37 @@ def _png(picture: Callable[[Path], object]) -> bytes:
         return (Path(scratch) / "picture.png").read_bytes()
 
 
-def _where_to_look(run: Run, to: AsyncWriter) -> list[tuple[str, str]]:
+def _where_to_look(run: Run) -> list[tuple[str, str]]:
     """What shows the run in TensorBoard and MLflow, and the runs of its experiment beside each other."""
-    board = [("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.folder))}")]
-    board = board if run.settings.run.tensorboard else []
-    first = [] if to.uri.startswith("http") else [("look", f"mlflow ui --backend-store-uri {shlex.quote(to.uri)}")]
-    if to.run_id is None or to.experiment_id is None:
-        return [*first, *board]
-    pages = [page(to.uri, to.experiment_id, to.run_id), ranking(to.uri, to.experiment_id, BEST)]
-    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1]), *board]
+    part, summary = run.settings.run, run.summary
+    uri = part.tracking_uri or default_uri(Folder(part.storage_path))
+    found = [] if uri.startswith("http") else [("look", f"mlflow ui --backend-store-uri {shlex.quote(uri)}")]
+    if experiment := summary.get("mlflow_experiment_id"):
+        found.append(("" if found else "look", page(uri, experiment, summary["mlflow_run_id"])))
+        found.append(("ranking", ranking(uri, experiment, BEST)))
+    board = ("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.folder))}")
+    return [*found, board] if part.tensorboard else found
 
 
-def show(run: Run, to: AsyncWriter, display: Display) -> None:
-    """The table of scores and the commands to look, evaluate and continue."""
+def show_scores(run: Run, display: Display) -> None:
+    """The table of the test split's scores."""
+    kind, _ = _chosen(run)
+    display.console.print(score_table(f"Test split, {kind} epoch's weights", run.summary["test"]))
+
+
+def _chosen(run: Run) -> tuple[str, str]:
+    """Which epoch's weights a finished run means, and why."""
+    best = run.summary["best_epoch"]
+    return ("last", "no epoch has a score") if best is None else ("best", f"epoch {best}")
+
+
+def show(run: Run, display: Display, made: Mapping[str, str]) -> None:
+    """Where everything of a finished run is, and the commands to look, evaluate and continue.
+
+    `made` is what was made of it, and where that is.
+    """
     summary, settings = run.summary, run.settings
-    scored = summary["best_epoch"] is not None
-    kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
-    display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
+    kind, reason = _chosen(run)
     more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
     patience, latest = settings.training.patience, run.checkpoints.latest()
     if patience is not None and latest and patience <= latest[1].stale_epochs:
@@ -135,7 +149,8 @@ def show(run: Run, to: AsyncWriter, display: Display) -> None:
         [
             (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
-            *_where_to_look(run, to),
+            *made.items(),
+            *_where_to_look(run),
             (
                 "evaluate",
                 f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",

@@ -102,7 +102,7 @@ class Supervisor:
         ):
             recorder.stop_signal = stop_signal
             try:
-                recorder.open(self.latest and self.latest[1], self.start.words if self.start else None)
+                recorder.open(self.latest and self.latest[1], self.start.facts if self.start else {})
                 run.take_over()
                 self._end(self._supervise(stop_signal, lost))
                 return run.summary

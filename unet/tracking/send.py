@@ -87,7 +87,11 @@ def send(
         return False
     summary, finished = run.summary, run.summary["status"] == "finished"
     has_model = finished and run.folder.committed(MODEL)
-    run.write_summary(mlflow_run_id=to.run_id, model_uri=f"runs:/{to.run_id}/model" if has_model else None)
+    run.write_summary(
+        mlflow_run_id=to.run_id,
+        mlflow_experiment_id=to.experiment_id,
+        model_uri=f"runs:/{to.run_id}/model" if has_model else None,
+    )
     to.single(run.mlflow_key())
     if finished and summary.get("test"):  # a sweep's trials have none
         _results(run, to)

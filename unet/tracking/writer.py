@@ -244,7 +244,7 @@ def _root(error: BaseException) -> BaseException:
 class Untracked:
     """Stands in for an `AsyncWriter` where another process writes the run: a sweep writes those of its trials."""
 
-    run_id = None
+    run_id = experiment_id = None
 
     def epoch(self, *args, **kwargs) -> None:
         """Nothing, as with all that would be sent."""

@@ -7,7 +7,7 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.errors import InputError
 from unet.metric_names import BEST
-from unet.models.start import known_of, start_of
+from unet.models.start import check_same, known_of, start_of
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.supervise.preflight import check_disk, with_weights_of
@@ -51,6 +51,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
     )
     prepared = material.prepared
     known = known_of(largest, material.recipe, prepared)
+    check_same(known, sweep.summary, f"The sweep {sweep.name}")
     start_of(known, material.recipe, prepared.manifest.classes)  # refused before any trial
     if not prepared.is_labelled("val"):
         raise InputError(

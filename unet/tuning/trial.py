@@ -107,12 +107,14 @@ class WarmTrial(tune.Trainable):
         shared, name = self._shared, self.trial_name  # Tune's name stays when PBT copies another's config
         settings = shared.settings(name, self.config["draw"])
         self._run = Run.load(name, settings)
-        self._run.start(data_digest=shared.data_digest)
+        known = shared.knowledge()
+        lessons = {"lessons": [*known.lessons]} if known else {}
+        self._run.start(data_digest=shared.data_digest, prepared=shared.base["data"], **lessons)
         self._link = _TrialLink(shared.link, self._run.folder.uri)
         self._link.moved = self._watch.moved
         self._learners = self._learners or Learners()
         recipe, names = settings.recipe(len(shared.classes)), [c.name for c in shared.classes]
-        learner = self._learners.get(recipe, lambda: start_of(shared.knowledge(), recipe, names))
+        learner = self._learners.get(recipe, lambda: start_of(known, recipe, names))
         latest, _ = self._run.checkpoints.resume(settings)
         training = settings.training
         reading = replace(

@@ -94,6 +94,7 @@ class Trials:
         sweep, manifest, folder = self.sweep, self.prepared.manifest, self.prepared.folder.uri
         extending = bool(sweep.settings.sweep.extend) or sweep.summary.get("extending", False)
         facts = {"data_digest": manifest.data_digest, "prepared": without_secrets(folder)}
+        facts |= self.known.facts if self.known else {}
         sweep.start(planned=self.planned, extending=extending, **facts)
         base = sweep.base(folder, without_secrets(self.runs.own.uri))  # trials do not write to MLflow
         self.runs.begin(base, self.prepared)

@@ -5,7 +5,7 @@ from typing import Any
 from unet.recipe.network import INPUT, Layer, ModelSettings, Network
 
 MOMENTUM = 0.97
-"""Of moving averages. Keras' 0.99 needs some hundred steps to forget its beginning, which a short run does not have."""
+"""Of moving averages, after the first steps. A short run is scored before Keras' 0.99 has forgotten its beginning."""
 EPSILON = 1e-3
 """What a norm adds to a variance."""
 NORMS: dict[str, tuple[str, dict[str, Any]]] = {
