@@ -318,7 +318,8 @@ def check_synced(folder: Path, server: Server) -> dict:
         f"{place}{p.relative_to(where)}": p.read_bytes()
         for place, where in places.items()
         for p in (where.rglob("*") if place else where.glob("*"))
-        if p.is_file() and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "system.jsonl", "summary.json", ".fencing-token")
+        if p.is_file()
+        and p.name not in ("COMMIT", OPTIMIZER, "metrics.jsonl", "system.jsonl", "summary.json", ".fencing-token")
     }
     assert {name: content for name, content in files.items() if name in own} == own
     assert any(name.startswith("images/") for name in own)

@@ -109,15 +109,13 @@ def _png(picture: Callable[[Path], object]) -> bytes:
         return (Path(scratch) / "picture.png").read_bytes()
 
 
-def _where_to_look(run: Run, to: AsyncWriter) -> list[tuple[str, str]]:
-    """What shows the run in TensorBoard and MLflow, and the runs of its experiment beside each other."""
-    board = [("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.folder))}")]
-    board = board if run.settings.run.tensorboard else []
+def _where_to_look(to: AsyncWriter) -> list[tuple[str, str]]:
+    """What shows the run in MLflow, and the runs of its experiment beside each other."""
     first = [] if to.uri.startswith("http") else [("look", f"mlflow ui --backend-store-uri {shlex.quote(to.uri)}")]
     if to.run_id is None or to.experiment_id is None:
-        return [*first, *board]
+        return first
     pages = [page(to.uri, to.experiment_id, to.run_id), ranking(to.uri, to.experiment_id, BEST)]
-    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1]), *board]
+    return [*first, ("", pages[0]) if first else ("look", pages[0]), ("ranking", pages[1])]
 
 
 def show(run: Run, to: AsyncWriter, display: Display) -> None:
@@ -127,6 +125,9 @@ def show(run: Run, to: AsyncWriter, display: Display) -> None:
     kind, reason = ("best", f"epoch {summary['best_epoch']}") if scored else ("last", "no epoch has a score")
     display.console.print(score_table(f"Test split, {kind} epoch's weights", summary["test"]))
     more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
+    board = (
+        [("TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.folder))}")] if settings.run.tensorboard else []
+    )
     patience, latest = settings.training.patience, run.checkpoints.latest()
     if patience is not None and latest and patience <= latest[1].stale_epochs:
         more_of = f"{more_of} --patience {patience + 5}"
@@ -135,7 +136,8 @@ def show(run: Run, to: AsyncWriter, display: Display) -> None:
         [
             (kind, f"{reason}, {run.folder}/{summary['best_checkpoint']}"),
             ("model", summary["model_uri"] or f"{run.folder}/{MODEL}"),
-            *_where_to_look(run, to),
+            *_where_to_look(to),
+            *board,
             (
                 "evaluate",
                 f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",
