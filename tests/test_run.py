@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, read_json, train, weights_of
 from PIL import Image
+from test_board import events_of, scalars_of
 
 from unet.data.manifest import Manifest
 from unet.errors import InputError, RunFailed
@@ -267,7 +268,7 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_clu
         "the run was to stop before its end"
     )
 
-    finished = train(storage, packed, run_name="stopped")
+    finished = train(storage, packed, run_name="stopped", tensorboard=True)
     assert finished["mlflow_run_id"] == stopped["mlflow_run_id"]
     assert finished["val"] == summary["val"] and finished["test"] == summary["test"]
     last = sorted(p.name for p in (folder / "checkpoints").iterdir())[-1]
@@ -276,6 +277,13 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_clu
     history = client.get_metric_history(stopped["mlflow_run_id"], "val/mean_iou")
     assert [m.step for m in history] == list(range(1, 11))
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "FINISHED"
+    shown = [(tag, step) for tag, step, *_ in scalars_of(storage / "stopped")]
+    assert len(set(shown)) == len(shown) and ("test/mean_iou", 10) in shown
+    assert [step for tag, step in shown if tag == "val/mean_iou"] == list(range(1, 11))
+    values = [(event.summary.value[0], event.step) for event in events_of(storage / "stopped")]
+    pictures = [(value.tag, step) for value, step in values if value.HasField("image")]
+    assert len(set(pictures)) == len(pictures) and ("gallery", 10) in pictures
+    assert {step for tag, step in pictures if tag.startswith("val/")} == {1, 2, 3, 4, 6, 8}
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(ray_cluster, storage, packed):
