@@ -116,9 +116,9 @@ def storage(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """An MLflow server that a test may freeze, kill and start again."""
+    """An MLflow server that a test may freeze and kill, if it lets it go on and starts it again."""
     from mlflow_server import Server
 
     server = Server(tmp_path_factory.mktemp("server"))
@@ -139,6 +139,16 @@ def s3():
     urllib.request.urlopen(urllib.request.Request(f"http://{place}/pets", method="PUT")).close()
     yield lambda path: f"s3://me:word@pets/{path}?scheme=http&endpoint_override={place}"
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def learners():
+    """Learners as a warm process of a sweep keeps them: one that is as good as new, without another trace."""
+    from unet.tuning.trial import Learners
+
+    kept = Learners()
+    kept.KEPT = 100
+    return kept
 
 
 @pytest.fixture(scope="session")

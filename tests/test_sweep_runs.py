@@ -84,21 +84,23 @@ def assert_mlflow_has_all(sweep: Sweep) -> None:
         assert (told["end"], told["mlflow_run_id"]) == (end, run.info.run_id)
 
 
-def test_what_an_outage_keeps_back_is_sent_by_the_next_start(sweep, server):
+def test_what_an_outage_keeps_back_is_sent_by_the_next_start(sweep, server, monkeypatch):
     words: list[str] = []
     server.freeze()
-    runs = runs_of(sweep, words)
-    try:
-        runs.send_missing()
-        stop = threading.Event()
-        stop.set()
-        while not words:
-            assert not runs.deliver(stop)
-        assert not any(row.get("sent") for row in Ledger(sweep.folder).rows)
-        assert "does not answer" in words[0] and words[0].endswith("the job goes on, and what it sends is queued.")
-    finally:
-        runs.close()
-        server.thaw()
+    with monkeypatch.context() as frozen:
+        frozen.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        runs = runs_of(sweep, words)
+        try:
+            runs.send_missing()
+            stop = threading.Event()
+            stop.set()
+            while not words:
+                assert not runs.deliver(stop)
+            assert not any(row.get("sent") for row in Ledger(sweep.folder).rows)
+            assert "does not answer" in words[0] and words[0].endswith("the job goes on, and what it sends is queued.")
+        finally:
+            runs.close()
+            server.thaw()
     runs = runs_of(sweep)
     runs.send_missing()
     assert runs.deliver()

@@ -20,6 +20,7 @@ from unet.errors import InputError
 from unet.runs.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from unet.runs.run import Run
 from unet.storage import Folder
+from unet.tracking import database
 from unet.tracking.patience import patient
 from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
@@ -222,20 +223,22 @@ def test_what_can_never_work_is_refused_and_an_outage_is_not(server, writers):
     assert any("does not answer" in w for w in words)
 
 
-def test_a_locked_sqlite_delays_nobody(server, writers, tmp_path):
+def test_a_locked_sqlite_delays_nobody(server, writers, tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "LOCKED_SECONDS", 1)
     make, words = writers
-    database = shutil.copy(server.database, tmp_path / "locked.db")
-    lock = sqlite3.connect(database, isolation_level=None)
+    path = shutil.copy(server.database, tmp_path / "locked.db")
+    lock = sqlite3.connect(path, isolation_level=None)
     lock.execute("begin exclusive")
-    writer = make(f"sqlite:///{database}", "locked")
+    writer = make(f"sqlite:///{path}", "locked")
     writer.start("run", None, {}, {}, "key-4", 1)
     writer.epoch(line(1), line(2))
     writer.status("stopped")
     writer.check(60)  # the first attempt has failed, which is no reason to refuse
     assert writer.run_id is None and "locked" in writer.reason
+    nothing_is_delivered(writer, words, 1)
     lock.close()
     assert writer.deliver(60)
-    found = sqlite3.connect(database).execute("select key, value, timestamp, step from metrics").fetchall()
+    found = sqlite3.connect(path).execute("select key, value, timestamp, step from metrics").fetchall()
     assert Counter(row for row in found) >= expected([line(1), line(2)])
     assert mlflow.MlflowClient(writer.uri).get_run(writer.run_id).info.status == "KILLED"
     assert "locked" in words[0]

@@ -103,6 +103,7 @@ class Learner:
         drawn = Drawn(tf.TensorSpec((self.share, len(DRAWS)), tf.float32), *[tf.TensorSpec((), tf.float32)] * 2)
         inputs = [images, masks, drawn, step, control, rate, dropout]
         self._step, self._frozen_step = _graph(self._step_graph, inputs), _graph(self._frozen_step_graph, inputs)
+        self._gradients = _graph(self._gradients_graph, [images, masks, drawn, step, dropout])
         self._evaluate = _graph(self._evaluate_graph, [images, masks])
         self._predict = _graph(self._predict_graph, [images])
         self._sum = _graph(self._sum_over_workers)
@@ -200,13 +201,12 @@ class Learner:
         self, images: np.ndarray, masks: np.ndarray, step: int, draws: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """The gradient of the global batch's loss as a step would apply it, without clipping or update."""
+        dropout = self.recipe.model.dropout
+        return [g.numpy() for g in self._gradients(images, masks, self._drawn(draws), step, dropout)]
 
-        @tf.function
-        def compute(images, masks, drawn, step):
-            dropout = tf.constant(self.recipe.model.dropout, tf.float64)
-            return list(self.batch.gradients(images, masks, drawn, step, tf.constant(0.0), dropout).gradients.values())
-
-        return [g.numpy() for g in compute(images, masks, self._drawn(draws), tf.constant(step, tf.int64))]
+    def _gradients_graph(self, images, masks, drawn, step, dropout):
+        found = self.batch.gradients(images, masks, drawn, step, tf.constant(0.0), dropout)
+        return list(found.gradients.values())
 
     def _frozen_step_graph(self, images, masks, drawn, step, control, rate, dropout):
         return self._step_graph(images, masks, drawn, step, control, rate, dropout, trains_encoder=False)

@@ -31,6 +31,8 @@ ARTIFACTS = "mlartifacts"
 """The folder of files beside a database."""
 CREATION_SECONDS = 5.0
 """How long another process may take to create a database: the MLflow UI creates it in place."""
+LOCKED_SECONDS = 20.0
+"""How long another process may hold a database that is brought up to date."""
 FOR_GOOD = ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
 """SQLite's errors that do not pass by waiting."""
 LOCATIONS = (
@@ -168,7 +170,7 @@ def _create(path: Path) -> None:
 
 def _update_locations(path: Path) -> None:
     """Rewrite where files are, if the storage path was moved or copied: MLflow has no call for that."""
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_SECONDS)) as connection, connection:
         before = {root for root in _created_below(connection, path) if _has_moved(root, path)}
         if not before:
             return
