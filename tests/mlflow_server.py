@@ -43,8 +43,8 @@ class Server:
         )
         while True:
             assert self.process.poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+            try:  # the first request makes the database
+                urllib.request.urlopen(f"{self.uri}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=60).close()
                 return
             except OSError:
                 time.sleep(0.1)
