@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from unet.runs.run import Run, where
 from unet.secrets import lost, without_secrets
 from unet.storage import Folder
+from unet.tracking.reach import ranking
 
 # Long enough not to stand in the rest of a URI by chance; what ends a host or a value is among it.
 PLAIN = string.ascii_letters + string.digits
@@ -111,3 +112,9 @@ def test_a_resume_asks_for_what_was_not_saved(flag, tmp_path):
         parse(TrainSettings, "", flags)
     settings = parse(TrainSettings, "", [*flags, f"{name}={values[flag]}"])
     assert {**settings.run.model_dump(), **settings.data.model_dump()}[flag] == values[flag]
+
+
+def test_the_order_of_a_page_of_runs_is_no_secret():
+    address = ranking("https://user:pass@host/mlflow/", "7", "val/best_mean_iou")
+    assert without_secrets(address) == address and address.endswith("&orderByKey=metrics.%60val%2Fbest_mean_iou%60")
+    assert address.startswith("https://***@host/mlflow/#/experiments/7/runs?workflowType=machine_learning&")

@@ -13,7 +13,7 @@ MASK = "***"
 # What comes before a slash shows whether it is part of a password or follows a port.
 _USERINFO = re.compile(r"(://)(?:[^/\s]+|(?!\[)[^/\s:]*:(?!\d{0,5}(?:/|$))\S+)@")
 _NAMES = "key|secret|token|passw|pwd|signature|credential"
-_QUERY = re.compile(rf"([?&;#](?:[^=&;#?\s]*(?:{_NAMES})[^=&;#?\s]*|sig)=)[^&\s'\"]+", re.IGNORECASE)
+_QUERY = re.compile(rf"([?&;#](?!orderByKey=)(?:[^=&;#?\s]*(?:{_NAMES})[^=&;#?\s]*|sig)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:
