@@ -98,7 +98,7 @@ def write_run(storage: Path, name: str, history: list[dict], seconds: dict[int, 
     (folder / "evaluations").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(flat(settings)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    summary = {"started": START, "parameters": 1234, "data_digest": "digest", "test": None}
+    summary = {"started": START, "data_digest": "digest", "test": None}
     (folder / "summary.json").write_text(json.dumps(summary))
     for epoch, own in seconds.items():
         place = folder / "checkpoints" / f"step_{10 * epoch:08d}"
@@ -120,7 +120,8 @@ def test_a_run_is_what_its_folder_says(tmp_path):
     run = read_run(tmp_path, "a")
     assert [line["minutes"] for line in run.history] == pytest.approx([1, 2, 3]) and run.minutes == 3
     assert (run.recipe, run.best, run.speed, run.test_score) == ("reference", (2, 0.5), 102.0, None)
-    assert run.checkpoint == "step_00000030" and run.classes == PETS.classes
+    assert (run.checkpoint, run.classes) == ("step_00000030", PETS.classes)
+    assert run.parameters == tiny_settings(tmp_path, tmp_path).recipe(3).network.parameters > 1000
     assert by_class([run], "val") == {"pet": [0.25], "background": [None], "outline": [None]}
     assert by_class([run], "test") == {}
 
@@ -246,8 +247,10 @@ def compared(count: int, **facts) -> Comparison:
         name = f"run_{index}" if index else NASTY
         history = [line | {"minutes": 30.0 * line["epoch"]} for line in lines(1, 2, scores=[0.2, 0.4 + 0.01 * index])]
         settings = {"learning_rate": 0.001 * (index + 1), "recipe": "/somewhere/own.yaml", "loss": "cross_entropy"}
-        summary = {"parameters": 1_234_567, "test": None}
-        runs.append(ComparedRun(name, name, Folder("/runs"), settings, summary, history, 60.0, PETS.classes, "c"))
+        summary = {"test": None}
+        runs.append(
+            ComparedRun(name, name, Folder("/runs"), settings, summary, history, 60.0, 1_234_567, PETS.classes, "c")
+        )
     one, none = {"value": 0.0123, "interval": [0.0017, 0.0245]}, {"value": -0.0345, "interval": [-0.07, 0.01]}
     size = {"mean_iou": one, "iou": {"pet": one, "background": none, "outline": {"value": None, "interval": None}}}
     pair = {"a": NASTY, "b": "run_1", "verdict": f"run_1 is better than {NASTY}: so.", "network_size": size}

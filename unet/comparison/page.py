@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from unet.comparison.pairs import best_of
+from unet.comparison.pairs import best_of, excludes_zero
 from unet.comparison.run import Comparison
 from unet.comparison.runs import ComparedRun, by_class, differing
 from unet.comparison.tables import number, plain
@@ -51,7 +51,7 @@ def comparison_page(done: Comparison) -> str:
         by_class={title: found for split, title in SPLITS.items() if (found := by_class(done.runs, split))},
         number=number,
         highest=_highest,
-        is_clear=_is_clear,
+        is_clear=excludes_zero,
     )
 
 
@@ -74,8 +74,3 @@ def _ends(found: Iterable[dict]) -> Iterable[float]:
 
 def _highest(values: Sequence[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def _is_clear(span: list | None) -> bool:
-    """Whether an interval of a difference excludes 0."""
-    return span is not None and not span[0] <= 0 <= span[1]

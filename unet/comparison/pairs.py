@@ -34,6 +34,16 @@ class Pairs:
     left_out: list[str] = field(default_factory=list)
 
     @property
+    def best(self) -> str | None:
+        """The run that scores highest; None where nothing was scored."""
+        scored = {name: found["mean_iou"] for name, found in self.scores.items() if found["mean_iou"] is not None}
+        return max(scored, key=scored.__getitem__, default=None)
+
+    def of(self, run: str | None) -> list[dict]:
+        """The pairs that a run is one of."""
+        return [pair for pair in self.pairs if run in (pair["a"], pair["b"])]
+
+    @property
     def images(self) -> int:
         """How many they were scored on."""
         return max((found["images"] for found in self.scores.values()), default=0)
@@ -113,24 +123,24 @@ def _evaluate(
 
 def best_of(pairs: Pairs, split: str) -> str | None:
     """Which run scores highest, and whether by more than chance, in a sentence; None where nothing was scored."""
-    scored = {name: score for name, found in pairs.scores.items() if (score := found["mean_iou"]) is not None}
-    if not pairs.pairs or not scored:
+    best = pairs.best
+    if not pairs.pairs or best is None:
         return None
-    best = max(scored, key=scored.__getitem__)
-    worse: list[str] = []
-    equal: list[str] = []
-    unknown: list[str] = []
-    for pair in pairs.pairs:
-        if best in (pair["a"], pair["b"]):
-            span = pair["network_size"]["mean_iou"]["interval"]
-            group = unknown if span is None else equal if span[0] <= 0 <= span[1] else worse
-            group.append(pair["a"] if pair["b"] == best else pair["b"])
-    parts = [f"{best} scores highest on {split}: mean IoU {scored[best]:.4f}."]
-    for others, words in (
-        (worse, "Its difference to {} is more than chance."),
-        (equal, "Its difference to {} may be chance."),
-        (unknown, "Whether its difference to {} is chance cannot be told."),
-    ):
-        if others:
-            parts.append(words.format(" and ".join(filter(None, (", ".join(others[:-1]), others[-1])))))
+    clear, unclear, unknown = "is more than chance", "may be chance", "cannot be told from chance"
+    others: dict[str, list[str]] = {clear: [], unclear: [], unknown: []}
+    for pair in pairs.of(best):
+        span = pair["network_size"]["mean_iou"]["interval"]
+        told = unknown if span is None else clear if excludes_zero(span) else unclear
+        others[told].append(pair["a"] if pair["b"] == best else pair["b"])
+    parts = [f"{best} scores highest on {split}: mean IoU {pairs.scores[best]['mean_iou']:.4f}."]
+    for told, names in others.items():
+        if names:
+            all_of_many = 2 < len(names) == len(pairs.scores) - 1
+            which = "any other" if all_of_many else " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+            parts.append(f"Its difference to {which} {told}.")
     return " ".join(parts)
+
+
+def excludes_zero(span: list | None) -> bool:
+    """Whether the interval of a difference tells it from chance."""
+    return span is not None and not span[0] <= 0 <= span[1]

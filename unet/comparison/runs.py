@@ -15,8 +15,9 @@ from unet.runs.run import read_history, read_summary
 from unet.secrets import without_passwords
 from unet.storage import Folder
 
-NOT_COMPARED = (*OF_THIS_PLACE, "sync", "data", "experiment", "register")
-"""Settings that make no difference to a run; its data are compared by their digest."""
+NOT_COMPARED = (*OF_THIS_PLACE, "sync", "data", "experiment", "register", "recipe")
+"""Settings that make no difference to a run, or whose difference is shown otherwise: its data are compared by their
+digest, and of a recipe the settings are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ComparedRun:
         summary: the content of `summary.json`.
         history: the lines of `metrics.jsonl`, each with its `minutes` (`with_minutes`).
         minutes: of its own time, over all its starts; None before the first line.
+        parameters: of its network; None before its first checkpoint.
         classes: of its data; empty before its first checkpoint.
         checkpoint: that its name means; None before its first.
     """
@@ -42,6 +44,7 @@ class ComparedRun:
     summary: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     minutes: float | None
+    parameters: int | None
     classes: Classes
     checkpoint: str | None
 
@@ -64,6 +67,7 @@ class ComparedRun:
             summary=summary,
             history=history,
             minutes=latest.seconds / 60 if latest else history[-1]["minutes"] if history else None,
+            parameters=latest.recipe().network.parameters if latest else None,
             classes=latest.class_infos if latest else (),
             checkpoint=latest.chosen if latest else None,
         )

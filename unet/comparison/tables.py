@@ -12,6 +12,9 @@ from unet.comparison.runs import differing
 from unet.evaluation.tables import framed
 from unet.pages.numbers import ABSENT, percent, score
 
+FEW_PAIRS = 6
+"""Of more pairs only those of the best run are shown here; the page has all."""
+
 
 def show(console: Console, done: Comparison) -> None:
     """Its tables, and what they come to, in sentences."""
@@ -24,7 +27,8 @@ def show(console: Console, done: Comparison) -> None:
         console.print(Text(done.sweep.told, style="bold"))
     if best := best_of(done.pairs, done.split):
         console.print(Text(best, style="bold"))
-    for pair in done.pairs.pairs:
+    pairs = done.pairs.pairs
+    for pair in pairs if len(pairs) <= FEW_PAIRS else done.pairs.of(done.pairs.best):
         console.print(Text(pair["verdict"]))
     for sentence in done.pairs.left_out:
         console.print(Text(sentence, style="yellow"))
@@ -35,7 +39,7 @@ def _runs(done: Comparison) -> Table:
     table = framed("Runs", "run", *columns, width=40)
     for run in done.runs:
         numbers = number(run.minutes, ".1f"), number(run.speed, ".1f"), score(run.best and run.best[1])
-        counts = number(run.summary.get("parameters"), ",d"), str(len(run.history))
+        counts = number(run.parameters, ",d"), str(len(run.history))
         table.add_row(Text(run.name), Text(run.recipe), *counts, *numbers, score(run.test_score))
     return table
 
