@@ -3,22 +3,26 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import gpu_check
 import pytest
 from conftest import ROOT
 from gpu_check import within
 
 
-def checked(*flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    def here(output: Path, **task) -> Path:
+        gpu_check.see(task | {"output": output})
+        return output
 
-
-def test_without_a_gpu_it_says_so():
-    found = checked()
-    assert found.returncode == 2 and found.stderr.startswith("error: TensorFlow sees no GPU: install the `gpu` extra")
-    (row,) = [line for line in found.stdout.splitlines() if "TensorFlow sees a GPU" in line]
-    assert "none" in row and row.rstrip("| ").endswith("NO") and len(found.stderr.splitlines()) == 1
+    monkeypatch.setattr(gpu_check, "in_process", here)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2
+    told = capsys.readouterr()
+    (row,) = [line for line in told.out.splitlines() if "TensorFlow sees a GPU" in line]
+    assert "none" in row and row.rstrip("| ").endswith("NO") and told.err.count("\n") == 1
+    assert told.err.startswith("error: TensorFlow sees no GPU: install the `gpu` extra")
 
 
 @pytest.mark.parametrize("found,passed", [(0.0, True), (1e-4, True), (1.1e-4, False), (float("nan"), False)])
@@ -28,7 +32,8 @@ def test_what_is_out_of_bounds_fails(found, passed):
 
 @pytest.mark.slow
 def test_on_the_cpu_all_of_it_passes():
-    found = checked("--device=cpu")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device=cpu"]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     rows = [line.split("|") for line in found.stdout.splitlines() if line.rstrip().endswith(("yes |", "NO |"))]
     assert found.returncode == 0 and all("yes" in row[4] for row in rows), found.stdout + found.stderr
     told = " ".join(row[1] for row in rows)
