@@ -237,8 +237,8 @@ def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, t
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     run = client.get_run(summary["mlflow_run_id"])
     assert "val/iou/thing 20" in run.data.metrics or "test/iou/thing 20" in run.data.metrics
-    (used,) = run.inputs.dataset_inputs
-    assert used.dataset.name == "folder" and json.loads(used.dataset.profile)["classes"] == list(classes)
+    used = run.inputs.dataset_inputs[0]
+    assert used.dataset.name == "folder/train" and json.loads(used.dataset.profile)["classes"] == list(classes)
     logged = {item.path for item in client.list_artifacts(run.info.run_id, "data")}
     assert logged == {"data/manifest.json", "data/data_report.html"}
     package = mlflow.pyfunc.load_model(f"{run.info.artifact_uri}/model")

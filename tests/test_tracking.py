@@ -349,8 +349,9 @@ def check_models(client, run, summary: dict, lines: list[dict], folder: Path) ->
         assert model.status.value == "READY" and model.params["seed"] == run.data.params["seed"]
     (test,) = [m for m in there[final].metrics if m.key == "test/mean_iou"]
     assert test.value == summary["test"]["mean_iou"] and test.dataset_name.endswith("/test")
-    uri = client.tracking_uri
-    packed = Path(mlflow.artifacts.download_artifacts(summary["model_uri"], tracking_uri=uri))
+    mlflow.set_tracking_uri(client.tracking_uri)
+    packed = Path(mlflow.artifacts.download_artifacts(summary["model_uri"]))
+    mlflow.set_tracking_uri(None)
     there = {str(p.relative_to(packed)): p.read_bytes() for p in packed.rglob("*") if p.is_file()}
     own = folder / "model"
     sent = [p for p in own.rglob("*") if p.is_file() and p.name != "COMMIT"]

@@ -15,7 +15,7 @@ PLACE = ("epoch", "step", "time")
 
 def step_of(record: dict) -> int:
     """Where a chart shows a line: the epoch of `metrics.jsonl`, the seconds of `system.jsonl`."""
-    return record.get("epoch", record["step"])
+    return record["epoch"] if "epoch" in record else record["step"]
 
 
 def of_node(node: str, values: dict[str, float]) -> dict[str, float]:
