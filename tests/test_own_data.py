@@ -241,7 +241,9 @@ def test_twenty_one_classes_are_trained_scored_and_shown(ray_cluster, storage, t
     assert used.dataset.name == "folder/train" and json.loads(used.dataset.profile)["classes"] == list(classes)
     logged = {item.path for item in client.list_artifacts(run.info.run_id, "data")}
     assert logged == {"data/manifest.json", "data/data_report.html"}
-    package = mlflow.pyfunc.load_model(f"{run.info.artifact_uri}/model")
+    mlflow.set_tracking_uri(client.tracking_uri)
+    package = mlflow.pyfunc.load_model(summary["model_uri"])
+    mlflow.set_tracking_uri(None)
     assert package.metadata.metadata["classes"] == list(classes)
     answer = package.predict(np.zeros((2, 36, 48, 3), np.uint8))
     assert answer.shape == (2, 36, 48) and answer.max() < 21

@@ -42,7 +42,7 @@ def sweep(server, tmp_path):
     ledger = Ledger(sweep.folder)
     for number, (end, scores) in enumerate(ENDS.items()):
         row = ledger.begin({"dropout": number / 10})
-        lines = [{"epoch": e, "time": 1000 + e, "val/mean_iou": s} for e, s in enumerate(scores, 1)]
+        lines = [{"epoch": e, "step": e, "time": 1000 + e, "val/mean_iou": s} for e, s in enumerate(scores, 1)]
         folder = sweep.folder / row["trial"]
         folder.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         folder.write_text("config.yaml", yaml.safe_dump(base_of(sweep) | row["settings"]))

@@ -139,13 +139,13 @@ def _fill(run: "StoredRun", model, best: Best, models: Models) -> None:
     """Send the files of the packaged model, and its scores on the test split."""
     if models.package is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            place = Path(models.package.path) if models.package.is_local else Path(scratch)
-            if not models.package.is_local:
-                for name in models.package.files():
-                    (place / name).parent.mkdir(parents=True, exist_ok=True)
-                    (place / name).write_bytes(models.package.read_bytes(name))
-            with run.patient(sum(path.stat().st_size for path in place.rglob("*") if path.is_file())):
-                run.client.log_model_artifacts(model.model_id, str(place))
+            size = 0
+            for name in models.package.files():
+                place = Path(scratch) / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                size += place.write_bytes(models.package.read_bytes(name))
+            with run.patient(size):
+                run.client.log_model_artifacts(model.model_id, scratch)
     if models.test:
         name, digest = models.validated_on
         run.scores(models.test, *models.tested, model.model_id, (name.removesuffix("/val") + "/test", digest))
