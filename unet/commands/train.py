@@ -4,7 +4,7 @@ examples:
     python jobs/train.py --data synthetic --num-workers 2      on this machine
     python jobs/train.py --data FOLDER --report --export onnx  with a report and an ONNX file
     python jobs/train.py --resume RUN_NAME                     continue a run
-    python jobs/train.py --reproduce RUN_NAME                  train it again and compare the numbers
+    python jobs/train.py --reproduce RUN_NAME                  train it again, and compare
     python jobs/train.py --sync RUN_NAME                       send MLflow what it missed
     ray job submit --working-dir . -- python jobs/train.py …   on a cluster
 """
