@@ -50,6 +50,7 @@ gpu-check: setup  ## A machine's GPU against its CPU, for a report: about five m
 	$(BIN)/python benchmarks/gpu_check.py
 
 ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:5000
+	@echo "Look at http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 	uri=$$($(BIN)/python -m unet.tracking.database) && \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "$$uri"
 
