@@ -328,7 +328,9 @@ def check_synced(folder: Path, server: Server) -> dict:
     assert any(name.startswith("images/") for name in own)
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}
     assert {f for f in files if f.startswith("best_")} == {f"best_checkpoint/{f}" for f in (WEIGHTS, STATE)}
-    return {"metrics": found, "tags": run.data.tags, "files": sorted(files)}
+    outputs = [output.model_id for output in run.outputs.model_outputs]
+    assert len(set(outputs)) == len(outputs)
+    return {"metrics": found, "tags": run.data.tags, "files": sorted(files), "models": sorted(outputs)}
 
 
 def check_models(client, run, summary: dict, lines: list[dict], folder: Path) -> None:

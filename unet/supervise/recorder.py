@@ -89,6 +89,7 @@ class RunRecorder:
         self._best_of(state)
         if writer:
             begin(run, writer, self.prepared)  # with the history
+            tell(run, writer)
             writer.tags({"status": "running"} | {name: begins[name] for name in begins if name == "begins_with"})
             writer.status("running")
 

@@ -20,8 +20,8 @@ from unet.storage import Folder
 if TYPE_CHECKING:
     from unet.tracking.stored_run import StoredRun
 
-CHECKPOINT, KEPT = "checkpoint", "checkpoint_kept"
-"""Tags: whose weights the model has, and whether the run's folder still holds them."""
+CHECKPOINT, KEPT, READY = "checkpoint", "checkpoint_kept", "READY"
+"""Tags: whose weights the model has, and whether the run's folder still holds them; MLflow's status of a whole one."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,19 @@ def reconcile(run: "StoredRun", models: Models) -> None:
     there = _known(run)
     for best in models.best:
         name = MODEL if best.checkpoint == models.packaged else best.checkpoint
-        found = there.pop((name, best.checkpoint), None)
+        found = there.get((MODEL, best.checkpoint))  # packaged now, or at an earlier end of the run
+        if name != MODEL:
+            found = found or there.get((name, best.checkpoint))
         if found is None and (best.kept or name == MODEL):
             found = _created(run, name, best, models)
-        if found is not None and found.tags.get(KEPT) != str(best.kept).lower():
+        if found is None:
+            continue
+        if str(found.status) != READY:  # else all of it is there
+            _complete(run, found.model_id, best, models)
+        if found.tags.get(KEPT) != str(best.kept).lower():
             run.client.set_logged_model_tags(found.model_id, {KEPT: str(best.kept).lower()})
-        if found is not None and name == MODEL:
-            _fill(run, found, best, models)
+        if name == MODEL:
+            _fill(run, found, models)
     twin = there.get((models.packaged, models.packaged)) if models.packaged else None
     if twin is not None:
         run.client.delete_logged_model(twin.model_id)
@@ -124,18 +130,24 @@ def packaged_of(client, run_id: str) -> Any:
 
 
 def _created(run: "StoredRun", name: str, best: Best, models: Models):
-    from mlflow.entities import LoggedModelOutput
-
     client, experiment = run.client, run.client.get_run(run.run_id).info.experiment_id
     tags = models.tags | {CHECKPOINT: best.checkpoint, KEPT: str(best.kept).lower()}
     params = {key: str(value) for key, value in without_passwords(models.params).items() if value is not None}
-    made = client.create_logged_model(experiment, name, run.run_id, without_passwords(tags), params)
-    run.scores(best.scores, best.epoch, best.time, made.model_id, models.validated_on)
-    client.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, best.epoch)])
-    return client.finalize_logged_model(made.model_id, "READY")
+    return client.create_logged_model(experiment, name, run.run_id, without_passwords(tags), params)
 
 
-def _fill(run: "StoredRun", model, best: Best, models: Models) -> None:
+def _complete(run: "StoredRun", model_id: str, best: Best, models: Models) -> None:
+    """Send the scores of a model, link it to its run, and say that it is whole: what a kill between leaves is done."""
+    from mlflow.entities import LoggedModelOutput
+
+    run.scores(best.scores, best.epoch, best.time, model_id, models.validated_on)
+    outputs = run.client.get_run(run.run_id).outputs
+    if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        run.client.log_outputs(run.run_id, [LoggedModelOutput(model_id, best.epoch)])
+    run.client.finalize_logged_model(model_id, READY)
+
+
+def _fill(run: "StoredRun", model, models: Models) -> None:
     """Send the files of the packaged model, and its scores on the test split."""
     if models.package is not None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -38,7 +38,6 @@ def begin(run: Run, to: AsyncWriter, prepared: Prepared | None = None) -> None:
     if prepared := prepared or open_data(run.folder, summary["data_digest"]):
         to.data(prepared)
     to.epoch(*run.history(), *run.system())
-    tell(run, to)
     to.file(run.folder, CONFIG)
     pictures = run.folder / IMAGES
     for name in pictures.files() if run.folder.exists(IMAGES) else []:
