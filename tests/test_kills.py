@@ -184,6 +184,9 @@ def assert_ended_alike(job: Watched, unbroken, limit: int | None = None) -> None
     assert summary["restarts"] >= restarts
     assert_restarts_are_told(job, summary)
     print(f"{job.name:>24}  steps done again by each new start: {repeated}")
+    until = time.monotonic() + 30  # Ray ends them a moment after their driver
+    while (job.processes("worker") or job.processes("controller")) and time.monotonic() < until:
+        time.sleep(0.2)
     assert not job.processes("worker") and not job.processes("controller")
 
 

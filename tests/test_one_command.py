@@ -16,7 +16,8 @@ from unet.errors import InputError
 def finished(trained, storage, monkeypatch):
     """A copy of the trained run, which MLflow does not know: `--resume` only answers, and makes what is asked for."""
     monkeypatch.setattr("unet.cluster.devices.start_tensorflow", lambda threads: None)  # it has begun here
-    copy = shutil.copytree(trained[0], storage / "copy")
+    without = shutil.ignore_patterns("evaluations", "export")  # of other tests
+    copy = shutil.copytree(trained[0], storage / "copy", ignore=without)
     (copy / "summary.json").write_text(json.dumps(trained[1] | {"run_name": "copy", "mlflow_run_id": None}))
     yield copy
     shutil.rmtree(copy)
