@@ -29,7 +29,7 @@ requirements: setup  ## requirements.txt anew from pyproject.toml. Pins stay; UP
 train: setup  ## Train on drawn pets with two workers, for three minutes on any machine
 	$(BIN)/python jobs/train.py --data synthetic --image-size 64 --minutes 3 --num-workers 2
 
-test: setup  ## The suite, about thirteen minutes
+test: setup  ## The suite, about fourteen minutes
 	$(BIN)/python -m pytest -q
 
 test-avx2: setup  ## The suite as on a processor without AVX-512, on one that has it
