@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from conftest import command, read_json, tiny_settings
+from conftest import command, listening, read_json, tiny_settings, words_of
 
 from unet.errors import InputError
-from unet.runs.run import read_history
+from unet.runs.run import Run, read_history
 from unet.storage import Folder
+from unet.supervise import driver
 from unet.supervise.reproduction import Reproduction, differences
 from unet.tracking.original import Original, numbers
 
@@ -81,6 +82,15 @@ def test_a_run_is_reproduced(trained, storage, capsys):
     assert "Trains trained again. What differs here: --epochs: 10 there, 2 here" in output
     assert "epoch 1: the same bits as trained" in output and "epoch 2: the same bits as trained" in output
     assert again["reproduction"] in output and "trained and this run parted in the test split" in again["reproduction"]
+
+
+def test_a_reproduction_goes_on_without_its_original(storage, tmp_path):
+    settings = tiny_settings(tmp_path, storage, run_name="again", reproduce="gone")
+    run, display = Run("again", settings, Folder(tmp_path / "again")), listening()
+    with pytest.raises(InputError, match="There is no run gone"):
+        driver._again(run, None, display)
+    run.summary["status"] = "stopped"
+    assert driver._again(run, None, display) is None and "goes on without a comparison" in words_of(display)
 
 
 def test_what_differs_is_told(trained, storage):

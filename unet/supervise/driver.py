@@ -138,12 +138,18 @@ def _again(run: Run, prepared: Prepared, display: Display) -> Reproduction | Non
     """The comparison with the run that this one trains again, if it does; says what differs here.
 
     Raises:
-        InputError: that run is not there any more.
+        InputError: that run is not there.
     """
     part = run.settings.run
     if part.reproduce is None:
         return None
-    original = Original.find(part.reproduce, Folder(part.storage_path), part.tracking_uri)
+    try:
+        original = Original.find(part.reproduce, Folder(part.storage_path), part.tracking_uri)
+    except InputError as error:
+        if not run.summary:
+            raise
+        display.say(f"{error} This run goes on without a comparison.", "yellow")
+        return None
     found = differences(original, run.settings, prepared.manifest.data_digest, code_version())
     same = f"Trains {original.name} again; as far as is known now, nothing differs here."
     display.say("\n  ".join([f"Trains {original.name} again. What differs here:", *found]) if found else same)

@@ -1,12 +1,13 @@
 """A run's description in MLflow, in Markdown: what happened, where the best score stands, how to go on."""
 
+from unet.classes import MANY
 from unet.errors import first_line
 from unet.pages.numbers import duration, score
 from unet.runs.run import Run, where
 
 NOTE = "mlflow.note.content"
 """MLflow's tag of a description."""
-SHOWN_CLASSES, SHOWN_RESTARTS = 30, 10
+SHOWN_RESTARTS = 10
 """A tag holds 8,000 characters."""
 
 
@@ -49,9 +50,9 @@ def _scores(summary: dict) -> str:
     names = list(next(iter(found.values()))["iou"])
     rows = [
         [name, *(score(of[kind].get(name)) for of in found.values() for kind in ("iou", "dice"))]
-        for name in names[:SHOWN_CLASSES]
+        for name in names[:MANY]
     ]
     rows.append(["**mean**", *(score(of[f"mean_{kind}"]) for of in found.values() for kind in ("iou", "dice"))])
     lines = [["class", *heads], ["---"] + ["---:"] * len(heads), *rows]
-    left = f"\n\n{len(names) - SHOWN_CLASSES} more classes: see `summary.json`." if len(names) > SHOWN_CLASSES else ""
+    left = f"\n\n{len(names) - MANY} more classes: see `summary.json`." if len(names) > MANY else ""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + left

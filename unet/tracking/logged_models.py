@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet.metric_names import BEST_EPOCH, PLACE
+from unet.metric_names import BEST_EPOCH
 from unet.runs.run import MODEL, Run
 from unet.runs.state import name_of
 from unet.secrets import without_passwords
@@ -72,7 +72,7 @@ def best_of(run: Run, packaged: str | None = None) -> list[Best]:
     for record in run.history():
         name = name_of(record["step"])
         if record.get(BEST_EPOCH) == record["epoch"] or name == packaged:
-            scores = {key: value for key, value in record.items() if key.startswith("val/") and key not in PLACE}
+            scores = {key: value for key, value in record.items() if key.startswith("val/")}
             found.append(Best(name, record["epoch"], record["time"], scores, folder.committed(name)))
     return found
 
