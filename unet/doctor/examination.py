@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from unet.cluster.session import finds_cluster, ray_session
+from unet.cluster.session import finds_cluster, ray_session, silenced
 from unet.config.doctor import DoctorSettings
 from unet.config.fields import is_source_name
 from unet.doctor import probe
@@ -24,6 +24,12 @@ from unet.secrets import without_secrets
 from unet.tracking.library import load_mlflow
 from unet.tracking.reach import scheme
 
+CONNECT_SECONDS = 15
+"""How long the head has to let this process in."""
+SILENT_HEAD = (
+    "the head accepts connections, but does not let this process in: if it asks for a token, export "
+    "RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token; else look at its Ray, or start it again"
+)
 ANSWER_SECONDS = 20
 """How long a node has to answer, and the storage and MLflow from there."""
 MEETING_SECONDS = 6
@@ -38,16 +44,9 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
     """
     began, part = time.monotonic(), settings.store
     at = part.storage_path, f".doctor-{uuid.uuid4().hex[:8]}"
-    cluster: bool | Trouble
     nodes: Mapping[str, RayNode | None]
     with contextlib.ExitStack() as stack:
-        try:
-            cluster = finds_cluster()
-            if cluster:
-                waiting("connecting to the cluster")
-                stack.enter_context(ray_session(settings.command.debug))
-        except InputError as error:  # this machine may show why
-            cluster = Trouble(str(error).rstrip("."))
+        cluster = _connect(settings.command.debug, stack, waiting)
         if cluster is True:
             nodes = of_ray = ray_nodes()
             waiting(f"asking {len(nodes)} nodes")
@@ -67,6 +66,24 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
         data=settings.doctor.data and without_secrets(settings.doctor.data).partition("?")[0],
         seconds=round(time.monotonic() - began, 1),
     )
+
+
+def _connect(debug: bool, stack: contextlib.ExitStack, waiting: Callable[[str], object]) -> bool | Trouble:
+    """Whether there is a cluster, to which this process is connected until the stack is closed."""
+    try:
+        if not finds_cluster():
+            return False
+        waiting("connecting to the cluster")
+        with silenced(debug):
+            # In a thread, since Ray waits without end for a head that accepts connections and does nothing with them.
+            connected = in_thread(stack.enter_context, ray_session(debug))
+            wait([connected], CONNECT_SECONDS)
+        if not connected.done():
+            return Trouble(SILENT_HEAD)
+        connected.result()
+        return True
+    except InputError as error:  # this machine may show why
+        return Trouble(str(error).rstrip("."))
 
 
 def _ask(

@@ -32,7 +32,7 @@ class Machine:
         versions: of Python and of packages, by name; what is not installed is not there.
         code: digest of the project's modules.
         architecture: as `uname -m` gives it.
-        instructions: those of `unet.doctor.probe.PROCESSORS` that its processor has.
+        instructions: those of `unet.doctor.probe.PROCESSORS` that its processor has; None on others than x86.
         limited_by: the environment variable, with its value, that keeps oneDNN from some of them.
         cpus: how many this process may use, by affinity and control group.
         memory: of the machine, or of the control group if that allows less.

@@ -43,9 +43,8 @@ def nodes(found: Examination) -> Iterator[Finding]:
             yield Finding("cluster", "failure", f"{named(names)}: {words}", remedy)
     if leaving := [node.name for node in found.nodes if node.ray and node.ray.leaving]:
         yield Finding("cluster", "warning", f"{named(leaving)}: about to be shut down", "its workers will move")
-    yield Finding(
-        "cluster", "ok", f"{counted(len(found.nodes), 'node')} answered: {named(n.name for n in found.nodes)}"
-    )
+    names = [node.name for node in found.nodes]
+    yield Finding("cluster", "ok", f"{counted(len(names), 'node')} answered: {named(names)}")
 
 
 def room(found: Examination) -> Iterator[Finding]:
@@ -107,8 +106,10 @@ def processors(found: Examination) -> Iterator[Finding]:
 
 def kind(machine: Machine) -> str:
     """What decides which bits a processor computes, in words."""
-    level = next((words for name, words in PROCESSORS.items() if name in (machine.instructions or ())), NO_AVX)
-    level = level if machine.architecture in ("x86_64", "AMD64") else machine.architecture
+    known = machine.instructions
+    level = machine.architecture
+    if known is not None:
+        level = next((words for name, words in PROCESSORS.items() if name in known), NO_AVX)
     return f"{level} ({machine.limited_by})" if machine.limited_by else level
 
 

@@ -50,7 +50,7 @@ def examine(storage: Folder | None = None, in_cluster: bool = False) -> Machine:
         versions=_versions(),
         code=_code(),
         architecture=platform.machine(),
-        instructions=instructions() & PROCESSORS.keys(),
+        instructions=known & frozenset(PROCESSORS) if (known := instructions()) else None,
         limited_by=computes.limited_by,
         cpus=min(cpus, cpu_limit(GROUPS, groups) or cpus),
         memory=total,
