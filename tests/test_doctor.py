@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT, command, job
 from hosts import Hosts
 
-from unet.doctor import examiner, probe
+from unet.doctor import examination, examiner, probe
 from unet.doctor.facts import Examination, Link, Machine, Node, RayNode, Trouble
 from unet.doctor.report import fails, findings
+from unet.storage import Folder
 
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "tensorflow": "2.21.0", "keras": "3.15.1"}
 VERSIONS |= {"numpy": "2.4.6", "pyarrow": "25.0.1", "mlflow": "3.17.2"}
@@ -216,7 +217,14 @@ def test_without_a_cluster_this_machine_is_examined_without_ray_and_left_as_it_w
     assert not list(tmp_path.iterdir())  # no Ray has begun there, either
 
 
-def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, packed, tmp_path, capsys):
+@pytest.fixture
+def unhurried(monkeypatch):
+    """A machine may be slow."""
+    for limit in ("ANSWER_SECONDS", "MEETING_SECONDS", "REMOVAL_SECONDS"):
+        monkeypatch.setattr(examination, limit, 300)
+
+
+def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, packed, tmp_path, unhurried, capsys):
     from ray.util import placement_group, remove_placement_group
 
     every = placement_group([{"CPU": 2}])
@@ -235,13 +243,11 @@ def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, pack
 
 
 @pytest.mark.slow  # the holder of a lock in an object store is seen to be alive when it renews that
-def test_an_object_store_is_written_read_and_locked(s3):
-    flags = ["--storage-path", s3("doctor"), "--tracking-uri", "sqlite:////tmp/none.db", "--json"]
-    done = job("doctor", *flags, env={"RAY_ADDRESS": "local"})
-    told = json.loads(done.stdout[done.stdout.index("{") :])
-    levels = {one["check"]: one["level"] for one in told["findings"]}
-    assert done.returncode == 0 and levels["storage"] == levels["lease"] == "ok", done.stdout
-    assert "me:word" not in done.stdout and "word" not in json.dumps(told["measured"]["storage"])
+def test_an_object_store_is_written_read_and_locked(ray_cluster, s3, tmp_path, unhurried, capsys):
+    assert command("doctor", "--storage-path", s3("doctor"), "--tracking-uri", f"sqlite:///{tmp_path}/m.db") == 0
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["storage"].startswith("ok") and lines["lease"].startswith("ok")
+    assert "word" not in "".join(lines.values()) and Folder(s3("doctor")).files() == []
 
 
 @pytest.mark.cluster
@@ -253,10 +259,22 @@ def test_what_is_odd_about_real_hosts_is_found(tmp_path):
             told = hosts[0].run(sys.executable, "jobs/doctor.py", "--json", *flags, env=hosts.joined)
             said = json.loads(told.stdout[told.stdout.index("{") :])
             assert told.returncode == (0 if said["ok"] else 1)
-            return {f"{one['check']} {one['level']}": one["text"] for one in said["findings"] if one["level"] != "ok"}
+            found: dict[str, str] = {}
+            for one in (one for one in said["findings"] if one["level"] != "ok"):
+                kind = f"{one['check']} {one['level']}"
+                found[kind] = "; ".join(filter(None, [found.get(kind), one["text"]]))
+            return found
+
+        def of_quick_hosts(*flags) -> dict[str, str]:
+            """Asked again if this machine was so busy that a host seemed to be silent."""
+            for _ in range(10):
+                found = problems(*flags)
+                if not any(words in str(found) for words in ("in time", "does not let this process in")):
+                    break
+            return found
 
         shared = ["--storage-path", tmp_path / "runs", "--data", "synthetic"]
-        assert problems(*shared) == {}
+        assert of_quick_hosts(*shared) == {}
         assert not (tmp_path / "runs").exists()
 
         package = tmp_path / "packages" / "pyarrow-22.0.0.dist-info"
@@ -265,21 +283,20 @@ def test_what_is_odd_about_real_hosts_is_found(tmp_path):
         other = {"PYTHONPATH": f"{package.parent}:{ROOT}", "ONEDNN_MAX_CPU_ISA": "AVX2"}
         hosts.add().start_ray(limits=["--nofile=1024"], env=other)
         hosts.nodes(3)
-        found = problems()  # a home is a host's own
+        found = of_quick_hosts()  # a home is a host's own
         assert found.keys() == {"versions failure", "processors warning", "open files warning", "storage failure"}
         assert found["versions failure"].endswith("22.0.0 on h3") and found["open files warning"].endswith("on h3")
         assert found["storage failure"].endswith("everywhere: h1 | h2 | h3")
 
         hosts[1].block(hosts[2])
-        found = problems(*shared)
+        found = of_quick_hosts(*shared)
         assert "from h2 to h3 (Permission denied), h3 to h2" in found["ports failure"]
-        hosts[2].cut()
-        assert problems(*shared) == {"cluster failure": "h3: it accepts no connections"}
-
         (raylet,) = hosts[1].processes("raylet/raylet")
         raylet.suspend()
         assert "h2: no answer in time" in problems(*shared)["cluster failure"]
         raylet.resume()
+        hosts[2].cut()
+        assert "h3: it accepts no connections" in problems(*shared)["cluster failure"]
         (head,) = hosts[0].processes("gcs_server")
         head.suspend()
         assert "does not let this process in" in problems(*shared)["cluster failure"]
