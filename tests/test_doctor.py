@@ -159,13 +159,17 @@ def test_mlflow_that_nobody_reaches_fails_and_so_does_a_wrong_password():
     assert [one.level for one in findings(found) if one.check == "mlflow"] == ["failure"]
 
 
-def test_a_full_cluster_and_one_that_cannot_be_used():
+def test_a_cluster_without_room_without_a_node_and_without_an_answer():
     full = cluster()
     for name in NAMES[1:]:
         full = changed(full, name, ray={"free_cpus": 0})
     (said,) = [one for one in findings(full) if one.level != "ok"]
     assert (said.check, said.level) == ("room", "warning") and "other jobs hold 48 of 48 CPUs" in said.text
-    lost = Examination((Node("here", machine=GOOD),), GOOD, Trouble("The cluster at h:1 does not answer"), TAKES)
+    (said,) = [one for one in findings(cluster(lost={"h8": "health check failed"})) if one.level != "ok"]
+    assert said.level == "warning" and said.text == "h8: lost (health check failed)"
+    lost = Examination(
+        (Node("here", machine=GOOD),), GOOD, Trouble("The cluster at h:1 does not answer"), requirements=TAKES
+    )
     assert [one.text for one in findings(lost) if one.level == "failure"] == ["The cluster at h:1 does not answer"]
 
 
@@ -296,7 +300,8 @@ def test_what_is_odd_about_real_hosts_is_found(tmp_path):
         assert "h2: no answer in time" in problems(*shared)["cluster failure"]
         raylet.resume()
         hosts[2].cut()
-        assert "h3: it accepts no connections" in problems(*shared)["cluster failure"]
+        found = problems(*shared)
+        assert "h3: it accepts no connections" in str(found) or "h3: lost" in str(found)  # after a while Ray knows
         (head,) = hosts[0].processes("gcs_server")
         head.suspend()
         assert "does not let this process in" in problems(*shared)["cluster failure"]

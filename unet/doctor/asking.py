@@ -19,6 +19,8 @@ from unet.secrets import without_secrets
 
 MOST_LETTERS = 400
 """Of the reason that a library gives."""
+UNEXPECTED = 2
+"""Of Ray's reasons why a node ended (`NodeDeathInfo` in `common.proto`): it was neither stopped nor drained."""
 Ask = Callable[..., Future]
 """Calls a method of an `Examiner`: takes its name and its arguments."""
 Asked = dict[str, dict[str, Future]]
@@ -96,6 +98,16 @@ def ray_nodes() -> dict[str, RayNode]:
             leaving=identity in leaving,
         )
     return found
+
+
+def lost_nodes() -> dict[str, str]:
+    """Why nodes ended that were not told to, by host name, unless one of that name is there again."""
+    import ray
+
+    nodes = ray.nodes()
+    there = {node["NodeManagerHostname"] for node in nodes if node["Alive"]}
+    ended = {node["NodeManagerHostname"]: node for node in nodes if node.get("DeathReason") == UNEXPECTED}
+    return {name: node.get("DeathReasonMessage") or "it ended" for name, node in ended.items() if name not in there}
 
 
 def gather(asked: Asked, until: float) -> dict[str, dict[str, Any]]:

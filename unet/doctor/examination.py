@@ -1,6 +1,8 @@
 """An examination: every node is asked at once, and waited for no longer than it says. Silence is a finding, too.
 
 Without a cluster the same is tried in this process, without Ray.
+
+Why: docs/decisions.md#the-doctor-tries-what-it-can
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from unet.cluster.session import finds_cluster, ray_session, silenced
 from unet.config.doctor import DoctorSettings
 from unet.config.fields import is_source_name
 from unet.doctor import probe
-from unet.doctor.asking import Ask, Asked, answer, gather, here, in_thread, on_nodes, ray_nodes
+from unet.doctor.asking import Ask, Asked, answer, gather, here, in_thread, lost_nodes, on_nodes, ray_nodes
 from unet.doctor.examiner import Examiner
 from unet.doctor.facts import Examination, Node, RayNode, Trouble
 from unet.errors import InputError
@@ -45,10 +47,12 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
     began, part = time.monotonic(), settings.store
     at = part.storage_path, f".doctor-{uuid.uuid4().hex[:8]}"
     nodes: Mapping[str, RayNode | None]
+    lost: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         cluster = _connect(settings.command.debug, stack, waiting)
         if cluster is True:
             nodes = of_ray = ray_nodes()
+            lost = lost_nodes()
             waiting(f"asking {len(nodes)} nodes")
             asks = stack.enter_context(on_nodes(of_ray, *at))
         else:
@@ -59,6 +63,7 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
         **found,
         driver=probe.examine(),
         cluster=cluster,
+        lost=lost,
         requirements=probe.requirements(),
         storage=without_secrets(part.storage_path).partition("?")[0],
         is_local=is_local(part.storage_path),

@@ -41,6 +41,9 @@ def nodes(found: Examination) -> Iterator[Finding]:
         else:
             remedy = "see the logs in its Ray folder, mend its network, or stop Ray there"
             yield Finding("cluster", "failure", f"{named(names)}: {words}", remedy)
+    for words, names in grouped(found.lost).items():
+        remedy = "start Ray there again, unless it is gone for good"
+        yield Finding("cluster", "warning", f"{named(names)}: lost ({words})", remedy)
     if leaving := [node.name for node in found.nodes if node.ray and node.ray.leaving]:
         yield Finding("cluster", "warning", f"{named(leaving)}: about to be shut down", "its workers will move")
     names = [node.name for node in found.nodes]
