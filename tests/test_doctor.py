@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, command, job
 from hosts import Hosts
 
+from unet import locks
 from unet.doctor import examination, examiner, probe
 from unet.doctor.facts import Examination, Link, Machine, Node, RayNode, Trouble
 from unet.doctor.report import fails, findings
@@ -209,6 +211,14 @@ def test_a_link_tells_the_other_clock_and_what_does_not_answer():
     assert links["ahead"].ahead == pytest.approx(90, abs=1) and links["closed"] == Trouble("Connection refused")
 
 
+@pytest.mark.parametrize("ahead", [90, -90])
+def test_a_clock_is_compared_with_the_storage(tmp_path, monkeypatch, ahead):
+    here = examiner.Examiner(str(tmp_path / "runs"), "s", False)
+    assert here.write("one") == 0
+    monkeypatch.setattr(examiner, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    assert here.write("two") == pytest.approx(ahead, abs=30)
+
+
 def test_without_a_cluster_this_machine_is_examined_without_ray_and_left_as_it_was(tmp_path):
     place = tmp_path / "not" / "yet"
     flags = ["--storage-path", place, "--data", tmp_path / "none"]
@@ -246,11 +256,11 @@ def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, pack
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow  # the holder of a lock in an object store is seen to be alive when it renews that
-def test_an_object_store_is_written_read_and_locked(ray_cluster, s3, tmp_path, unhurried, capsys):
-    assert command("doctor", "--storage-path", s3("doctor"), "--tracking-uri", f"sqlite:///{tmp_path}/m.db") == 0
+def test_an_object_store_and_a_server_are_used(ray_cluster, s3, server, unhurried, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.5)  # the holder is seen to be alive when it renews its lock
+    assert command("doctor", "--storage-path", s3("doctor"), "--tracking-uri", server.uri) == 0
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["storage"].startswith("ok") and lines["lease"].startswith("ok")
+    assert all(lines[check].startswith("ok") for check in ("storage", "lease", "mlflow", "clocks"))
     assert "word" not in "".join(lines.values()) and Folder(s3("doctor")).files() == []
 
 
