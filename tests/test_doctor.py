@@ -95,15 +95,16 @@ ODD = [
         "(ONEDNN_MAX_CPU_ISA=AVX2) on h3",
     ),
     ({"machine": {"instructions": frozenset()}}, "processors", "failure", "no AVX on h3"),
-    ({"ray": {"cpus": 64}}, "cpus", "warning", "Ray counts 64 CPUs on h3, which may use 8"),
-    ({"ray": {"memory": 64 * 10**9}}, "memory", "warning", "Ray counts 73.0 GB on h3, which may use 32.0 GB"),
-    ({"machine": {"free_memory": 10**9}}, "memory", "warning", "1.0 GB are free on h3"),
+    ({"ray": {"cpus": 64}}, "cpus", "warning", "than it may use: 64 for 8 on h3"),
+    ({"ray": {"memory": 64 * 10**9}}, "memory", "warning", "than it may use: 73.0 GB for 32.0 GB on h3"),
+    ({"machine": {"free_memory": 10**9}}, "memory", "warning", "takes about 2.0 GB: 1.0 GB on h3"),
     ({"machine": {"shared_memory": 64 * 2**20}}, "shared memory", "warning", "0.1 GB for 9.0 GB on h3"),
-    ({"machine": {"ray_disk": (0.97, 10**9)}}, "disk", "failure", "/tmp/ray on h3 is 97.0\N{NO-BREAK SPACE}% full"),
-    ({"machine": {"storage_free": 10**8}}, "disk", "warning", "0.1 GB are free at /storage on h3"),
+    ({"machine": {"ray_disk": (0.97, 10**9)}}, "disk", "failure", "97.0\N{NO-BREAK SPACE}% of /tmp/ray on h3"),
+    ({"machine": {"storage_free": 0}}, "disk", "warning", "little is free at /storage: 0.0 GB on h3"),
     ({"machine": {"open_files": (1024, 4096)}}, "open files", "warning", "only 1024 on h3"),
-    ({"ray": {"gpus": 2}, "visible_gpus": 0}, "gpus", "failure", "counts 2 GPUs on h3, and TensorFlow sees 0"),
-    ({"ray": {"gpus": 1}, "visible_gpus": Trouble("broken")}, "gpus", "failure", "does not load (broken)"),
+    ({"ray": {"gpus": 2}, "visible_gpus": 0}, "gpus", "failure", "than Ray counts: 0 of 2 on h3"),
+    ({"ray": {"gpus": 1}, "visible_gpus": Trouble("broken")}, "gpus", "failure", "none of 1 (broken) on h3"),
+    ({"machine": {"gpus": (8.0,)}}, "gpus", "warning", "Ray knows nothing: 1 on h3"),
     ({"machine": {"token": False}}, "token", "warning", "no token on h3"),
     ({"written": Trouble("No space"), "seen": None}, "storage", "failure", "h3 cannot write to /storage: No space"),
     ({"removed": Trouble("AccessDenied")}, "storage", "failure", "h3 cannot remove from /storage: AccessDenied"),
@@ -115,7 +116,7 @@ ODD = [
     ({"data": "other"}, "data", "failure", "holds other data: h1, h2, h4, h5 and 2 more | h3"),
     ({"links": {"h2": Trouble("timed out")}}, "ports", "failure", "from h3 to h2 (timed out)"),
     ({"links": Trouble("no answer in time")}, "ports", "failure", "h3 could not look for the others"),
-    ({"written": -30.0}, "clocks", "warning", "h3 is 30.0 s behind the storage"),
+    ({"written": -30.0}, "clocks", "warning", "beside the storage's clock: h3 is 30.0 s behind"),
 ]
 
 
@@ -137,7 +138,7 @@ def test_a_clock_beside_the_others_is_named_whoever_looks():
             links = {n: Link(0.001, 90.0 * ((n == odd) - (name == odd))) for n in NAMES if n != name}
             found = changed(found, name, links=links)
         said = [one.text for one in findings(found) if one.check == "clocks"]
-        assert said == [f"{odd} is 90.0 s ahead of the other nodes"]
+        assert said == [f"beside the other nodes' clocks: {odd} is 90.0 s ahead"]
 
 
 def test_of_many_nodes_few_are_named_and_what_they_share_is_said_once():

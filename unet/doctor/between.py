@@ -31,6 +31,7 @@ def storage(found: Examination) -> Iterator[Finding]:
 
 
 OTHER = "mend it, or give another --storage-path"
+LOCKS = "mount it with locks between machines (NFS: without nolock and local_lock)"
 
 
 def lease(found: Examination) -> Iterator[Finding]:
@@ -45,10 +46,7 @@ def lease(found: Examination) -> Iterator[Finding]:
     shared = {node.name for node in found.nodes if isinstance(node.seen, frozenset) and len(node.seen) > 1}
     if inside := [name for name, out in told.items() if not out and (name in shared or len(found.nodes) == 1)]:
         text = f"locks at {found.storage} do not hold on {named(inside)}: two drivers could write one run"
-        remedy = (
-            "mount it with locks between machines (NFS: without nolock and local_lock)" if found.is_local else OTHER
-        )
-        yield Finding("lease", "failure", text, remedy)
+        yield Finding("lease", "failure", text, LOCKS if found.is_local else OTHER)
     if any(told.values()):
         yield Finding("lease", "ok", "a folder that one process holds is refused to others")
 
@@ -111,19 +109,19 @@ def clocks(found: Examination) -> Iterator[Finding]:
         first = next(iter(ahead))[0]
         from_first = {first: 0.0} | {other: seconds for (one, other), seconds in ahead.items() if one == first}
         middle = statistics.median_low(from_first.values())
-        for name, seconds in from_first.items():
-            if abs(seconds - middle) > SKEW_SECONDS:
-                yield Finding("clocks", "warning", f"{name} is {_apart(seconds - middle)} the other nodes", remedy)
+        if apart := _apart({name: seconds - middle for name, seconds in from_first.items()}):
+            yield Finding("clocks", "warning", f"beside the other nodes' clocks: {apart}", remedy)
     of_storage = {node.name: node.written for node in found.nodes if isinstance(node.written, float)}
-    for name, seconds in of_storage.items():
-        if abs(seconds) > SKEW_SECONDS:
-            yield Finding("clocks", "warning", f"{name} is {_apart(seconds)} the storage", remedy)
+    if apart := _apart(of_storage):
+        yield Finding("clocks", "warning", f"beside the storage's clock: {apart}", remedy)
     if beside := ["each other's"] * bool(ahead) + ["the storage's"] * bool(of_storage):
         yield Finding("clocks", "ok", f"within {SKEW_SECONDS} s of {' and '.join(beside)}")
 
 
-def _apart(seconds: float) -> str:
-    return f"{abs(seconds):.1f} s {'ahead of' if seconds > 0 else 'behind'}"
+def _apart(seconds: Mapping[str, float]) -> str:
+    """Such as "h1 is 3.2 s ahead, h2 is 60.0 s behind"; the furthest first, without those that hardly are."""
+    wrong = sorted((name for name in seconds if abs(seconds[name]) > SKEW_SECONDS), key=lambda n: -abs(seconds[n]))
+    return named(f"{name} is {abs(seconds[name]):.1f} s {'ahead' if seconds[name] > 0 else 'behind'}" for name in wrong)
 
 
 def _troubles(found: Examination, what: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from packaging.specifiers import SpecifierSet
 
 from unet.cluster.placement import RESERVED_CPUS
-from unet.doctor.facts import Examination, Finding, Level, Machine, Trouble
+from unet.doctor.facts import Examination, Finding, Level, Machine, RayNode, Trouble
 from unet.doctor.probe import PACKAGES, PROCESSORS, SHARED_MEMORY
 from unet.doctor.words import compared, counted, grouped, named
 from unet.pages.numbers import gigabytes, percent
@@ -118,26 +118,33 @@ def kind(machine: Machine) -> str:
 
 def cpus(found: Examination) -> Iterator[Finding]:
     """That Ray counts what the system gives it."""
-    for node, machine in found.answered:
-        if node.ray and machine.cpus and node.ray.cpus > machine.cpus + 0.5:
-            text = f"Ray counts {node.ray.cpus:g} CPUs on {node.name}, which may use {machine.cpus:g}"
-            remedy = f"start Ray there with --num-cpus={max(1, int(machine.cpus))}"
-            yield Finding("cpus", "warning", f"{text}: workers wait for each other", remedy)
+    wrong = {
+        node.name: f"{node.ray.cpus:g} for {machine.cpus:g}"
+        for node, machine in found.answered
+        if node.ray and machine.cpus and node.ray.cpus > machine.cpus + 0.5
+    }
+    if wrong:
+        text = f"Ray counts more CPUs than it may use: {compared(wrong)}. Workers would wait for each other"
+        yield Finding("cpus", "warning", text, "start Ray there with --num-cpus")
 
 
 def memory(found: Examination) -> Iterator[Finding]:
+    """That Ray counts what there is, and that there is enough for a worker."""
+    wrong, little = {}, {}
     for node, machine in found.answered:
         if machine.memory is None or machine.free_memory is None:
             continue
-        counted_by_ray = node.ray.memory + node.ray.object_store if node.ray else 0
-        if counted_by_ray > 1.05 * machine.memory:
-            text = f"Ray counts {gigabytes(counted_by_ray)} on {node.name}, which may use {gigabytes(machine.memory)}"
-            yield Finding(
-                "memory", "warning", f"{text}: its processes would be killed", "start Ray there with --memory"
-            )
+        of_ray = node.ray.memory + node.ray.object_store if node.ray else 0
+        if of_ray > 1.05 * machine.memory:
+            wrong[node.name] = f"{gigabytes(of_ray)} for {gigabytes(machine.memory)}"
         if machine.free_memory < WORKER_MEMORY and _works(node.ray):
-            text = f"{gigabytes(machine.free_memory)} are free on {node.name}, and a worker takes about 2 GB"
-            yield Finding("memory", "warning", text, "end what else runs there, or take a larger machine")
+            little[node.name] = f"{gigabytes(machine.free_memory)}"
+    if wrong:
+        text = f"Ray counts more than it may use: {compared(wrong)}. Its processes would be killed"
+        yield Finding("memory", "warning", text, "start Ray there with --memory and --object-store-memory")
+    if little:
+        text = f"too little is free for a worker, which takes about {gigabytes(WORKER_MEMORY)}: {compared(little)}"
+        yield Finding("memory", "warning", text, "end what else runs there, or take a larger machine")
     yield from _least("memory", [machine.free_memory for _, machine in found.answered], "free")
 
 
@@ -154,16 +161,17 @@ def shared_memory(found: Examination) -> Iterator[Finding]:
 
 
 def disks(found: Examination) -> Iterator[Finding]:
+    full, small = {}, {}
     for node, machine in found.answered:
         if machine.ray_disk and machine.ray_disk[0] > FULL_DISK:
-            used, free = machine.ray_disk
-            text = (
-                f"{machine.ray_folder} on {node.name} is {percent(used)} full ({gigabytes(free)} free): Ray stops there"
-            )
-            yield Finding("disk", "failure", text, "make room, or start Ray with --temp-dir elsewhere")
-    if small := {n.name: m.storage_free for n, m in found.answered if (m.storage_free or STORAGE_ROOM) < STORAGE_ROOM}:
-        least = min(size for size in small.values() if size is not None)
-        text = f"{gigabytes(least)} are free at {found.storage} on {named(small)}"
+            full[node.name] = f"{percent(machine.ray_disk[0])} of {machine.ray_folder}"
+        if machine.storage_free is not None and machine.storage_free < STORAGE_ROOM:
+            small[node.name] = f"{gigabytes(machine.storage_free)}"
+    if full:
+        text = f"the disk of Ray's folder is so full that Ray writes no more: {compared(full)}"
+        yield Finding("disk", "failure", text, "make room, or start Ray with --temp-dir elsewhere")
+    if small:
+        text = f"little is free at {found.storage}: {compared(small)}"
         yield Finding("disk", "warning", text, "make room for checkpoints, or give another --storage-path")
     rooms = [machine.ray_disk[1] for _, machine in found.answered if machine.ray_disk]
     yield from _least("disk", rooms, "free for Ray's folder")
@@ -177,24 +185,28 @@ def open_files(found: Examination) -> Iterator[Finding]:
     if few := {name: limit for name, limit in limits.items() if 0 <= limit < OPEN_FILES}:
         remedy = "ulimit -n 65536 before ray start (LimitNOFILE= of a service, --ulimit of docker run)"
         yield Finding("open files", "warning", f"processes may open only {compared(few)}", remedy)
-    if limits:
-        yield Finding("open files", "ok", f"up to {min(limits.values()):,} at a time")
+    if known := [limit for limit in limits.values() if limit >= 0]:  # below 0 there is none
+        yield Finding("open files", "ok", f"up to {min(known):,} at a time")
 
 
 def gpus(found: Examination) -> Iterator[Finding]:
-    seen = 0
+    hidden, idle, seen = {}, {}, 0
     for node, machine in found.answered:
-        of_ray = int(node.ray.gpus) if node.ray else 0
-        visible = node.visible_gpus
-        if isinstance(visible, Trouble) or (of_ray and visible is not None and visible < of_ray):
-            sees = f"TensorFlow does not load ({visible.words})" if isinstance(visible, Trouble) else f"sees {visible}"
-            text = f"Ray counts {of_ray} GPUs on {node.name}, and TensorFlow {sees.removeprefix('TensorFlow ')}"
-            remedy = "install the gpu extra with its dependencies there, and NVIDIA's driver: make gpu-check"
-            yield Finding("gpus", "failure", text, remedy)
+        of_ray, visible = int(node.ray.gpus) if node.ray else 0, node.visible_gpus
+        if isinstance(visible, Trouble):
+            hidden[node.name] = f"none of {of_ray} ({visible.words})"
+        elif visible is not None and visible < of_ray:
+            hidden[node.name] = f"{visible} of {of_ray}"
         elif node.ray and machine.gpus and not of_ray:
-            text = f"{node.name} has {counted(len(machine.gpus), 'GPU')}, of which Ray knows nothing"
-            yield Finding("gpus", "warning", text, f"start Ray there with --num-gpus={len(machine.gpus)}")
+            idle[node.name] = f"{len(machine.gpus)}"
         seen += visible if isinstance(visible, int) else len(machine.gpus)
+    if hidden:
+        text = f"TensorFlow sees fewer than Ray counts: {compared(hidden)}"
+        remedy = "install the gpu extra with its dependencies there, and NVIDIA's driver: make gpu-check"
+        yield Finding("gpus", "failure", text, remedy)
+    if idle:
+        text = f"there are some of which Ray knows nothing: {compared(idle)}"
+        yield Finding("gpus", "warning", text, "start Ray there with --num-gpus")
     yield Finding("gpus", "ok", counted(seen, "GPU") if seen else "there are none")
 
 
@@ -214,7 +226,7 @@ def _machines(found: Examination, working: bool = False) -> list[tuple[str, Mach
     return [(node.name, machine) for node, machine in found.answered if not working or _works(node.ray)]
 
 
-def _works(ray) -> bool:
+def _works(ray: RayNode | None) -> bool:
     return ray is None or ray.cpus > 0
 
 
