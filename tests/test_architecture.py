@@ -26,7 +26,7 @@ LAYERS = (
     ("training",),
     ("supervise",),
     ("tuning",),
-    ("comparison",),
+    ("comparison", "doctor"),
     ("commands",),
 )
 """From the ground up: what stands on one floor knows nothing of its neighbours."""

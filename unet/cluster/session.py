@@ -107,6 +107,16 @@ def _address() -> str | None:
     return known if given == "auto" else None
 
 
+def finds_cluster() -> bool:
+    """Whether a job would run on a cluster that is there already, and not start one of its own.
+
+    Raises:
+        InputError: RAY_ADDRESS is not an address for a job, or the cluster there does not answer.
+    """
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized()) or _address() != "local"
+
+
 def _is_foreign(port: str) -> bool:
     """Whether the cluster with this port has a node here whose folder cannot be written: Ray would abort the job."""
     for process in psutil.process_iter(["cmdline"]):
