@@ -170,7 +170,7 @@ class Hosts(list[Host]):
     port = 6379
 
     def __init__(self, folder: Path, cpus: Sequence[float] = (0, 1, 1), shared_memory: str = "1g"):
-        """With one host for each of `cpus`, which Ray is told. Ray starts when the block begins."""
+        """With one host for each of `cpus`, which Ray is told. Ray starts when the block begins; without any, later."""
         super().__init__()
         self.folder, self._cpus, self._shared_memory = folder / "hosts", cpus, shared_memory
         self.names, self._token = self.folder / "names", self.folder / "token"
@@ -194,7 +194,8 @@ class Hosts(list[Host]):
                 self.add().start_ray(cpus=count)
                 if number == 0:
                     self.nodes()  # the others ask it
-            self.nodes(len(self))
+            if self._cpus:
+                self.nodes(len(self))
         except BaseException:
             self._end()
             raise

@@ -11,7 +11,13 @@ from hosts import Hosts
 
 LEGACY = ("auth", "docker", "file_mounts")
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
-SEEN = "import json, ray; ray.init(logging_level='ERROR'); print(json.dumps([n['Alive'] for n in ray.nodes()]))"
+SEEN = """
+import json, ray
+from unet.cluster import internals
+ray.init(logging_level="ERROR", log_to_driver=False)
+print("seen", internals.autoscales(), sum(node["Alive"] for node in ray.nodes()))
+"""
+"""Whether the cluster grows, and how many nodes it has."""
 
 
 def cluster_file(address: str) -> dict:
@@ -42,12 +48,15 @@ def growing(folder, version: int):
         head = hosts.add()
         head.start_ray(f"--autoscaling-config={config}", cpus=0, env=known)
         hosts.nodes()
+        wait_until(head, hosts.joined, "seen True 1")  # the older one writes down what it manages every few seconds
         yield head, hosts.joined
 
 
-def alive(head, joined) -> int:
-    seen = head.run(sys.executable, "-c", SEEN, env=joined).stdout.splitlines()[-1]
-    return sum(json.loads(seen))
+def wait_until(head, joined, words: str) -> None:
+    deadline = time.monotonic() + 180
+    while words not in (said := head.run(sys.executable, "-c", SEEN, env=joined).stdout):
+        assert time.monotonic() < deadline, said
+        time.sleep(1)
 
 
 @pytest.mark.cluster
@@ -61,10 +70,7 @@ def test_a_job_waits_for_what_an_autoscaler_brings(tmp_path, packed, version):
         assert "for the autoscaler to bring room for 2 workers with 1 CPU each" in done.stdout
         summary = read_json(tmp_path / "runs" / "grown" / "summary.json")
         assert summary["status"] == "finished"
-        deadline = time.monotonic() + 120
-        while alive(head, joined) > 1:  # nothing is asked for any more
-            assert time.monotonic() < deadline
-            time.sleep(1)
+        wait_until(head, joined, "seen True 1")  # nothing is asked for any more
         if version == 2:  # the older one does not say so, and is waited for
             more = ("--num-workers=5", "--run-name=more")
             refused = head.run(sys.executable, "jobs/train.py", *flags, *more, env=joined)

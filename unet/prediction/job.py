@@ -159,7 +159,7 @@ def _run(
         return take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)
 
     needs = Needs(part.num_workers or 1, gpu=part.device == "gpu", beside=TASK_CPUS)
-    workers = when_grown(now, needs, display.waiting)
+    workers = when_grown(now, needs, display.waiting_for_others)
     if workers.why_cpus:
         display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
     display.waiting(f"starting {workers.num_workers} × TensorFlow")

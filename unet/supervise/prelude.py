@@ -62,7 +62,7 @@ def gather(
     part = settings.data
     try:
         # Before the data are prepared for what cannot run.
-        when_grown(lambda: plan(cluster_nodes(), 0), needs_of(settings), display.waiting)
+        when_grown(lambda: plan(cluster_nodes(), 0), needs_of(settings), display.waiting_for_others)
         prepared = resolve(part.data, part.image_size, part.resize, Folder(settings.run.storage_path), display.working)
     finally:
         display.close()

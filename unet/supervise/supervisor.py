@@ -194,7 +194,7 @@ class Supervisor:
                     if not asked:
                         demand, asked = stack.enter_context(demanded(self._needs())), True
                     coming = demand is not None and not demand.is_met()
-                    self.display.waiting(f"waiting for {'the autoscaler to bring ' * coming}room: {why}")
+                    self.display.waiting_for_others(f"waiting for {'the autoscaler to bring ' * coming}room: {why}")
                 stop_signal.wait(POLL_SECONDS)
 
     def _needs(self) -> Needs:

@@ -60,7 +60,7 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
             "have a score: label val, list other samples for it, or give a larger --image-size."
         )
     plan, together = material.plan
-    places = take_places(plan, together * plan.num_workers, needs_of(largest), display.waiting)
+    places = take_places(plan, together * plan.num_workers, needs_of(largest), display.waiting_for_others)
     at_a_time = places // plan.num_workers
     runs = (planned or at_a_time) - len(ledger)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe, runs)
