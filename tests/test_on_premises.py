@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,9 +130,20 @@ def hosts(tmp_path):
         yield hosts
 
 
-def test_from_nothing_to_a_result_and_back(hosts, tmp_path):
+def with_tls(text: str, desk: Host) -> str:
+    """The cluster file with TLS, as docs/cluster.md says: its certificates are made, its two lines added."""
+    section = (ROOT / "docs" / "cluster.md").read_text().partition("\n## TLS\n")[2].partition("\n## ")[0]
+    commands, mount, setup = re.findall(r"^```\w*\n(.+?)^```$", section, re.DOTALL | re.MULTILINE)
+    desk.run("bash -ec " + shlex.quote(commands.replace("HEAD_IP", "10.78.0.1").replace("WORKER_IP", "10.78.0.2")))
+    text = text.replace("file_mounts:\n", f"file_mounts:\n{mount}")
+    return text.replace("setup_commands:\n", f"setup_commands:\n{setup}")
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["as it stands", "with TLS"])
+def test_from_nothing_to_a_result_and_back(hosts, tmp_path, tls):
     head, worker, desk = hosts
     text = (ROOT / "clusters" / "on_premises.yaml").read_text()
+    text = with_tls(text, desk) if tls else text
     blanks = {"HEAD_IP,": "10.78.0.1,", "head_ip: HEAD_IP": "head_ip: 10.78.0.1", "[WORKER_IP]": "[10.78.0.2]"}
     blanks |= {"ssh_user: ubuntu": "ssh_user: root", "~/.ssh/id_ed25519": "/srv/.ssh/id"}
     for blank, value in blanks.items():
@@ -158,12 +170,16 @@ def test_from_nothing_to_a_result_and_back(hosts, tmp_path):
         train = f"python jobs/train.py --data synthetic:300 --storage-path {tmp_path}/runs --run-name first"
         small = "--recipe reference --image-size 32 --base-filters 4 --depth 2 --batch-size 16 --limit-train 64"
         submit = f"ray job submit --address {server} --working-dir . -- {train} {small} --threads 1 --epochs 1"
-        desk.run(f"{submit} --num-workers 2", **asks)
+        said = desk.run(f"{submit} --num-workers 2", **asks)
         assert read_json(tmp_path / "runs" / "first" / "summary.json")["status"] == "finished"
+        assert "does not have all" not in said, said  # MLflow
     finally:
         tunnel.kill()
         tunnel.wait()
 
+    if tls:
+        stranger = head.run("ray status --address 10.78.0.1:6379", check=False, **asks)
+        assert "CPU" not in stranger and "10.78.0.1:6379" in stranger
     # No secret where others look.
     assert not any(token in line for host in hosts for line in host.command_lines())
     assert not head.run(f"grep -rl {token} /tmp/ray", check=False)
