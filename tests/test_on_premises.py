@@ -120,7 +120,7 @@ def hosts(tmp_path):
         switch.run("ip link add name switch0 type bridge && ip link set switch0 up")
         hosts = [host("head", DAEMON), host("worker", DAEMON), host("desk", idle)]
         for number, one in enumerate(hosts, 1):
-            # Process numbers are those of the machine only where its own /proc is seen.
+            # From here: a host knows the others' processes by no number.
             link = f"ip link add port{number} type veth peer name eth0 netns {one.first.pid}"
             subprocess.run(["nsenter", f"--net=/proc/{switch.first.pid}/ns/net", *link.split()], check=True)
             switch.run(f"ip link set port{number} master switch0 up")
@@ -130,60 +130,80 @@ def hosts(tmp_path):
         yield hosts
 
 
-def with_tls(text: str, desk: Host) -> str:
-    """The cluster file with TLS, as docs/cluster.md says: its certificates are made, its two lines added."""
-    section = (ROOT / "docs" / "cluster.md").read_text().partition("\n## TLS\n")[2].partition("\n## ")[0]
-    commands, mount, setup = re.findall(r"^```\w*\n(.+?)^```$", section, re.DOTALL | re.MULTILINE)
-    desk.run("bash -ec " + shlex.quote(commands.replace("HEAD_IP", "10.78.0.1").replace("WORKER_IP", "10.78.0.2")))
-    text = text.replace("file_mounts:\n", f"file_mounts:\n{mount}")
-    return text.replace("setup_commands:\n", f"setup_commands:\n{setup}")
+SERVER = "http://127.0.0.1:8265"
+ASKS = {"RAY_AUTH_MODE": "token"}
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["as it stands", "with TLS"])
-def test_from_nothing_to_a_result_and_back(hosts, tmp_path, tls):
-    head, worker, desk = hosts
+def filled_in() -> str:
+    """The cluster file with the hosts' addresses, user and key."""
     text = (ROOT / "clusters" / "on_premises.yaml").read_text()
-    text = with_tls(text, desk) if tls else text
     blanks = {"HEAD_IP,": "10.78.0.1,", "head_ip: HEAD_IP": "head_ip: 10.78.0.1", "[WORKER_IP]": "[10.78.0.2]"}
     blanks |= {"ssh_user: ubuntu": "ssh_user: root", "~/.ssh/id_ed25519": "/srv/.ssh/id"}
     for blank, value in blanks.items():
         assert blank in text
         text = text.replace(blank, value)
-    file = tmp_path / "cluster.yaml"
-    file.write_text(text)
-    asks = {"RAY_AUTH_MODE": "token"}
+    return text
+
+
+@contextlib.contextmanager
+def job_server(desk: Host, file: Path):
+    """The cluster of that file is up, its worker has joined, and its job server answers at the desk."""
     desk.run("umask 077 && ray get-auth-token --generate > /dev/null")
-    token = desk.run("cat ~/.ray/auth_token")
-    assert len(token) == 64
-
-    desk.run(f"ray up -y --no-config-cache {file}", **asks)
-    wait_for(lambda: re.search(r"/[1-9]\d*\.0 CPU", desk.run(f"ray exec {file} 'ray status'", **asks)), "the worker")
-
+    desk.run(f"ray up -y --no-config-cache {file}", **ASKS)
+    wait_for(lambda: re.search(r"/[1-9]\d*\.0 CPU", desk.run(f"ray exec {file} 'ray status'", **ASKS)), "the worker")
     tunnel = subprocess.Popen(
-        **desk.command(f"exec ray dashboard {file}", **asks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        **desk.command(f"exec ray dashboard {file}", **ASKS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    server = "http://127.0.0.1:8265"
     try:
-        wait_for(lambda: desk.run(f"curl -s {server}/api/version", check=False), "the job server")
-        refused = desk.run(f"ray job list --address {server}", check=False, RAY_AUTH_MODE="disabled")
-        assert "oken" in refused and "JobDetails" not in refused
-        train = f"python jobs/train.py --data synthetic:300 --storage-path {tmp_path}/runs --run-name first"
-        small = "--recipe reference --image-size 32 --base-filters 4 --depth 2 --batch-size 16 --limit-train 64"
-        submit = f"ray job submit --address {server} --working-dir . -- {train} {small} --threads 1 --epochs 1"
-        said = desk.run(f"{submit} --num-workers 2", **asks)
-        assert read_json(tmp_path / "runs" / "first" / "summary.json")["status"] == "finished"
-        assert "does not have all" not in said, said  # MLflow
+        wait_for(lambda: desk.run(f"curl -s {SERVER}/api/version", check=False), "the job server")
+        yield
     finally:
         tunnel.kill()
         tunnel.wait()
 
-    if tls:
-        stranger = head.run("ray status --address 10.78.0.1:6379", check=False, **asks)
-        assert "CPU" not in stranger and "10.78.0.1:6379" in stranger
-    # No secret where others look.
+
+def train(desk: Host, storage: Path) -> None:
+    flags = f"--data synthetic:300 --storage-path {storage} --run-name first --num-workers 2 --threads 1 --epochs 1"
+    small = "--recipe reference --image-size 32 --base-filters 4 --depth 2 --batch-size 16 --limit-train 64"
+    said = desk.run(
+        f"ray job submit --address {SERVER} --working-dir . -- python jobs/train.py {flags} {small}", **ASKS
+    )
+    assert read_json(storage / "first" / "summary.json")["status"] == "finished"
+    assert "does not have all" not in said, said  # MLflow
+
+
+def test_from_nothing_to_a_result_and_back(hosts, tmp_path):
+    head, worker, desk = hosts
+    file = tmp_path / "cluster.yaml"
+    file.write_text(filled_in())
+    with job_server(desk, file):
+        refused = desk.run(f"ray job list --address {SERVER}", check=False, RAY_AUTH_MODE="disabled")
+        assert "oken" in refused and "JobDetails" not in refused
+        train(desk, tmp_path / "runs")
+
+    token = desk.run("cat ~/.ray/auth_token")  # is nowhere where others look
+    assert len(token) == 64 and head.command_lines() and worker.command_lines()
     assert not any(token in line for host in hosts for line in host.command_lines())
     assert not head.run(f"grep -rl {token} /tmp/ray", check=False)
 
-    desk.run(f"ray down -y {file}", **asks)
+    desk.run(f"ray down -y {file}", **ASKS)
     for host in (head, worker):  # a worker's Ray ends by itself when its head has been gone for a minute
         wait_for(lambda host=host: not any("raylet" in line for line in host.command_lines()), "the end of Ray")
+
+
+def test_tls_as_the_docs_say(hosts, tmp_path):
+    """Certificates made by the commands of docs/cluster.md, and its two lines added to the file."""
+    head, _, desk = hosts
+    section = (ROOT / "docs" / "cluster.md").read_text().partition("\n## TLS\n")[2].partition("\n## ")[0]
+    commands, mount, setup = re.findall(r"^```\w*\n(.+?)^```$", section, re.DOTALL | re.MULTILINE)
+    desk.run("bash -ec " + shlex.quote(commands.replace("HEAD_IP", "10.78.0.1").replace("WORKER_IP", "10.78.0.2")))
+    text = filled_in().replace("file_mounts:\n", f"file_mounts:\n{mount}")
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text.replace("\nsetup_commands:\n", f"\nsetup_commands:\n{setup}"))
+    with job_server(desk, file):
+        train(desk, tmp_path / "runs")
+        without = head.run("ray status --address 10.78.0.1:6379", check=False, **ASKS)
+        assert "Failed to connect to GCS" in without and "CPU" not in without
+        shown = head.run("echo | openssl s_client -connect 10.78.0.1:6379 -CAfile ~/ray-tls/ca.crt", check=False)
+        assert "subject=CN = unet-pets" in shown and "Verify return code: 0" in shown
+    assert not head.run("ls ~/ray-tls | grep ca.key", check=False)  # with it anybody could join
