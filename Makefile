@@ -40,6 +40,8 @@ test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
+	@$(BIN)/python -c "import cfnlint, kubernetes_validate" 2> /dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cluster]"
 	$(BIN)/python -m pytest -q -m cluster
 
 kill-test: setup  ## Kills workers, controllers and drivers at random moments: about half an hour
