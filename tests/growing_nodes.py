@@ -16,13 +16,15 @@ HEAD = "head"
 
 
 class GrowingNodes(NodeProvider):
-    """Nodes by id; `head` is there from the beginning."""
+    """Nodes by id, each with an address of this machine's; `head` is there from the beginning."""
 
     def __init__(self, provider_config, cluster_name):
         super().__init__(provider_config, cluster_name)
         kind = provider_config["head_type"]
         self._tags = {HEAD: {TAG_RAY_NODE_KIND: NODE_KIND_HEAD, "ray-user-node-type": kind, "ray-node-name": HEAD}}
         self._tags[HEAD][TAG_RAY_NODE_STATUS] = STATUS_UP_TO_DATE
+        self._addresses = {HEAD: provider_config["address"].partition(":")[0]}
+        self._free = list(provider_config["free"])
         self._processes: dict[str, subprocess.Popen] = {}
 
     def non_terminated_nodes(self, tag_filters):
@@ -41,7 +43,7 @@ class GrowingNodes(NodeProvider):
         self._tags[node_id].update(tags)
 
     def external_ip(self, node_id):
-        return node_id
+        return self._addresses[node_id]
 
     internal_ip = external_ip
 
@@ -55,8 +57,9 @@ class GrowingNodes(NodeProvider):
                 "RAY_CLOUD_INSTANCE_ID": name,
                 "RAY_NODE_TYPE_NAME": tags["ray-user-node-type"],
             }
-            address = self.provider_config["address"]
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
+            self._addresses[name] = self._free.pop(0)
+            places = [f"--address={self.provider_config['address']}", f"--node-ip-address={self._addresses[name]}"]
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *places]
             command += [f"--num-cpus={resources['CPU']}", "--object-store-memory=100000000"]
             self._processes[name] = subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -65,6 +68,7 @@ class GrowingNodes(NodeProvider):
 
     def terminate_node(self, node_id):
         self._tags.pop(node_id)
+        self._free.append(self._addresses[node_id])
         process = self._processes.pop(node_id)
         process.send_signal(signal.SIGTERM)
         process.wait()

@@ -11,6 +11,8 @@ from hosts import Hosts
 
 LEGACY = ("auth", "docker", "file_mounts")
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+MORE = ["10.77.0.101", "10.77.0.102"]
+"""Addresses for the nodes that come."""
 SEEN = """
 import json, ray
 from unet.cluster import internals
@@ -28,7 +30,7 @@ def cluster_file(address: str) -> dict:
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     }
     provider = {"type": "external", "module": "growing_nodes.GrowingNodes", "address": address}
-    provider |= {"head_type": "head.kind", "disable_node_updaters": True, "use_node_id_as_ip": True}
+    provider |= {"head_type": "head.kind", "disable_node_updaters": True, "free": MORE}
     return empty | {
         **{"cluster_name": "growing", "max_workers": 2, "idle_timeout_minutes": 0.2, "head_node_type": "head.kind"},
         **{"provider": provider, "available_node_types": kinds, "cluster_synced_files": [], "rsync_exclude": []},
@@ -46,6 +48,8 @@ def growing(folder, version: int):
         known |= {"RAY_enable_autoscaler_v2": str(version - 1), "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         known["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
         head = hosts.add()
+        for address in MORE:
+            head.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
         head.start_ray(f"--autoscaling-config={config}", cpus=0, env=known)
         hosts.nodes()
         wait_until(head, hosts.joined, "seen True 1")  # the older one writes down what it manages every few seconds
