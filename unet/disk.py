@@ -47,7 +47,7 @@ def _probe(storage: Folder, flag: str) -> None:
     try:
         with patience(DOOR_SECONDS):
             storage.write_text(name, name)
-            same = storage.read_text(name) == name
+            same = storage.read_bytes(name) == name.encode()
             storage.fs.delete_file(storage.at(name))
     except StorageFailed as error:
         raise InputError(f"{error}, or give another {flag}.") from error

@@ -249,13 +249,20 @@ class _Object(io.RawIOBase):
 def _why(error: OSError) -> tuple[str, str | None]:
     """The reason in words, and the remedy where waiting is none."""
     message = without_secrets(first_line(error))
-    own = re.search(r"curlCode: \d+, ([^;]+)|AWS Error (.+?) during (\w+) operation(?:: (.*))?", message)
-    words = message
-    if own:
-        words = own[1] or f"{own[2]}" + (f", {own[4].rstrip('.')}" if own[4] and "No response" not in own[4] else "")
     for pattern, reason, remedy in LASTING:
         if re.search(pattern, message):
-            return reason or words, remedy
+            return reason or _words(message), remedy
     if isinstance(error, PermissionError):
         return "access is denied", "allow it, or correct the credentials"
-    return words, None
+    return _words(message), None
+
+
+def _words(message: str) -> str:
+    """What matters of a message of Arrow about S3; another as it is."""
+    if network := re.search(r"curlCode: \d+, ([^;]+)", message):
+        return network[1]
+    found = re.search(r"AWS Error (?:UNKNOWN \((.+?)\)|(\w+)) during \w+ operation: (.*)", message)
+    if found is None:
+        return message
+    said = re.sub(r" ?\(Request ID.*|No response body", "", found[3]).strip(" .")
+    return (found[1] or found[2].replace("_", " ").lower()) + (f" ({said})" if said else "")

@@ -1,0 +1,183 @@
+"""An object store that fails: what passes is got over, what lasts is said, and nothing half-written counts as whole."""
+
+import contextlib
+import os
+import pickle
+import threading
+
+import pytest
+from conftest import command
+from faulty_line import Line
+
+from unet import remote
+from unet.disk import check_writable
+from unet.errors import Damaged, InputError, StorageAway, StorageFailed
+from unet.remote import patience
+from unet.storage import Folder
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def line(s3):
+    line = Line(s3("").rpartition("endpoint_override=")[2])
+    yield line
+    line.close()
+
+
+@pytest.fixture
+def folder(line, tmp_path):
+    folder = Folder(f"s3://me:word@pets/{tmp_path.name}?scheme=http&endpoint_override={line.place}")
+    folder.commit("set", {"a": CONTENT, "b": b"second"})
+    folder.write_bytes("file", CONTENT)
+    line.calls.clear()
+    return folder
+
+
+def work(folder: Folder) -> None:
+    """Each kind of call that a folder makes."""
+    folder.write_bytes("new", CONTENT)
+    folder.commit("another", {"a": CONTENT})
+    assert folder.read_bytes("new") == CONTENT and folder.read_committed("set", "a") == CONTENT
+    assert folder.names() == ["another", "file", "new", "set"]
+    assert folder.exists("file") and not folder.exists("none") and folder.size("file") == len(CONTENT)
+    with folder.fs.open_input_file(folder.at("file")) as file:
+        file.seek(-300, os.SEEK_END)
+        assert file.read(100) + file.read() == CONTENT[-300:] and file.read() == b""
+    folder.delete("another")
+    folder.fs.delete_file(folder.at("new"))
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("new")
+    assert folder.names() == ["file", "set"]
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "lost", "torn"])
+def test_what_passes_is_got_over(fault, line, folder, monkeypatch):
+    """Of a third of all requests each, in all kinds of calls; also where only the answer was lost."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    with line.failing(fault, share=0.3):
+        work(folder)
+    assert line.failed >= 4
+
+
+def test_a_store_that_is_away_is_waited_for_and_somebody_is_told(line, folder, monkeypatch):
+    monkeypatch.setattr(remote, "TOLD_AFTER", 0.2)
+    told, over = [], threading.Timer(2.0, line.heal)
+    over.start()
+    with line.failing("503"), patience(60, told.append):
+        folder.write_bytes("file", b"late")
+    assert folder.read_bytes("file") == b"late" and len(line.calls) < 20  # it is not stormed
+    place = f"s3://{folder.path}/file"
+    assert told[0].startswith(f"waiting for {place}, since 0 s: slow down (said by the line)")
+    assert told[-1].startswith(f"{place} answers again, after ") and len(told) == 2
+
+
+def test_patience_ends_in_a_sentence_and_leaves_what_was_whole(line, folder):
+    known = folder.marker("set")
+    with line.failing("500"), patience(0.1):
+        for call in (
+            lambda: folder.commit("set", {"a": b"other"}),
+            lambda: folder.write_bytes("file", b"other"),
+            lambda: folder.names(),
+            lambda: folder.exists("file"),
+            lambda: folder.read_bytes("file"),
+            lambda: folder.delete("set"),
+        ):
+            with pytest.raises(StorageAway, match=rf"^Cannot \w+ s3://{folder.path}.*; make sure that it can be "):
+                call()
+    assert folder.marker("set") == known and folder.read_committed("set", "a") == folder.read_bytes("file") == CONTENT
+
+
+@pytest.mark.parametrize("ends_at", range(5))
+def test_wherever_a_write_is_broken_off_no_mixture_counts(ends_at, line, folder):
+    """Over an older set of the same name: its marker goes first, that of the new one comes last."""
+    done = lambda path: sum(method == "PUT" for method, _ in line.calls) > ends_at  # noqa: E731
+    fails = line.failing("500", only=lambda method, path: done(path) and method == "PUT")
+    ends = pytest.raises(StorageAway) if ends_at < 4 else contextlib.nullcontext()
+    with fails, patience(0), ends:
+        folder.commit("set", {"a": b"new", "b": b"newer"})
+    if ends_at < 4:
+        with pytest.raises(Damaged, match="COMMIT: missing"):
+            folder.read_committed("set", "b")
+    else:
+        assert folder.read_committed("set", "a") + folder.read_committed("set", "b") == b"newnewer"
+
+
+def test_a_short_answer_that_says_it_is_whole_is_noticed_by_the_digest(line, folder):
+    with line.failing("short", match="set/a", method="GET"), pytest.raises(Damaged, match="wrong digest"):
+        folder.read_committed("set", "a")
+    assert folder.read_committed("set", "a") == CONTENT
+
+
+@pytest.mark.parametrize("fault", ["slow", "silent"])
+def test_a_slow_store_is_slow_and_a_silent_one_is_asked_again(fault, line, folder, monkeypatch):
+    """The limit of the AWS SDK is three seconds without a byte."""
+    monkeypatch.setattr(remote, "SILENT_SECONDS", {"slow": 5.0, "silent": 1.0}[fault])
+    line.seconds, folder = 3.5, Folder(folder.uri)
+    with line.failing(fault, first=1):
+        assert folder.read_bytes("file") == CONTENT
+    assert len(line.calls) == {"slow": 2, "silent": 3}[fault]
+
+
+def test_a_store_may_be_passed_to_another_process(line, folder):
+    with line.failing("500", first=2):
+        assert pickle.loads(pickle.dumps(folder / "set")).read_bytes("b") == b"second"
+
+
+@pytest.mark.parametrize(("given", "settled"), [(None, "when_required"), ("when_supported", "when_supported")])
+def test_only_aws_is_sent_its_own_kind_of_checksums(given, settled, s3, monkeypatch):
+    for name in remote.CHECKSUMS:
+        monkeypatch.delenv(name, raising=False)
+        if given:
+            monkeypatch.setenv(name, given)
+    Folder("s3://key:word@bucket/x?region=eu-west-1")
+    assert os.environ.get(remote.CHECKSUMS[0]) == given
+    Folder(s3("x"))
+    assert [os.environ[name] for name in remote.CHECKSUMS] == [settled] * 2
+    for name in remote.CHECKSUMS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    Folder("s3://key:word@bucket/x")
+    assert remote.CHECKSUMS[0] in os.environ
+
+
+def test_what_waiting_does_not_cure_is_said_at_once(s3):
+    nowhere = Folder(s3("x").replace("@pets/", "@nowhere/"))
+    words = "^Cannot write s3://nowhere/x/a: there is no such bucket; create it, or correct its name$"
+    with pytest.raises(StorageFailed, match=words) as error:
+        nowhere.write_bytes("a", b"")
+    assert not isinstance(error.value, StorageAway)
+
+
+def test_a_probe_is_written_read_and_removed(line, folder):
+    check_writable(folder)
+    assert folder.names() == ["file", "set"] and [method for method, _ in line.calls][:3] == ["PUT", "HEAD", "GET"]
+    with line.failing("short", method="GET"), pytest.raises(InputError, match="gives back something else than was"):
+        check_writable(folder)
+
+
+JOBS = {
+    "train": ["--data=synthetic:20", "--tracking-uri=http://127.0.0.1:9"],
+    "tune": ["--data=synthetic:20", "--space=quick", "--tracking-uri=http://127.0.0.1:9"],
+    "evaluate": ["--model=run"],
+    "predict": ["--model=run", "--input=docs/img", "--output={}"],
+    "prepare": ["--source=synthetic:20"],
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_refuse_a_store_before_ray_starts(name, s3, monkeypatch, capsys):
+    import ray
+
+    from unet import disk
+
+    monkeypatch.setattr(disk, "DOOR_SECONDS", 1.0)
+    monkeypatch.setattr(ray, "init", None)
+    wrong = {
+        s3("x").replace("@pets/", "@nowhere/"): "there is no such bucket; create it, or correct its name",
+        "s3://me:word@pets/x?scheme=http&endpoint_override=127.0.0.1:9": "; make sure that it can be reached",
+    }
+    for uri, words in wrong.items():
+        assert command(name, f"--storage-path={uri}", *(flag.format(uri) for flag in JOBS[name])) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: Cannot ") and words in error and "word@" not in error
