@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
-.PHONY: setup requirements train test test-avx2 test-slow kill-test golden gpu-check ui lint types bench
+.PHONY: setup requirements train test test-avx2 test-slow test-cluster kill-test golden gpu-check ui lint types bench
 
 setup: $(STAMP)  ## The virtual environment: every package in the version and with the hash of requirements.txt
 
@@ -33,11 +33,14 @@ test: setup  ## The suite, about fourteen minutes
 	$(BIN)/python -m pytest -q
 
 test-avx2: setup  ## The suite as on a processor without AVX-512, on one that has it
-	$(AVX2) $(BIN)/python -m pytest -q -m 'not slow and not kills and not bfloat16'
-	TF_ENABLE_ONEDNN_OPTS=0 $(AVX2) $(BIN)/python -m pytest -q -m 'bfloat16 and not slow'
+	$(AVX2) $(BIN)/python -m pytest -q -m 'not slow and not kills and not cluster and not bfloat16'
+	TF_ENABLE_ONEDNN_OPTS=0 $(AVX2) $(BIN)/python -m pytest -q -m 'bfloat16 and not slow and not cluster'
 
 test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
+
+test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
+	$(BIN)/python -m pytest -q -m cluster
 
 kill-test: setup  ## Kills workers, controllers and drivers at random moments: about half an hour
 	$(BIN)/python -m pytest -s -m '' tests/test_kills.py

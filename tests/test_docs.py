@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-MARKS = {"make test": None, "make test-slow": "slow", "make kill-test": "kills"}
+MARKS = {"make test": None, "make test-slow": "slow", "make test-cluster": "cluster", "make kill-test": "kills"}
 
 
 def marks_of(path) -> dict[str, set[str]]:
@@ -38,7 +38,7 @@ def test_every_fault_says_which_target_runs_its_test(row):
             found = marks_of(ROOT / "tests" / file)
             marks = [found[name]] if name else list(found.values())
             wanted = MARKS[target]
-            assert any(wanted in mark if wanted else not mark & {"slow", "kills"} for mark in marks), (
+            assert any(wanted in mark if wanted else not mark & {"slow", "cluster", "kills"} for mark in marks), (
                 target,
                 file,
                 name,
