@@ -1,6 +1,7 @@
 """An object store that fails: what passes is got over, what lasts is said, and nothing half-written counts as whole."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -14,6 +15,7 @@ from unet import remote
 from unet.disk import check_writable
 from unet.errors import Damaged, InputError, StorageAway, StorageFailed
 from unet.remote import patience
+from unet.runs.run import Run
 from unet.storage import Folder
 
 CONTENT = bytes(range(256)) * 40
@@ -71,6 +73,27 @@ def test_a_store_that_is_away_is_waited_for_and_somebody_is_told(line, folder, m
     place = f"s3://{folder.path}/file"
     assert re.fullmatch(rf"waiting for {place}, since \d+ s: slow down \(said by the line\)", told[0])
     assert told[-1].startswith(f"{place} answers again, after ") and len(told) == 2
+
+
+def test_what_was_taken_over_in_the_meantime_is_not_written(line, folder, tmp_path, monkeypatch):
+    """An attempt minutes after the first, when another driver has the run."""
+    run = Run("x", None, folder / "x")
+    run.folder.write_text("config.yaml", "")
+    run.write_summary(status="running")
+    run.take_over()
+
+    def taken_over(words):
+        line.heal()
+        Run("x", None, Folder(folder.uri) / "x").take_over()
+
+    monkeypatch.setattr(remote, "TOLD_AFTER", 0.0)
+    with (
+        line.failing("503", method="PUT"),
+        patience(60, taken_over),
+        pytest.raises(StorageFailed, match="has taken over"),
+    ):
+        run.write_summary(status="stopped")
+    assert json.loads(run.folder.read_text("summary.json")) == {"status": "running"}
 
 
 def test_patience_ends_in_a_sentence_and_leaves_what_was_whole(line, folder):

@@ -60,21 +60,36 @@ def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
+def _unchecked() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Patience:
-    """How long a store is waited for, and who is told so."""
+    """How long a store is waited for.
+
+    Attributes:
+        seconds: so long; 0 is a single attempt.
+        tell: is told that it is waited for, and for how long it was.
+        check: asked before each further attempt, which may come minutes later: raises where it must not be made.
+    """
 
     seconds: float = PATIENCE_SECONDS
     tell: Callable[[str], object] = _say
+    check: Callable[[], object] = _unchecked
 
 
 _patience: ContextVar[Patience] = ContextVar("patience", default=Patience())  # noqa: B039  # it is frozen
 
 
 @contextlib.contextmanager
-def patience(seconds: float | None = None, tell: Callable[[str], object] | None = None) -> Iterator[None]:
-    """How long this thread waits for a store in the block, and who is told; 0 is a single attempt."""
-    changes: dict[str, Any] = {"seconds": seconds, "tell": tell}
+def patience(
+    seconds: float | None = None,
+    tell: Callable[[str], object] | None = None,
+    check: Callable[[], object] | None = None,
+) -> Iterator[None]:
+    """How this thread waits for a store in the block, as far as it is given; see `Patience`."""
+    changes: dict[str, Any] = {"seconds": seconds, "tell": tell, "check": check}
     changed = replace(_patience.get(), **{name: value for name, value in changes.items() if value is not None})
     token = _patience.set(changed)
     try:
@@ -198,6 +213,8 @@ class Store:
                     allowed.tell(f"waiting for {place}, since {waited:.0f} s: {reason}")
                 time.sleep(min(random.uniform(pause / 2, pause), allowed.seconds - waited))
                 pause = min(2 * pause, LONGEST_PAUSE)
+                with contextlib.suppress(StorageAway), patience(0, check=_unchecked):
+                    allowed.check()
             else:
                 if told > began:
                     allowed.tell(f"{place} answers again, after {time.monotonic() - began:.0f} s")

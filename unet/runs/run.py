@@ -96,8 +96,9 @@ class Run:
 
     def take_over(self) -> None:
         """Let no workers but those to come write there. Raises StorageFailed."""
-        self.fencing_token = uuid.uuid4().hex
-        self.write(FENCING_TOKEN, self.fencing_token.encode())
+        token = uuid.uuid4().hex
+        self.write(FENCING_TOKEN, token.encode())
+        self.fencing_token = token
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
@@ -124,7 +125,19 @@ class Run:
             with patience(0):
                 write()
         else:
-            self.folder.persistently(write)
+            with patience(check=self._check_ours):
+                self.folder.persistently(write)
+
+    def _check_ours(self) -> None:
+        """Refuse to write where another driver does, after an outage in which this one may have lost the run.
+
+        Raises:
+            StorageFailed: it has.
+        """
+        if self.lock:
+            self.lock.check(f"the run {self.name}")
+        if self.fencing_token and self.folder.read_text(FENCING_TOKEN) != self.fencing_token:
+            raise StorageFailed(f"Another process has taken over the run {self.name}: wait until it has ended")
 
     def after(self, error: StorageFailed) -> StorageFailed:
         """The same with what is left and how to go on."""

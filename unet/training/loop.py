@@ -318,7 +318,7 @@ class Loop:
         """
         began, self.state.seconds = time.perf_counter(), self.elapsed
         may_wait = may_wait and self.job.score_test  # a trial's epochs are compared, and taken over by others
-        with patience(TRY_SECONDS if may_wait else None):
+        with patience(TRY_SECONDS if may_wait else None, check=self._show_fencing_token):
             failure = self._write() if self.rank == 0 else None
         outcome = self._outcome(failure, may_wait) if self.rank == 0 else WRITTEN
         outcome = int(self.learner.sum_over_workers(np.array([outcome], np.int64))[0])
