@@ -10,12 +10,15 @@ import threading
 import pytest
 from conftest import command
 from faulty_line import Line
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from unet import remote
+from unet.config import TrainSettings, unflat
+from unet.config.files import load_yaml
 from unet.disk import check_writable
 from unet.errors import Damaged, InputError, StorageAway, StorageFailed
 from unet.remote import patience
-from unet.runs.run import Run
+from unet.runs.run import Run, called, where
 from unet.storage import Folder
 
 CONTENT = bytes(range(256)) * 40
@@ -97,7 +100,7 @@ def test_what_was_taken_over_in_the_meantime_is_not_written(line, folder, tmp_pa
 
 
 def test_patience_ends_in_a_sentence_and_leaves_what_was_whole(line, folder):
-    known = folder.marker("set")
+    known, remedy = folder.marker("set"), f"make sure that {line.place} can be reached"
     with line.failing("500"), patience(0.1):
         for call in (
             lambda: folder.commit("set", {"a": b"other"}),
@@ -107,7 +110,7 @@ def test_patience_ends_in_a_sentence_and_leaves_what_was_whole(line, folder):
             lambda: folder.read_bytes("file"),
             lambda: folder.delete("set"),
         ):
-            with pytest.raises(StorageAway, match=rf"^Cannot \w+ s3://{folder.path}.*; make sure that it can be "):
+            with pytest.raises(StorageAway, match=rf"^Cannot \w+ s3://{folder.path}.*: .*; {remedy}$"):
                 call()
     assert folder.marker("set") == known and folder.read_committed("set", "a") == folder.read_bytes("file") == CONTENT
 
@@ -180,6 +183,26 @@ def test_a_probe_is_written_read_and_removed(line, folder):
         check_writable(folder)
 
 
+def test_what_is_to_be_typed_again_works_by_the_keys_of_the_shell(s3, tmp_path, monkeypatch):
+    folder = Folder(s3(f"{tmp_path.name}/a sweep".replace(" ", "%20")))
+    folder.write_text("best_config.yaml", "epochs: 3\n")
+    typed, rest = folder.typed("best_config.yaml"), s3("").partition("?")[2]
+    assert typed == f"s3://pets/{tmp_path.name}/a%20sweep/best_config.yaml?{rest}"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "word")
+    assert load_yaml(typed) == {"epochs": 3}
+    with pytest.raises(InputError, match=r"^Cannot read --config s3://.*: No such file or directory\.$"):
+        load_yaml(folder.typed("none.yaml"))
+    run = unflat(TrainSettings, {"storage_path": f"{folder.uri}&secret_key=word", "tracking_uri": "http://host"}).run
+    assert where(run) == f" --storage-path '{folder.typed()}' --tracking-uri http://host"
+
+
+def test_a_submitted_job_is_continued_by_a_submission(monkeypatch):
+    assert called("train") == "python jobs/train.py"
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    assert called("train") == "ray job submit --working-dir . -- python jobs/train.py"
+
+
 JOBS = {
     "train": ["--data=synthetic:20", "--tracking-uri=http://127.0.0.1:9"],
     "tune": ["--data=synthetic:20", "--space=quick", "--tracking-uri=http://127.0.0.1:9"],
@@ -199,7 +222,7 @@ def test_jobs_refuse_a_store_before_ray_starts(name, s3, monkeypatch, capsys):
     monkeypatch.setattr(ray, "init", None)
     wrong = {
         s3("x").replace("@pets/", "@nowhere/"): "there is no such bucket; create it, or correct its name",
-        "s3://me:word@pets/x?scheme=http&endpoint_override=127.0.0.1:9": "; make sure that it can be reached",
+        "s3://me:word@pets/x?scheme=http&endpoint_override=127.0.0.1:9": "; make sure that 127.0.0.1:9 can be reached",
     }
     for uri, words in wrong.items():
         assert command(name, f"--storage-path={uri}", *(flag.format(uri) for flag in JOBS[name])) == 2

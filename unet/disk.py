@@ -50,7 +50,7 @@ def _probe(storage: Folder, flag: str) -> None:
             same = storage.read_bytes(name) == name.encode()
             storage.fs.delete_file(storage.at(name))
     except StorageFailed as error:
-        raise InputError(f"{error}, or give another {flag}.") from error
+        raise InputError(f"{error}, or give another {flag}.".replace(f"/{name}", "")) from error
     except FileNotFoundError as error:
         raise InputError(f"{storage} does not hold what was just written to it: give another {flag}.") from error
     if not same:

@@ -145,6 +145,8 @@ class Store:
     def __init__(self, uri: str, fs: pafs.FileSystem | None = None):
         self._uri, self._fs = uri, fs or connect(uri)[0]
         self._scheme = uri.partition("://")[0]
+        is_s3 = isinstance(self._fs, pafs.S3FileSystem)
+        self._server = without_secrets((is_s3 and _options(self._fs)["endpoint_override"]) or "it")
 
     def __reduce__(self):
         return Store, (self._uri,)  # the file system's own pickle forgets how often it tries
@@ -206,7 +208,7 @@ class Store:
                     raise StorageAway(
                         f"Cannot {how} {place}: {reason}"
                         + (f", for {waited:.0f} s" if waited > 1 else "")
-                        + "; make sure that it can be reached"
+                        + f"; make sure that {self._server} can be reached"
                     ) from error
                 if now - told >= TOLD_EVERY:
                     told = now

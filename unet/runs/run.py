@@ -176,10 +176,10 @@ def read_summary(folder: Folder) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
-    if not folder.exists(SUMMARY):
-        return {}
     try:
         return dict(json.loads(folder.read_bytes(SUMMARY)))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
@@ -202,7 +202,10 @@ def read_history(folder: Folder) -> list[dict]:
 
 
 def _read_lines(folder: Folder, name: str) -> list[dict]:
-    lines = folder.read_text(name).splitlines() if folder.exists(name) else []
+    try:
+        lines = folder.read_text(name).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [json.loads(line) for line in lines]
 
 
