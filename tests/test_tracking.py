@@ -21,6 +21,7 @@ from unet.runs.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from unet.runs.run import Run
 from unet.storage import Folder
 from unet.tracking import database
+from unet.tracking.images import parsed
 from unet.tracking.patience import patient
 from unet.tracking.reach import check_server
 from unet.tracking.send import kept_back, send
@@ -325,7 +326,8 @@ def check_synced(folder: Path, server: Server) -> dict:
         if p.is_file() and p.name not in kept_here
     }
     assert {name: content for name, content in files.items() if name in own} == own
-    assert any(name.startswith("images/") for name in own)
+    shown = {parsed(name.removeprefix("images/"))[:2] for name in own if name.startswith("images/")}
+    assert {epoch for _, epoch in shown} == {0, 1, 2, 3, 4, 6, 8} and len({key for key, _ in shown}) == 4
     assert set(files) - set(own) == {"summary.json", "data/manifest.json", "data/data_report.html"}
     assert {f for f in files if f.startswith("best_")} == {f"best_checkpoint/{f}" for f in (WEIGHTS, STATE)}
     outputs = [output.model_id for output in run.outputs.model_outputs]

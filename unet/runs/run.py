@@ -30,9 +30,9 @@ SUMMARY, METRICS, SYSTEM, MODEL = "summary.json", "metrics.jsonl", "system.jsonl
 KNOWN_LATER = (
     *("mlflow_run_id", "mlflow_experiment_id", "model_uri", "best_epoch", "best_checkpoint", "images_per_second"),
     *("seconds_to_first_step", "restarts", "restart_log", "nodes", "skipped_steps", "val", "test", "test_time"),
-    *("reason", "ended", "delivered"),
+    *("reason", "ended", "delivered", "reproduction"),
 )
-OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered")
+OF_AN_END = ("model_uri", "test", "test_time", "reason", "ended", "delivered", "reproduction")
 """These of them come anew at the next end."""
 
 

@@ -138,13 +138,19 @@ class RunRecorder:
         """Photos of validation after an epoch, from `unet.training.shown`; of an epoch trained again the first ones."""
         if not isinstance(self.tracker, AsyncWriter):
             return
-        epoch, folder = content["epoch"], self.run.folder / images.IMAGES
-        known = tuple(folder.names())
-        time = next(record["time"] for record in self.history if record["epoch"] == epoch)
+        epoch = content["epoch"]
+        # MLflow's slider stands at 0 until it is moved.
+        self._photos(content | {"predicted": [None] * len(content["names"])}, 0, self.run.summary["started"])
+        self._photos(content, epoch, next(record["time"] for record in self.history if record["epoch"] == epoch))
+
+    def _photos(self, content: dict, epoch: int, time: int) -> None:
+        known = tuple((self.run.folder / images.IMAGES).names())
+        prefixes = {name: images.prefix(f"val/photos/{name}", epoch) for name in content["names"]}
+        if all(any(file.startswith(prefix) for file in known) for prefix in prefixes.values()):
+            return
         for name, picture in results.draw_shown(content, self.prepared.manifest.class_infos).items():
-            key = f"val/{name}"
-            if not any(file.startswith(images.prefix(key, epoch)) for file in known):
-                for file, data in images.files(picture, key, epoch, time).items():
+            if not any(file.startswith(prefixes[name]) for file in known):
+                for file, data in images.files(picture, f"val/photos/{name}", epoch, time).items():
                     self.run.write(f"{images.IMAGES}/{file}", data)
                     shown(self.run, file, self.tracker)
                     self.board.image(file)

@@ -89,7 +89,10 @@ def draw_augmented(samples: dict, settings: AugmentSettings, classes: Classes) -
 
 
 def draw_shown(content: dict, classes: Classes) -> dict[str, Image.Image]:
-    """Photos of an epoch as `unet.training.shown` gives them, by name: outlined, left the truth, right the model's."""
+    """Photos of an epoch as `unet.training.shown` gives them, by name: outlined, left the truth, right the model's.
+
+    Without what a model says (None) the right one is bare.
+    """
     found = {}
     for name, image, *masks in zip(*(content[key] for key in ("names", "images", "truth", "predicted")), strict=True):
         times = max(1, SHOWN_SIDE // len(image))
@@ -97,8 +100,11 @@ def draw_shown(content: dict, classes: Classes) -> dict[str, Image.Image]:
         photo = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BICUBIC)
         both = Image.new("RGB", (2 * shape[1] + 8, shape[0]), "white")
         for place, mask in enumerate(masks):
-            lines = outlines(mask, classes, shape).convert("RGBA")
-            both.paste(Image.alpha_composite(photo.convert("RGBA"), lines).convert("RGB"), (place * (shape[1] + 8), 0))
+            shown = photo
+            if mask is not None:
+                lines = outlines(mask, classes, shape).convert("RGBA")
+                shown = Image.alpha_composite(photo.convert("RGBA"), lines).convert("RGB")
+            both.paste(shown, (place * (shape[1] + 8), 0))
         found[name] = both
     return found
 

@@ -89,12 +89,15 @@ def reconcile(run: "StoredRun", models: Models) -> None:
             found = _created(run, name, best, models)
         if found is None:
             continue
-        if str(found.status) != READY:  # else all of it is there
-            _complete(run, found.model_id, best, models)
+        whole = str(found.status) == READY
+        if not whole:
+            _describe(run, found.model_id, best, models)
         if found.tags.get(KEPT) != str(best.kept).lower():
             run.client.set_logged_model_tags(found.model_id, {KEPT: str(best.kept).lower()})
         if name == MODEL:
             _fill(run, found, models)
+        if not whole:  # last, so that what a kill left undone is done again
+            run.client.finalize_logged_model(found.model_id, READY)
     twin = there.get((models.packaged, models.packaged)) if models.packaged else None
     if twin is not None:
         run.client.delete_logged_model(twin.model_id)
@@ -136,15 +139,14 @@ def _created(run: "StoredRun", name: str, best: Best, models: Models):
     return client.create_logged_model(experiment, name, run.run_id, without_passwords(tags), params)
 
 
-def _complete(run: "StoredRun", model_id: str, best: Best, models: Models) -> None:
-    """Send the scores of a model, link it to its run, and say that it is whole: what a kill between leaves is done."""
+def _describe(run: "StoredRun", model_id: str, best: Best, models: Models) -> None:
+    """Send the scores of a model and link it to its run."""
     from mlflow.entities import LoggedModelOutput
 
     run.scores(best.scores, best.epoch, best.time, model_id, models.validated_on)
     outputs = run.client.get_run(run.run_id).outputs
     if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
         run.client.log_outputs(run.run_id, [LoggedModelOutput(model_id, best.epoch)])
-    run.client.finalize_logged_model(model_id, READY)
 
 
 def _fill(run: "StoredRun", model, models: Models) -> None:
