@@ -20,8 +20,6 @@ from unet.remote import patience
 from unet.runs.checkpoint import WEIGHTS
 from unet.storage import Folder
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
@@ -44,6 +42,7 @@ def uri_of(place: str, path: str, key: str = ceph.KEY, secret: str = ceph.SECRET
     return f"s3://{key}:{secret}@{bucket}/{path}?scheme=http&endpoint_override={place}"
 
 
+@pytest.mark.cluster
 def test_it_takes_all_that_a_folder_does(gateway, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 1.0)
     folder = Folder(uri_of(gateway.place, "all/of%20it"))
@@ -59,6 +58,7 @@ def test_it_takes_all_that_a_folder_does(gateway, monkeypatch):
     assert "set" not in folder.names()
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -76,6 +76,7 @@ def test_what_is_wrong_is_said_at_once(wrong, words, gateway):
     assert ceph.SECRET not in str(error.value)
 
 
+@pytest.mark.cluster
 def test_a_frozen_gateway_is_waited_for(gateway):
     folder, told = Folder(uri_of(gateway.place, "frozen")), []
     folder.write_bytes("file", b"before")
@@ -90,6 +91,7 @@ TRAINING = ["--data=synthetic:120", "--image-size=32", "--base-filters=4", "--de
 TRAINING += ["--recipe=reference", "--precision=float32", "--num-workers=2", "--threads=1", "--checkpoint-every=4"]
 
 
+@pytest.mark.cluster
 def test_a_training_outlasts_an_outage_and_equals_one_without(gateway, tmp_path):
     """503 to everything for 40 seconds from the second checkpoint on, in the driver and in the workers."""
     line, place = Line(gateway.place), Folder(uri_of(gateway.place, "runs")) / "away"
