@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
-.PHONY: setup requirements train test test-avx2 test-slow test-cluster kill-test golden gpu-check ui lint types bench
+.PHONY: setup requirements train test test-avx2 test-slow test-cluster kill-test golden gpu-check ui doctor lint types bench
 
 setup: $(STAMP)  ## The virtual environment: every package in the version and with the hash of requirements.txt
 
@@ -40,6 +40,8 @@ test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
+	@$(BIN)/python -c "import cfnlint, kubernetes_validate" 2> /dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cluster]"
 	$(BIN)/python -m pytest -q -m cluster
 
 kill-test: setup  ## Kills workers, controllers and drivers at random moments: about half an hour
@@ -56,6 +58,9 @@ ui: setup  ## The MLflow UI of the default storage path, on http://127.0.0.1:500
 	@echo "Look at http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 	uri=$$($(BIN)/python -m unet.tracking.database) && \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "$$uri"
+
+doctor: setup  ## This machine, or the cluster of RAY_ADDRESS, before a run: what to put right
+	$(BIN)/python jobs/doctor.py
 
 lint: setup  ## Style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

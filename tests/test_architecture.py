@@ -27,7 +27,7 @@ LAYERS = (
     ("training",),
     ("supervise",),
     ("tuning",),
-    ("comparison",),
+    ("comparison", "doctor"),
     ("commands",),
 )
 """From the ground up: what stands on one floor knows nothing of its neighbours."""

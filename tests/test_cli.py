@@ -14,7 +14,7 @@ from unet.commands.cli import parse
 from unet.config import TrainSettings, flat, parse_bytes, parse_interval, parse_yaml, unflat
 from unet.errors import InputError
 
-JOBS = ("train", "tune", "prepare", "evaluate", "compare", "predict", "export")
+JOBS = ("train", "tune", "prepare", "evaluate", "compare", "predict", "export", "doctor")
 HELP = """
 import runpy, sys
 sys.argv = [sys.argv[1], "--help"]

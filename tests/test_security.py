@@ -375,7 +375,7 @@ def test_the_code_calls_nothing_that_could_load_code():
                 call = ast.unparse(node.func)
                 if call.rpartition(".")[2] in loaders:
                     found.add(call)
-    # Of JSON, of this project, of Pillow, and of an export that the same process has just written.
+    # Of JSON and TOML, of this project, of Pillow, and of an export that the same process has just written.
     own = {"Run.load", "self.checkpoints.load", "donated.load", "decode.load", "learner.load", "self.load"}
     own |= {"loop.checkpoints.load", "reader.load"}  # of files of weights, which knows three names
-    assert found == own | {"json.loads", "image.load", "tf.saved_model.load"}
+    assert found == own | {"json.loads", "tomllib.loads", "image.load", "tf.saved_model.load"}

@@ -3,6 +3,7 @@
 Without a terminal the same as plain lines, without control codes.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -37,6 +38,7 @@ class Display:
             self.console.width = 160  # tables in a log need not fit a terminal
         self._live: LiveText | None = None
         self._printed = time.monotonic()
+        self._told = ""
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(without_secrets(text), style=style or ""))
@@ -87,6 +89,12 @@ class Display:
         self._progress(" · ".join(parts))
 
     def waiting(self, text: str) -> None:
+        self._progress(text)
+
+    def waiting_for_others(self, text: str) -> None:
+        """The same for what may take long and is not this job's doing: in a log it stands at once."""
+        if text != self._told:
+            self._told, self._printed = text, -math.inf
         self._progress(text)
 
     def _progress(self, text: str, last: bool = False) -> None:

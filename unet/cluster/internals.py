@@ -6,6 +6,7 @@ loaded only where its parts are asked for.
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,34 @@ def draining_nodes() -> set[str]:
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def autoscales() -> bool:
+    """Whether something brings the cluster nodes as they are asked for: `ray up`, KubeRay. No public call says so.
+
+    Autoscalers of today give their nodes the name of a group; the older one (`RAY_UP_enable_autoscaler_v2=0`) writes
+    down which nodes it manages, and so does one that only looks on, which knows the nodes by their ids.
+    """
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if any("ray.io/node-group" in (node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]):
+        return True
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
+    return any(not name.startswith("node_") for name in report.get("active_nodes") or {})
+
+
+def is_out_of_reach(placement_group: str) -> bool:
+    """Whether the autoscaler says that no nodes which it may bring hold this placement group; the older one never says.
+
+    `ray status` shows as much in words.
+    """
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # not in its stub
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    status = GetClusterStatusReply.FromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=5))
+    return any(placement_group in one.details for one in status.autoscaling_state.infeasible_gang_resource_requests)
 
 
 def recorded_address() -> str | None:

@@ -24,10 +24,10 @@ def live_nodes() -> dict[str, dict]:
     """What Ray says of the live nodes, by id; each is contacted, since Ray notices a lost one only after about 15 s."""
     import ray
 
-    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _answers(node)}
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and answers(node)}
 
 
-def _answers(node: dict) -> bool:
+def answers(node: dict) -> bool:
     """Whether its part of Ray still accepts connections, at the address where the other nodes reach it too."""
     try:
         with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS):

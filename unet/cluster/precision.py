@@ -25,6 +25,8 @@ INSTRUCTIONS = {BFLOAT16: {"avx512_bf16", "amx_bf16"}, FLOAT16: {"avx512_fp16", 
 """Of x86 processors, by Linux' names; with any of a set the precision is fast."""
 KERNELS_BY = INSTRUCTIONS | {BFLOAT16: {"avx512f"}}
 """With any of these TensorFlow takes oneDNN's kernels, fast or not (`tensorflow/core/graph/mkl_graph_util.h`)."""
+ASKED = frozenset().union(*INSTRUCTIONS.values(), *KERNELS_BY.values())
+"""The instruction sets that decide about a precision."""
 NEEDED_NAMES = {BFLOAT16: "AVX512_BF16 and AMX", FLOAT16: "AVX512_FP16 and AMX"}
 CAPABILITY = {BFLOAT16: 8.0, FLOAT16: 7.0}
 """Of GPUs: the lowest with which the precision is fast."""
@@ -153,7 +155,7 @@ def _answer(answer) -> Machine:
 
 def this_machine() -> Machine:
     """What this machine has, as far as its system reports it."""
-    return Machine(_instructions(), _gpus(), _limit(os.environ))
+    return Machine(instructions() & ASKED, _gpus(), _limit(os.environ))
 
 
 def _limit(environment: Mapping[str, str]) -> str | None:
@@ -165,7 +167,8 @@ def _limit(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _instructions() -> frozenset[str]:
+def instructions() -> frozenset[str]:
+    """Every instruction set of this x86 processor, by Linux' names; none on others."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     try:
@@ -173,7 +176,7 @@ def _instructions() -> frozenset[str]:
     except OSError:
         return frozenset()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return frozenset(flags) & {"avx512f"}.union(*INSTRUCTIONS.values())
+    return frozenset(flags)
 
 
 def _gpus() -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
+from unet.cluster.demand import Needs, needs_of, when_grown
 from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import ROUNDING, Node, Placement
 from unet.cluster.planner import Plan, plan, plan_now
@@ -17,25 +18,33 @@ LOOKS, LOOK_SECONDS = 40, 0.25
 Workers = TypeVar("Workers", bound=Placement)
 
 
-def take_room(settings: TrainSettings, data_bytes: int) -> Plan:
-    """The plan of a training for now.
+def take_room(settings: TrainSettings, data_bytes: int, waiting: Callable[[str], object]) -> Plan:
+    """The plan of a training for now; `waiting` is told what an autoscaler is waited for.
 
     Raises:
         InputError: other jobs hold what it needs; with how many workers would fit.
     """
-    for nodes in _looks():
-        if found := plan_now(settings, nodes, data_bytes):
-            return found
-    refuse_held(plan(settings, nodes, data_bytes), nodes)
+
+    def now() -> Plan:
+        for nodes in _looks():
+            if found := plan_now(settings, nodes, data_bytes):
+                return found
+        refuse_held(plan(settings, nodes, data_bytes), nodes)
+
+    return when_grown(now, needs_of(settings), waiting)
 
 
-def take_places(plan: Plan, wanted: int) -> int:
+def take_places(plan: Plan, wanted: int, needs: Needs, waiting: Callable[[str], object]) -> int:
     """How many workers of a sweep's plan there is room for now, at most `wanted`.
 
     Raises:
         InputError: other jobs leave too little for the workers of one training.
     """
-    return take(lambda nodes: replace(plan, num_workers=wanted), least=plan.num_workers).num_workers
+
+    def now() -> int:
+        return take(lambda nodes: replace(plan, num_workers=wanted), least=plan.num_workers).num_workers
+
+    return when_grown(now, needs, waiting)
 
 
 def take(

@@ -107,6 +107,16 @@ def _address() -> str | None:
     return known if given == "auto" else None
 
 
+def finds_cluster() -> bool:
+    """Whether a job would run on a cluster that is there already, and not start one of its own.
+
+    Raises:
+        InputError: RAY_ADDRESS is not an address for a job, or the cluster there does not answer.
+    """
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized()) or _address() != "local"
+
+
 def _is_foreign(port: str) -> bool:
     """Whether the cluster with this port has a node here whose folder cannot be written: Ray would abort the job."""
     for process in psutil.process_iter(["cmdline"]):
@@ -142,18 +152,18 @@ def _settle_temporary_folder() -> None:
         os.environ.setdefault("RAY_object_spilling_directory", usual)  # it may have been chosen for its size
 
 
-def _settle_token() -> None:
-    """A Ray that starts here keeps its token in the environment if the home directory cannot hold it."""
+def _settle_token() -> bool:
+    """Keep the token of a Ray that starts here in the environment; whether there was none before.
+
+    Ray would write one into the home directory, and then every `ray start` of the user asks for it.
+    """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    try:
-        folder = Path.home() / ".ray"
-        folder.mkdir(exist_ok=True)
-        if (folder / "auth_token").exists() or os.access(folder, os.W_OK | os.X_OK):
-            return
-    except (OSError, RuntimeError):  # there is no home directory, or no entry for this user
-        pass
+        return False
+    with contextlib.suppress(OSError, RuntimeError):  # there is no home directory, or no entry for this user
+        if (Path.home() / ".ray" / "auth_token").exists():
+            return False
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return True
 
 
 def _fits(folder: str) -> bool:
@@ -164,13 +174,14 @@ def _fits(folder: str) -> bool:
     return len(os.fsencode(folder)) <= SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _connect(debug: bool, dashboard: bool) -> None:
+def _connect(debug: bool, dashboard: bool) -> bool:
+    """Connect to a cluster, or start a Ray; whether that has a token of its own. Raises InputError."""
     import ray
 
-    address = _address()
+    address, own_token = _address(), False
     if address == "local":
         _settle_temporary_folder()
-        _settle_token()
+        own_token = _settle_token()
     logging_level = logging.INFO if debug else logging.ERROR
     try:
         with internals.any_agent_port():
@@ -182,6 +193,7 @@ def _connect(debug: bool, dashboard: bool) -> None:
         raise InputError(
             f"The Ray cluster cannot be used: {reason.rstrip('.')}. RAY_ADDRESS=local starts one for this job alone."
         ) from error
+    return own_token
 
 
 @contextlib.contextmanager
@@ -196,8 +208,7 @@ def ray_session(debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     import ray
 
     started = not ray.is_initialized()
-    if started:
-        _connect(debug, dashboard)
+    own_token = started and _connect(debug, dashboard)
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -213,3 +224,5 @@ def ray_session(debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+        if own_token:
+            os.environ.pop("RAY_AUTH_TOKEN", None)

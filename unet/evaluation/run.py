@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pyarrow as pa
 
+from unet.cluster.demand import Needs, when_grown
 from unet.cluster.placement import Node, Placement, in_words
 from unet.cluster.planner import plan_scoring
 from unet.cluster.room import take
@@ -77,7 +78,11 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     def planned(nodes: list[Node]) -> Placement:
         return plan_scoring(nodes, part.num_workers, scorer_bytes(models), part.device)
 
-    workers = take(planned, beside=DATA_CPUS, least=1, say=lambda text: display.say(text, "yellow"))
+    def now() -> Placement:
+        return take(planned, beside=DATA_CPUS, least=1, say=lambda text: display.say(text, "yellow"))
+
+    needs = Needs(part.num_workers or 1, gpu=part.device == "gpu", beside=DATA_CPUS)
+    workers = when_grown(now, needs, display.waiting_for_others)
     if workers.why_cpus:
         display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
     display.waiting(f"starting {workers.num_workers} × TensorFlow")

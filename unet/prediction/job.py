@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from unet.cluster.placement import in_words
+from unet.cluster.demand import Needs, when_grown
+from unet.cluster.placement import Placement, in_words
 from unet.cluster.planner import plan_prediction
 from unet.cluster.room import take
 from unet.cluster.session import cause_of
@@ -154,7 +155,12 @@ def _run(
         least_confidence=part.least_confidence,
         first_part=results.next_part,
     )
-    workers = take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)
+
+    def now() -> Placement:
+        return take(lambda nodes: plan_prediction(nodes, part.num_workers, part.device), beside=TASK_CPUS)
+
+    needs = Needs(part.num_workers or 1, gpu=part.device == "gpu", beside=TASK_CPUS)
+    workers = when_grown(now, needs, display.waiting_for_others)
     if workers.why_cpus:
         display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")
     display.waiting(f"starting {workers.num_workers} × TensorFlow")

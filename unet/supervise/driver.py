@@ -109,7 +109,7 @@ def _train(
     if latest and [c.name for c in latest[1].class_infos] != names:
         raise InputError(f"{prepared.folder} has other classes now ({', '.join(names)}): give another --run-name.")
     # The sweep of a trial has asked for its room.
-    plan = material.plan if as_trial else take_room(settings, material.data_bytes)
+    plan = material.plan if as_trial else take_room(settings, material.data_bytes, display.waiting_for_others)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe)
     start = None
     if not latest:

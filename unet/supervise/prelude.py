@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from unet.cluster.demand import needs_of, when_grown
 from unet.cluster.nodes import cluster_nodes
 from unet.cluster.placement import Node
 from unet.config import TrainSettings
@@ -58,9 +59,10 @@ def gather(
         InputError: the cluster is too small, or the data are missing, changed, nothing to learn from, or not what
             the settings are for.
     """
-    part, nodes = settings.data, cluster_nodes()
-    plan(nodes, 0)  # before the data are prepared for what cannot run
+    part = settings.data
     try:
+        # Before the data are prepared for what cannot run.
+        when_grown(lambda: plan(cluster_nodes(), 0), needs_of(settings), display.waiting_for_others)
         prepared = resolve(part.data, part.image_size, part.resize, Folder(settings.run.storage_path), display.working)
     finally:
         display.close()
@@ -74,4 +76,4 @@ def gather(
     settings = with_weights_of(prepared, counts["train"], settings)
     data_bytes = sum(prepared.bytes_in_memory(split, counts[split]) for split in ("train", "val"))
     recipe = settings.recipe(len(manifest.classes))
-    return Material(prepared, settings, counts, data_bytes, recipe, plan(nodes, data_bytes))
+    return Material(prepared, settings, counts, data_bytes, recipe, plan(cluster_nodes(), data_bytes))

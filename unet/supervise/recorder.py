@@ -140,10 +140,12 @@ class RunRecorder:
             return
         epoch = content["epoch"]
         # MLflow's slider stands at 0 until it is moved.
-        self._photos(content | {"predicted": [None] * len(content["names"])}, 0, self.run.summary["started"])
-        self._photos(content, epoch, next(record["time"] for record in self.history if record["epoch"] == epoch))
+        bare = content | {"predicted": [None] * len(content["names"])}
+        self._photos(bare, 0, self.run.summary["started"], self.tracker)
+        at = next(record["time"] for record in self.history if record["epoch"] == epoch)
+        self._photos(content, epoch, at, self.tracker)
 
-    def _photos(self, content: dict, epoch: int, time: int) -> None:
+    def _photos(self, content: dict, epoch: int, time: int, to: AsyncWriter) -> None:
         known = tuple((self.run.folder / images.IMAGES).names())
         prefixes = {name: images.prefix(f"val/photos/{name}", epoch) for name in content["names"]}
         if all(any(file.startswith(prefix) for file in known) for prefix in prefixes.values()):
@@ -152,7 +154,7 @@ class RunRecorder:
             if not any(file.startswith(prefixes[name]) for file in known):
                 for file, data in images.files(picture, f"val/photos/{name}", epoch, time).items():
                     self.run.write(f"{images.IMAGES}/{file}", data)
-                    shown(self.run, file, self.tracker)
+                    shown(self.run, file, to)
                     self.board.image(file)
 
     def epoch(self, record: dict, validation: dict | None) -> None:

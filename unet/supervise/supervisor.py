@@ -7,6 +7,7 @@ Why: docs/decisions.md#the-driver-restarts-groups
 """
 
 import contextlib
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import ray
 
 from unet.cluster import planner
+from unet.cluster.demand import Needs, demanded
 from unet.cluster.internals import draining_nodes
 from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes
 from unet.config import Device, parse_interval
@@ -167,27 +169,38 @@ class Supervisor:
         """Wait for places for a new group and make its plan, or set `failure` where there are none for too long."""
         run, began, before = self.run, time.monotonic(), self.promised or self.plan.num_workers
         self.promised = None
-        while not stop_signal.is_set():
-            waited = time.monotonic() - began
-            try:
-                plan = self._plan_now()
-            except InputError as error:  # what is left of the cluster is too small
-                plan, why = None, str(error)
-            else:
-                why = f"{self.settings.compute.least_workers} workers need {self.plan.cpus_per_worker:g} free CPUs each"
-                why += " and a free GPU each" if self.plan.use_gpu else ""
-            if plan is not None and (plan.num_workers >= before or waited > SETTLE_SECONDS):
-                self.plan = plan
-                return
-            if waited > ROOM_SECONDS:
-                self.reports.failure = RunFailed(
-                    f"The cluster had no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there is, "
-                    f"continue with --resume {run.name}; --num-workers 1:{before} continues with what there is."
-                )
-                return
-            if waited > SETTLE_SECONDS:
-                self.display.waiting(f"waiting for room: {why}")
-            stop_signal.wait(POLL_SECONDS)
+        with contextlib.ExitStack() as stack:
+            demand, asked = None, False
+            while not stop_signal.is_set():
+                waited = time.monotonic() - began
+                try:
+                    plan = self._plan_now()
+                except InputError as error:  # what is left of the cluster is too small
+                    plan, why = None, str(error)
+                else:
+                    each = f"{self.plan.cpus_per_worker:g} free CPUs each" + (
+                        " and a free GPU each" * self.plan.use_gpu
+                    )
+                    why = f"{self.settings.compute.least_workers} workers need {each}"
+                if plan is not None and (plan.num_workers >= before or waited > SETTLE_SECONDS):
+                    self.plan = plan
+                    return
+                if waited > ROOM_SECONDS:
+                    self.reports.failure = RunFailed(
+                        f"The cluster had no room for the workers for {ROOM_SECONDS // 60} minutes: {why}. When there "
+                        f"is, continue with --resume {run.name}; --num-workers 1:{before} continues with what there is."
+                    )
+                    return
+                if waited > SETTLE_SECONDS:
+                    if not asked:
+                        demand, asked = stack.enter_context(demanded(self._needs())), True
+                    coming = demand is not None and not demand.is_met()
+                    self.display.waiting_for_others(f"waiting for {'the autoscaler to bring ' * coming}room: {why}")
+                stop_signal.wait(POLL_SECONDS)
+
+    def _needs(self) -> Needs:
+        """What an autoscaler is asked for: nodes like those that are lost, not the least that would do."""
+        return Needs(self.settings.compute.least_workers, math.ceil(self.plan.cpus_per_worker), self.plan.use_gpu)
 
     def _plan_now(self, held: int = 0) -> planner.Plan | None:
         """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""

@@ -1,6 +1,7 @@
 """A sweep from its opened folder to its end: everything that can be refused, then its trials."""
 
 from unet.cluster import planner, precision
+from unet.cluster.demand import needs_of
 from unet.cluster.placement import in_words
 from unet.cluster.room import take_places
 from unet.data.preparing.findings import checks_row
@@ -59,7 +60,8 @@ def _run_sweep(sweep: Sweep, display: Display) -> dict:
             "have a score: label val, list other samples for it, or give a larger --image-size."
         )
     plan, together = material.plan
-    at_a_time = take_places(plan, together * plan.num_workers) // plan.num_workers
+    places = take_places(plan, together * plan.num_workers, needs_of(largest), display.waiting_for_others)
+    at_a_time = places // plan.num_workers
     runs = (planned or at_a_time) - len(ledger)
     check_disk(settings, Folder(settings.run.storage_path), material.recipe, runs)
     _settle_class_weights(sweep, prepared, material.counts["train"])
