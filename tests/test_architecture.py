@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "unet"
 LAYERS = (
     ("errors", "secrets", "paths", "streams", "progress", "classes", "metrics", "metric_names"),
-    ("environment", "storage", "borders"),
+    ("environment", "remote", "borders"),
+    ("storage",),
     ("locks", "disk", "settings"),
     ("recipe",),
     ("config",),

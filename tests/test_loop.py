@@ -1,5 +1,6 @@
 """The loop of one worker where a stop signal comes in the middle of a validation."""
 
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 from conftest import tiny_settings, train, weights_of
+from faulty_line import Line
 
 from unet.classes import PETS
 from unet.data.ingest import Ingest, WorkerShard, keep
@@ -14,6 +16,7 @@ from unet.data.preparing.pieces import Recipe
 from unet.data.preparing.prepare import prepare
 from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
+from unet.errors import StorageAway
 from unet.recipe.step import Learner
 from unet.runs.run import Run
 from unet.runs.state import name_of
@@ -21,6 +24,7 @@ from unet.storage import Folder
 from unet.supervise import driver
 from unet.supervise.preflight import open_run
 from unet.terminal import Display
+from unet.training import loop as loop_module
 from unet.training.begin import begin
 from unet.training.job import Job
 from unet.training.link import not_finite, start_link
@@ -70,9 +74,15 @@ def same(record: dict) -> dict:
     return {k: v for k, v in record.items() if k not in ("time", "speed/images_per_second", "speed/data_wait_fraction")}
 
 
-def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(reading, storage):
-    whole = loop_of(storage, "whole", reading, WorkerLink())
-    assert whole.train(lambda record: None)
+@pytest.fixture(scope="module")
+def whole(reading, storage) -> Loop:
+    """After an undisturbed training."""
+    loop = loop_of(storage, "whole", reading, WorkerLink())
+    assert loop.train(lambda record: None)
+    return loop
+
+
+def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(whole, reading, storage):
     check_told(whole, whole.link.lives)
     link = WorkerLink("leave")
     first = loop_of(storage, "left", reading, link)
@@ -87,6 +97,61 @@ def test_a_stop_in_a_validation_saves_the_epoch_and_the_next_start_scores_it(rea
     assert list(map(same, second.state.history)) == list(map(same, whole.state.history))
     for one, other in zip(whole.learner.model.weights, second.learner.model.weights, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+class Outage(WorkerLink):
+    """The line to the store fails from step 5 of the first epoch to step 8 of the second."""
+
+    def __init__(self, line):
+        super().__init__()
+        self.line, self.away, self.back = line, None, None
+
+    def live(self, live):
+        super().live(live)
+        if (live.epoch, live.phase, live.step) == (1, "train", 5):
+            self.away = self.line.failing("503")
+            self.away.__enter__()
+        if (live.epoch, live.phase, live.step) == (2, "train", 8):
+            self.line.heal()
+
+    def event(self, kind, content=None):
+        super().event(kind, content)
+        if kind == "saved_again":
+            self.back = self.loop.checkpoints.whole(), self.loop.state.best_checkpoint
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_training_goes_on_while_its_store_is_away(passes, whole, reading, s3, tmp_path, monkeypatch):
+    """For some minutes. Then the run ends, and continues to the same bits."""
+    line = Line(s3("").rpartition("endpoint_override=")[2])
+    place = f"s3://me:word@pets/{tmp_path.name}?scheme=http&endpoint_override={line.place}"
+    monkeypatch.setattr(loop_module, "TRY_SECONDS", 0.01)
+    monkeypatch.setattr(loop_module, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(loop_module, "PATIENCE_SECONDS", 1e9 if passes else 0.0)
+    settings = {"checkpoint_every": "2", "tracking_uri": "http://127.0.0.1:9"}
+    link = Outage(line)
+    link.loop = loop = loop_of(place, "away", reading, link, **settings)
+    with contextlib.nullcontext() if passes else pytest.raises(StorageAway):
+        loop.train(lambda record: None)
+    line.heal()
+    ((reason, *more), told) = [c for k, c in link.events if k == "put_off"], [k for k, _ in link.events]
+    assert (
+        not more and reason.startswith(f"Cannot read s3://pets/{tmp_path.name}/away/") and "HTTP status 503;" in reason
+    )
+    if passes:
+        there, best = link.back  # the first epoch's, which could not be written at its end
+        assert best == f"step_{loop.plan.steps:08d}" and best in there and told.count("saved_again") == 1
+    else:
+        assert "saved_again" not in told
+        (name, state), _ = loop.checkpoints.resume(loop.settings)
+        assert state.step == 4
+        loop = loop_of(place, "away", reading, WorkerLink(), name, **settings)
+        assert loop.train(lambda record: None)
+    assert loop.checkpoints.whole()[-1] == f"step_{2 * loop.plan.steps:08d}"
+    assert list(map(same, loop.state.history)) == list(map(same, whole.state.history))
+    for one, other in zip(whole.learner.model.weights, loop.learner.model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    line.close()
 
 
 def test_a_run_shows_once_what_its_network_will_see(reading, storage):

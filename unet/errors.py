@@ -23,6 +23,11 @@ class StorageFailed(RunFailed):
     """What could not be written (or read), why (the disk is full, read-only, gone), and half of the remedy."""
 
 
+class StorageAway(StorageFailed):
+    """An object store that could not be reached, or did not answer, for longer than it was waited for. It may be back
+    at any time."""
+
+
 class Damaged(RunFailed):
     """A checkpoint that is not what was written: its name, the file, and what is wrong with it."""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from unet.errors import StorageFailed
+from unet.remote import patience
 from unet.storage import Folder, reported
 
 LOCK = ".lock"
@@ -124,8 +125,8 @@ def _held_in_store(folder: Folder) -> Iterator[Lock]:
     finally:
         over.set()
         beat.join()
-        with contextlib.suppress(OSError):
-            folder.fs.delete_file(folder.at(own))
+        with patience(BEAT_SECONDS):
+            _withdraw(folder, own)
 
 
 def _enter(folder: Folder, own: str) -> None:
@@ -136,8 +137,7 @@ def _enter(folder: Folder, own: str) -> None:
         now = others.pop(own, None)
         if not others:
             return
-        with contextlib.suppress(OSError):
-            folder.fs.delete_file(folder.at(own))
+        _withdraw(folder, own)
         _outlast(folder, others, now)
         time.sleep(random.uniform(0, SPREAD_SECONDS))
     raise Busy("several at once")
@@ -155,14 +155,13 @@ def _outlast(folder: Folder, others: dict[str, float], now: float | None) -> Non
                 raise Busy(_description(holder))
             silent = max(waited, 0.0 if now is None else now + waited - said)
             if silent > LAPSE_SECONDS or _has_ended(holder):
-                with contextlib.suppress(OSError):
-                    folder.fs.delete_file(folder.at(name))
+                _withdraw(folder, name)
         time.sleep(POLL_SECONDS if others else 0)
 
 
 def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
     while not over.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError, StorageFailed):  # the next one may come through
+        with contextlib.suppress(FileNotFoundError, StorageFailed), patience(0):  # the next one may come through
             began = time.monotonic()
             if not folder.exists(own):
                 lock.lost = True
@@ -173,6 +172,11 @@ def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
                 folder.fs.delete_file(folder.at(own))
                 lock.lost = True
                 return
+
+
+def _withdraw(folder: Folder, own: str) -> None:
+    with contextlib.suppress(FileNotFoundError, StorageFailed):  # it lapses
+        folder.fs.delete_file(folder.at(own))
 
 
 def _renew(folder: Folder, own: str) -> None:
@@ -188,7 +192,7 @@ def _entries(folder: Folder) -> dict[str, float]:
 def _content(folder: Folder, name: str) -> dict:
     try:
         return dict(json.loads(folder.read_text(name)))
-    except (OSError, ValueError):  # it has just gone
+    except (FileNotFoundError, ValueError):  # it has just gone
         return {}
 
 

@@ -21,6 +21,14 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
 
 
+def without_credentials(uri: str) -> str:
+    """A URI that reaches the same place by the credentials of the environment, to be typed again."""
+    base, mark, query = uri.partition("?")
+    parts = [part for part in query.split("&") if part and without_secrets(f"?{part}") == f"?{part}"]
+    base = re.sub(rf"://{re.escape(MASK)}@", "://", without_secrets(base))
+    return base + (mark + "&".join(parts) if parts else "")
+
+
 def without_passwords(values: dict[str, Any]) -> dict[str, Any]:
     """Settings as they may be shown and saved."""
     return {name: without_secrets(v) if isinstance(v, str) else v for name, v in values.items()}

@@ -2,15 +2,16 @@
 
 Whatever is written here is whole or absent: local files go to a temporary name, are fsynced and renamed; an object
 is completed here before it is sent. A set of files (a checkpoint) carries a marker written last, with the size and
-digest of each, so that it is noticed when they are no longer what was written.
+digest of each, so that it is noticed when they are no longer what was written. An object store is waited for
+(`unet.remote`); a local disk is tried three times where a run depends on it.
 
 Why: docs/decisions.md#an-object-is-made-here-then-sent
 """
 
 import contextlib
+import copy
 import errno
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -20,45 +21,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, Any
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unet.errors import Damaged, InputError, StorageFailed, first_line
-from unet.secrets import without_secrets
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from unet.remote import Store, connect
+from unet.secrets import without_credentials, without_secrets
 
 MARKER = "COMMIT"
 PAUSES = (0, 2, 3)
-"""Seconds to wait before each attempt to write."""
+"""Seconds to wait before each attempt to write to a local disk."""
 IN_MEMORY = 2**24
 """Bytes; a larger object is completed in a file."""
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again"}
-
-
-class Sink(Protocol):
-    """A stream that takes bytes and cannot seek."""
-
-    def write(self, data: "ReadableBuffer", /) -> int: ...
-
-
-def persistently(write: Callable[[], None]) -> None:
-    """Write, and try again if the storage fails for a moment.
-
-    Raises:
-        StorageFailed: every attempt failed.
-    """
-    for pause in PAUSES:
-        time.sleep(pause)
-        try:
-            return write()
-        except StorageFailed as error:
-            failure = error
-    raise failure
 
 
 class Folder:
@@ -75,14 +53,16 @@ class Folder:
         self.is_local = "://" not in self.uri
         if not self.is_local:
             try:
-                self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
+                fs, self.path = connect(self.uri)
                 if "//" in self.path:
                     raise pa.ArrowInvalid("two slashes in a row")
             except (pa.ArrowInvalid, OSError) as error:
                 raise InputError(_unusable(self, error)) from error
-            self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+            self.is_local = isinstance(fs, pafs.LocalFileSystem)
             if self.is_local:
                 self.uri = self.path
+            else:
+                self.fs: Any = Store(self.uri, fs)
         if self.is_local:
             self.fs, self.path = pafs.LocalFileSystem(), os.path.abspath(self.uri)
 
@@ -90,10 +70,16 @@ class Folder:
         if self.is_local:
             return Folder(f"{self.uri.rstrip('/')}/{name}")
         base, mark, query = self.uri.partition("?")
-        return Folder(f"{base.rstrip('/')}/{quote(name)}{mark}{query}")
+        below = copy.copy(self)  # with its connections
+        below.uri, below.path = f"{base.rstrip('/')}/{quote(name)}{mark}{query}", self.at(name).rstrip("/")
+        return below
 
     def __str__(self):
         return self.uri if self.is_local else without_secrets(self.uri).partition("?")[0]
+
+    def typed(self, name: str = "") -> str:
+        """This folder, or something below it, as it is typed on a command line: without credentials."""
+        return without_credentials((self / name if name else self).uri)
 
     def at(self, name: str) -> str:
         """The path of a file below, as `fs` takes it."""
@@ -113,9 +99,12 @@ class Folder:
 
     def files(self) -> list[str]:
         """The relative names of all files below, without a set's marker, sorted."""
+        return sorted(name for name in self.sizes() if name != MARKER)
+
+    def sizes(self) -> dict[str, int]:
+        """The size of each file below, in bytes, by its relative name; of an object store by a single listing."""
         found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
-        names = [info.path.removeprefix(f"{self.path}/") for info in found if info.type == pafs.FileType.File]
-        return sorted(name for name in names if name != MARKER)
+        return {info.path.removeprefix(f"{self.path}/"): info.size for info in found if info.type == pafs.FileType.File}
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.at(name)) as stream:
@@ -156,8 +145,7 @@ class Folder:
         size = made.seek(0, os.SEEK_END)
         made.seek(0)
         content = mmap.mmap(made.fileno(), size, access=mmap.ACCESS_READ) if size > IN_MEMORY else made.read()
-        with self.fs.open_output_stream(self.at(name)) as stream:
-            stream.write(content)
+        self.fs.put(self.at(name), content)
 
     def write_bytes(self, name: str, data: bytes | memoryview, durable: bool = True) -> None:
         """Raises StorageFailed."""
@@ -188,20 +176,18 @@ class Folder:
             if self.is_local:
                 self._commit_local(name, files)
                 return
-            if self.committed(name):
-                self.fs.delete_file(self.at(f"{name}/{MARKER}"))
-            _write_set(files, lambda file: self.fs.open_output_stream(self.at(f"{name}/{file}")))
+            self.revoke(name)
+            _write_set(files, lambda file, content: self.fs.put(self.at(f"{name}/{file}"), content))
 
     def _commit_local(self, name: str, files: Mapping[str, bytes | memoryview]) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)
         target = Path(self.at(name))
         temporary, older = (target.with_name(f".tmp-{name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
 
-        @contextlib.contextmanager
-        def synced(file: str) -> Iterator[IO[bytes]]:
+        def synced(file: str, content: bytes | memoryview) -> None:
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / file, "wb") as stream:
-                yield stream
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
 
@@ -220,6 +206,20 @@ class Folder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(target.parent)
+
+    def persistently(self, write: Callable[[], None]) -> None:
+        """Write below here, and try again if the disk fails for a moment; a store is waited for at each call.
+
+        Raises:
+            StorageFailed: every attempt failed.
+        """
+        *pauses, last = PAUSES if self.is_local else (0,)
+        for pause in pauses:
+            time.sleep(pause)
+            with contextlib.suppress(StorageFailed):
+                return write()
+        time.sleep(last)
+        write()
 
     def rename(self, target: "Folder") -> None:
         """Give a local folder another, new name on the same disk, durably."""
@@ -264,16 +264,15 @@ class Folder:
         except FileNotFoundError as error:
             raise Damaged(f"{name} is damaged ({file}: missing)") from error
         except OSError as error:
-            # A disk that has lost a block has lost the file; a network or a permission comes back.
-            if self.is_local and not isinstance(error, PermissionError):
+            # A disk that has lost a block has lost the file; a permission comes back.
+            if not isinstance(error, PermissionError):
                 raise Damaged(f"{name} is damaged ({file}: {_reason(error)})") from error
             raise StorageFailed(f"Cannot read {self}/{name}/{file}: {_reason(error)}; put that right") from error
 
     def revoke(self, name: str) -> None:
         """Remove the marker, so that the sub-folder no longer counts. Raises StorageFailed."""
-        with reported(f"{self}/{name}"):
-            if self.committed(name):
-                self.fs.delete_file(self.at(f"{name}/{MARKER}"))
+        with reported(f"{self}/{name}"), contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.at(f"{name}/{MARKER}"))
 
     def delete(self, name: str) -> None:
         """Remove a sub-folder; the marker goes first, so that an interrupted removal does not pass for a whole set.
@@ -286,39 +285,13 @@ class Folder:
             self.fs.delete_dir(self.at(name))
 
 
-class _Counted(io.RawIOBase):
-    """A stream that counts and digests what goes through it."""
-
-    def __init__(self, stream: Sink):
-        self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: "ReadableBuffer", /) -> int:
-        self._stream.write(data)
-        self._digest.update(data)
-        size = memoryview(data).nbytes
-        self._size += size
-        return size
-
-    @property
-    def known(self) -> tuple[int, str]:
-        return self._size, self._digest.hexdigest()
-
-
-def _write_set(
-    files: Mapping[str, bytes | memoryview], opened: Callable[[str], contextlib.AbstractContextManager[Sink]]
-) -> None:
-    """Write the files and last their marker, each through the stream that `opened` gives for its name."""
+def _write_set(files: Mapping[str, bytes | memoryview], write: Callable[[str, bytes | memoryview], None]) -> None:
+    """Write the files and last their marker."""
     known = {}
     for file, content in files.items():
-        with opened(file) as stream:
-            counted = _Counted(stream)
-            counted.write(content)
-            known[file] = counted.known
-    with opened(MARKER) as stream:
-        stream.write(json.dumps(known).encode())
+        write(file, content)
+        known[file] = memoryview(content).nbytes, hashlib.sha256(content).hexdigest()
+    write(MARKER, json.dumps(known).encode())
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from unet import config, environment, streams
+from unet.disk import at_the_door
 from unet.errors import InputError, RunFailed
 from unet.secrets import lost, without_secrets
 from unet.settings import Settings
@@ -32,7 +33,8 @@ def main(settings: type[Settings], run: Callable[[Settings], int | None], descri
     debug = "--debug" in sys.argv
     code: int | None
     try:
-        given = parse(settings, description, sys.argv[1:])
+        with at_the_door():
+            given = parse(settings, description, sys.argv[1:])
         if overruled := environment.pin():
             print(f"note: ignoring {', '.join(overruled)} from the environment.", file=sys.stderr)
         _check_storage(config.flat(given)["storage_path"])
@@ -98,7 +100,7 @@ def parse(settings: type[Settings], description: str | None, argv: list[str]) ->
     elif given.reproduce:
         values = _settings_to_reproduce(given)
     if given.config:
-        values |= config.load_yaml(Path(given.config))
+        values |= config.load_yaml(given.config)
     if "recipe" in config.defaults(settings):
         values = _with_recipe(settings, values, given)
     # Here already, since a default may be invalid by itself, and the two are checked together.

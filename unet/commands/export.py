@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: ExportSettings) -> None:
-    from unet.disk import check_writable
+    from unet.disk import at_the_door, check_writable
     from unet.models.trained import tracking_uri_of
     from unet.storage import Folder
     from unet.terminal import Display
@@ -26,9 +26,10 @@ def run(settings: ExportSettings) -> None:
     from unet.tracking.registry import register
 
     part, store, display = settings.export, settings.store, Display()
-    if part.output:
-        check_writable(Folder(part.output), "--output")
-    trained = _found(settings)
+    with at_the_door():
+        if part.output:
+            check_writable(Folder(part.output), "--output")
+        trained = _found(settings)
     if part.register and trained.mlflow_run_id is None:
         raise InputError(f"{part.model} has no run in MLflow to register it from. Give the name of a tracked run.")
     if part.output or not part.register:

@@ -7,19 +7,24 @@ examples:
     python jobs/predict.py --model models:/NAME@champion --input s3://IN --output s3://OUT
 """
 
+import shlex
+
 from unet.commands import cli
 from unet.config import PredictSettings
 
 
 def run(settings: PredictSettings) -> int:
     from unet.cluster.session import ray_session
+    from unet.disk import at_the_door
     from unet.models.trained import located
     from unet.prediction.job import photos_of, predict
+    from unet.runs.run import called
     from unet.storage import Folder
     from unet.terminal import Display
 
     display, photos = Display(), photos_of(settings)
-    located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is reported before Ray starts
+    with at_the_door():
+        located(settings.predict.model, Folder(settings.store.storage_path))  # a typo is reported before Ray starts
     with ray_session(settings.command.debug), cli.work_is_kept(display):
         summary = predict(settings, photos, display)
     output = Folder(settings.predict.folder)
@@ -34,7 +39,7 @@ def run(settings: PredictSettings) -> int:
         rows.append(("probabilities", f"{output}/probabilities"))
     rows.append(("table", f"{output}/predictions.csv"))
     if settings.predict.as_dataset:
-        further = f"python jobs/train.py --data {output} --init-from {settings.predict.model}"
+        further = f"{called('train')} --data {shlex.quote(output.typed())} --init-from {settings.predict.model}"
         rows.append(("next", f"correct {output}/masks, then {further}"))
     if summary.bad:
         rows.append(("retry", "the same command tries skipped photos again, and adds new ones"))

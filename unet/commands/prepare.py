@@ -22,31 +22,36 @@ def run(settings: PrepareSettings) -> int:
     from unet.data.preparing.prepare import prepare
     from unet.data.preparing.resolve import cache_of, kept_folder
     from unet.data.sources.find import check_source
+    from unet.disk import at_the_door, check_writable
+    from unet.runs.run import called
     from unet.storage import Folder
     from unet.terminal import Display
 
     part, display = settings.prepare, Display()
     if part.verify:
         return _verify(part.verify, display)
-    check_source(part.source, prepared_too=False)
     recipe = Recipe(part.image_size, part.resize, part.val_fraction, part.shards, part.original_masks)
     storage = Folder(settings.store.storage_path)
-    folder = Folder(part.output) if part.output else kept_folder(part.source, recipe, storage)
-    title = "Already prepared:" if folder.exists(MANIFEST) else "Prepared"
+    with at_the_door():
+        check_source(part.source, prepared_too=False)
+        folder = Folder(part.output) if part.output else kept_folder(part.source, recipe, storage)
+        title = "Already prepared:" if folder.exists(MANIFEST) else "Prepared"
+        if title == "Prepared":
+            check_writable(folder, "--output" if part.output else "--storage-path")
     with ray_session(settings.command.debug), cli.work_is_kept(display):
         manifest = prepare(
             part.source, folder, recipe, part.strict, part.source_dir, cache_of(storage), display.working
         )
     display.problems(manifest)
-    path = shlex.quote(str(folder))
+    path = shlex.quote(folder.typed())
     flags = f" --image-size {manifest.image_size}" if manifest.image_size != DataSettings().image_size else ""
     flags += f" --resize {manifest.resize}" if manifest.resize != DataSettings().resize else ""
     rows = [
         ("splits", ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())),
         ("digest", manifest.data_digest),
         ("look", f"{folder}/{REPORT}"),
-        ("train on it", f"python jobs/train.py --data {path}{flags}"),
-        ("verify", f"python jobs/prepare.py --verify {path}"),
+        ("train on it", f"{called('train')} --data {path}{flags}"),
+        ("verify", f"{called('prepare')} --verify {path}"),
     ]
     display.table(f"{title} {folder}", rows)
     return cli.DONE

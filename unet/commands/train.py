@@ -52,28 +52,28 @@ def run(settings: TrainSettings) -> int:
 def _made_of(run: "Run", display: "Display") -> dict[str, str]:
     """What --report and --export make of a finished run, and where it is. What fails is not in it, but said."""
     from unet.evaluation.output import PAGE
-    from unet.runs.run import where
+    from unet.runs.run import called, where
 
     settings, found = run.settings, {}
     part, split = settings.run, "test" if run.summary["test"]["images"] else "val"
     values: dict[str, Any] = {"model": run.name, "storage_path": part.storage_path, "tracking_uri": part.tracking_uri}
     values["debug"] = settings.command.debug
-    jobs: dict[str, tuple[Callable[[], str], str]] = {}
+    jobs: dict[str, tuple[Callable[[], str], str, str]] = {}
     if part.report:
         scoring = unflat(EvaluateSettings, values | {"split": split, "device": settings.compute.device})
-        jobs["report"] = lambda: f"{evaluate.score(scoring, display)[0]}/{PAGE}", f"evaluate.py --split {split}"
+        jobs["report"] = lambda: f"{evaluate.score(scoring, display)[0]}/{PAGE}", "evaluate", f"--split {split}"
     if part.export:
         handing_on = unflat(ExportSettings, values | {"formats": part.export})
-        jobs["export"] = lambda: str(export.write(handing_on, display)), f"export.py --formats {' '.join(part.export)}"
-    for what, (make, command) in jobs.items():
+        jobs["export"] = lambda: str(export.write(handing_on, display)), "export", f"--formats {' '.join(part.export)}"
+    for what, (make, command, flags) in jobs.items():
         try:
             found[what] = make()
         except Exception as error:  # whatever it is: the run is finished, and the rest is made
             known = isinstance(error, InputError | RunFailed)
             reason = str(error).rstrip(".") if known else f"{type(error).__name__}: {first_line(error)}"
             display.say(
-                f"The run {run.name} is finished, but it has no {what} yet: {reason}. Make it later: python "
-                f"jobs/{command} --model {run.name}{where(part)}",
+                f"The run {run.name} is finished, but it has no {what} yet: {reason}. Make it later: "
+                f"{called(command)} {flags} --model {run.name}{where(part)}",
                 "yellow",
             )
     return found

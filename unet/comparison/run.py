@@ -9,8 +9,8 @@ from unet.comparison.runs import ComparedRun
 from unet.comparison.sweep import ComparedSweep, read_sweep
 from unet.config import folder_of, read_config
 from unet.config.compare import CompareSettings
+from unet.disk import check_writable
 from unet.errors import InputError
-from unet.evaluation.output import check_folder
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -53,7 +53,7 @@ def compare_runs(settings: CompareSettings, display: Display) -> Comparison:
     folders = {name: folder_of(name, storage) for name in _named(part.runs)}
     name = _name_of(part.runs)
     folder = Folder(part.output) if part.output else storage / FOLDER / name
-    check_folder(folder)
+    check_writable(folder, "--output")
     sweeps = [name for name, folder in folders.items() if "space" in read_config(folder)]
     if sweeps and len(folders) > 1:
         raise InputError(f"{sweeps[0]} is a sweep: compare it alone, or name its trials, as {sweeps[0]}/trial-001.")

@@ -1,7 +1,6 @@
 """What every job has: where things are kept, and the command itself."""
 
 import os
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -31,7 +30,7 @@ class StoreSettings(SettingsGroup):
 class CommandSettings(SettingsGroup):
     """The command itself."""
 
-    config: Path | None = None
-    """YAML file of settings, named like the flags, with underscores. A flag overrides the file."""
+    config: str | None = None
+    """YAML file of settings, local or s3://…, named like the flags, with underscores. A flag overrides the file."""
     debug: bool = False
     """Show tracebacks and the messages of Ray and TensorFlow."""

@@ -1,6 +1,7 @@
 """Settings in files: `--config FILE`, and the `config.yaml` of a run or sweep."""
 
 import difflib
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ MOVABLE = ("data", "tracking_uri")
 """Settings that may name something under the storage path, which moves with it."""
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The flat settings of a file.
+def load_yaml(path: str) -> dict[str, Any]:
+    """The flat settings of a file, by its path or URI.
 
     Raises:
         InputError: the file is missing or not a mapping of names to values.
     """
     try:
-        values = parse_yaml(path.read_bytes(), f"--config {path}")
+        content = Folder(path).read_bytes("") if "://" in path else Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"Cannot read --config {path}: {error.strerror}.") from error
+        raise InputError(f"Cannot read --config {path}: {os.strerror(error.errno or errno.ENOENT)}.") from error
+    values = parse_yaml(content, f"--config {path}")
     if not isinstance(values or {}, dict):
         raise InputError(f"--config {path} must hold `name: value` lines.")
     return values or {}

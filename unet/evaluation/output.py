@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from unet.config import CONFIG, EvaluateSettings, read_config
 from unet.data.sources.find import check_source
-from unet.disk import check_writable
-from unet.errors import InputError, first_line
+from unet.disk import at_the_door, check_writable
+from unet.errors import InputError
 from unet.models.trained import TrainedModel, best_checkpoint, located
 from unet.runs.run import prepared_of
-from unet.secrets import lost, without_secrets
+from unet.secrets import lost
 from unet.storage import Folder
 
 METRICS, RECORDS, PAGE = "metrics.json", "per_image.parquet", "report.html"
@@ -30,6 +30,7 @@ def asked(names: str) -> list[str]:
     return found
 
 
+@at_the_door()
 def check_settings(settings: EvaluateSettings) -> None:
     """Check what can be known about models and data before Ray starts, which takes seconds.
 
@@ -37,6 +38,10 @@ def check_settings(settings: EvaluateSettings) -> None:
         InputError: a run, a checkpoint or the data are not there.
     """
     part, storage = settings.evaluate, Folder(settings.store.storage_path)
+    if part.output:
+        check_writable(Folder(part.output), "--output")
+    elif not storage.is_local:  # of a local one it is the model's folder that counts
+        check_writable(storage)
     for name in asked(part.model):
         located(name, storage)
     if part.data is not None:
@@ -107,17 +112,3 @@ def folder_of(model: TrainedModel, label: str, part: str, settings: EvaluateSett
     if model.run is None:
         return Folder(settings.store.storage_path) / FOLDER / name / part
     return model.run / FOLDER / (part if is_best(model) else f"{part}-{model.checkpoint}")
-
-
-def check_folder(folder: Folder) -> None:
-    """Refuse a folder that results cannot be written to, before there are any.
-
-    Raises:
-        InputError: with what to do.
-    """
-    check_writable(folder, "--output")
-    try:
-        folder.exists(METRICS)
-    except OSError as error:  # an object store that does not answer, or denies access
-        reason = without_secrets(first_line(error)).rstrip(".")
-        raise InputError(f"Cannot use {folder}: {reason}; give another --output.") from error

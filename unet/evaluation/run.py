@@ -14,8 +14,9 @@ from unet.config import EvaluateSettings
 from unet.data.preparing.resolve import resolve
 from unet.data.shards import Prepared
 from unet.data.streaming import DATA_CPUS
+from unet.disk import check_writable
 from unet.errors import InputError
-from unet.evaluation.output import asked, check_folder, data_of, folder_of, labels_of, part_of
+from unet.evaluation.output import asked, data_of, folder_of, labels_of, part_of
 from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
@@ -72,7 +73,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         for model, name, own in zip(models, labels, parts, strict=True)
     ]
     for folder in folders:
-        check_folder(folder)
+        check_writable(folder, "--output")
 
     def planned(nodes: list[Node]) -> Placement:
         return plan_scoring(nodes, part.num_workers, scorer_bytes(models), part.device)

@@ -16,7 +16,7 @@ from unet.cluster.session import cause_of
 from unet.config import PredictSettings
 from unet.data.sources import printable
 from unet.data.sources.description import DESCRIPTION, described
-from unet.disk import check_writable
+from unet.disk import at_the_door, check_writable
 from unet.errors import InputError, RunFailed, first_line, own_words
 from unet.models.trained import TrainedModel
 from unet.pages.numbers import duration
@@ -79,6 +79,7 @@ def predict(settings: PredictSettings, photos: Photos, display: Display) -> Summ
     return Summary(len(todo) + len(photos.unnamed) - bad, before, bad, speed, startup)
 
 
+@at_the_door()
 def photos_of(settings: PredictSettings) -> Photos:
     """The photos that are asked for, once the settings are checked.
 

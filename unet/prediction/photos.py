@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -157,7 +158,7 @@ def _listed(folder: Folder) -> Iterable[tuple[str, int, int]]:
         OSError: a folder cannot be read.
     """
     if folder.is_local:
-        for path in files_below(folder.path, _raised):
+        for path in files_below(Path(folder.path), _raised):
             name = os.path.relpath(path, folder.path)
             if os.path.isfile(path):
                 status = path.stat()

@@ -8,12 +8,12 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.dataset
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -140,8 +140,14 @@ class Results:
         paths = [state.at(name) for name in self._parts()]
         if not paths:
             return schema.empty_table()
+
+        def read(path: str) -> pa.Table:
+            with state.fs.open_input_file(path) as stream:
+                return pq.read_table(stream, schema=schema)
+
         try:
-            table = pa.dataset.dataset(paths, schema, format="parquet", filesystem=state.fs).to_table()
+            with ThreadPoolExecutor() as pool:
+                table = pa.concat_tables(pool.map(read, paths))
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{state} is damaged ({error}): give another --output, or remove {self.folder}."

@@ -8,7 +8,8 @@ Why: docs/decisions.md#a-checkpoint-carries-its-epochs
 
 import io
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from unet.errors import Damaged, InputError, RunFailed, first_line
 from unet.recipe.recipe import WEIGHTS as PREFIX
 from unet.runs.arrays import arrays_file, read_arrays, read_weights, weights_file
 from unet.runs.state import NAME, STATE, State, damaged, name_of, parsed, to_json
-from unet.storage import Folder
+from unet.storage import MARKER, Folder
 
 if TYPE_CHECKING:
     from unet.recipe.step import Learner
@@ -29,27 +30,49 @@ STATE_BYTES = 2**27
 """No state is larger (a line of history has about 1 kB), so no more is read."""
 
 
+_Files = dict[str, bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is kept of a checkpoint in memory: what decides whether it is kept, and the bytes of its `FILES`."""
+
+    score: float | None
+    best_checkpoint: str | None
+    sizes: list[int]
+
+
 class Checkpoints:
     """The checkpoints of one run; `run` is its folder."""
 
     def __init__(self, run: Folder):
         self.run, self.folder = run, run / "checkpoints"
-        self._saved: set[str] = set()
+        self._saved: dict[str, _Saved] = {}
+        self._read: dict[str, _Saved] = {}
+        self._unsaved: dict[str, tuple[_Files, _Saved]] = {}
 
     def whole(self) -> list[str]:
         """The names of those with a marker and files of the right size, oldest first; digests are not compared."""
-        return [name for name in self._names() if self._is_whole(name)]
+        return self._whole_of(self.folder.sizes())
+
+    def _whole_of(self, sizes: Mapping[str, int]) -> list[str]:
+        names = {file.partition("/")[0] for file in sizes}
+        return [name for name in sorted(names) if re.fullmatch(NAME, name) and self._is_whole(name, sizes)]
 
     def _names(self) -> list[str]:
         return [name for name in self.folder.names() if re.fullmatch(NAME, name)]
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_whole(self, name: str, sizes: Mapping[str, int]) -> bool:
+        if f"{name}/{MARKER}" not in sizes:
+            return False
+        found = [sizes.get(f"{name}/{file}") for file in FILES]
+        if name in self._saved:
+            return found == self._saved[name].sizes
         try:
             known = self.folder.marker(name)
         except Damaged:
             return False
-        sizes = [self.folder.size(f"{name}/{file}") for file in FILES]
-        return all(sizes) and sizes == [known.get(file, (0, ""))[0] for file in FILES]
+        return all(found) and found == [known.get(file, (0, ""))[0] for file in FILES]
 
     def latest(self) -> tuple[str, State] | None:
         """The last whole one whose state can be read. After `resume` that is the one to start from, or a newer one."""
@@ -182,11 +205,25 @@ class Checkpoints:
     def save(self, learner: "Learner", state: State) -> str:
         """Write one, atomically; the same step is written over.
 
+        One that could not be written before is written first if it is the best: those that follow need it.
+
         Raises:
             StorageFailed: it cannot be written, or the run's folder is gone. Nothing has changed then.
             RunFailed: nothing could continue from it, since the recipe describes other variables than its steps have.
         """
+        name, files = self._made(learner, state)
+        own = _Saved(state.score, state.best_checkpoint, [memoryview(files[file]).nbytes for file in FILES])
+        best = {n: earlier for n, earlier in self._unsaved.items() if n == state.best_checkpoint}
+        self._unsaved = best | {name: (files, own)}
         self.run.require(CONFIG)
+        for each, (content, about) in list(self._unsaved.items()):
+            self.folder.commit(each, content)
+            self._saved[each] = about
+            del self._unsaved[each]
+        return name
+
+    def _made(self, learner: "Learner", state: State) -> "tuple[str, _Files]":
+        """A checkpoint's name and files. Raises RunFailed."""
         name, recipe, variables = name_of(state.step), state.recipe(), learner.variables()
         state.variables = {key: list(variable.shape) for key, variable in variables.items()}
         weights = {k.removeprefix(PREFIX): v.numpy() for k, v in variables.items() if k.startswith(PREFIX)}
@@ -200,10 +237,7 @@ class Checkpoints:
             raise RunFailed(
                 f"Nothing could continue from checkpoint {name}, so it was not written: {str(error).rstrip('.')}."
             ) from error
-        files = {file: stream.getbuffer() for file, stream in made.items()}
-        self.folder.commit(name, files | {STATE: to_json(state)})
-        self._saved.add(name)
-        return name
+        return name, {file: stream.getbuffer() for file, stream in made.items()} | {STATE: to_json(state)}
 
     def load(self, name: str, learner: "Learner") -> None:
         """Everything that a step changes into a learner. Raises Damaged, InputError."""
@@ -214,15 +248,29 @@ class Checkpoints:
 
     def prune(self, keep_best: int) -> None:
         """Keep the `keep_best` best by score and always the last that verifies; remove the rest, torn ones too."""
-        readable = dict(self.readable())
+        sizes = self.folder.sizes()
+        readable = {name: about for name in reversed(self._whole_of(sizes)) if (about := self._about(name, sizes))}
         last = next((name for name in readable if name in self._saved or self._verifies(name)), None)
         if last is None:
             return
-        scored = sorted((-state.score, name) for name, state in readable.items() if state.score is not None)
+        scored = sorted((-about.score, name) for name, about in readable.items() if about.score is not None)
         kept = {name for _, name in scored[:keep_best]} | {last, readable[last].best_checkpoint}
-        for name in self.folder.names():
-            if name.startswith(("step_", ".tmp-step_")) and name not in kept:
+        for name in {file.partition("/")[0] for file in sizes} - kept:
+            if name.startswith(("step_", ".tmp-step_")):
                 self.folder.delete(name)
+                self._saved.pop(name, None)
+
+    def _about(self, name: str, sizes: Mapping[str, int]) -> "_Saved | None":
+        """What is known of a whole one, which is read once; None if its state is damaged."""
+        if name in self._saved:
+            return self._saved[name]
+        if name not in self._read:
+            try:
+                state = self.state(name)
+            except Damaged:
+                return None
+            self._read[name] = _Saved(state.score, state.best_checkpoint, [sizes[f"{name}/{file}"] for file in FILES])
+        return self._read[name]
 
 
 def _arrays(

@@ -21,9 +21,10 @@ from unet.config import CONFIG, FENCING_TOKEN, RunSettings, TrainSettings, flat,
 from unet.data.manifest import MANIFEST
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
+from unet.remote import patience
 from unet.runs.checkpoint import Checkpoints
-from unet.secrets import lost, without_passwords, without_secrets
-from unet.storage import Folder, persistently
+from unet.secrets import lost, without_credentials, without_passwords, without_secrets
+from unet.storage import Folder
 
 SUMMARY, METRICS, SYSTEM, MODEL = "summary.json", "metrics.jsonl", "system.jsonl", "model"
 KNOWN_LATER = (
@@ -95,8 +96,9 @@ class Run:
 
     def take_over(self) -> None:
         """Let no workers but those to come write there. Raises StorageFailed."""
-        self.fencing_token = uuid.uuid4().hex
-        self.write(FENCING_TOKEN, self.fencing_token.encode())
+        token = uuid.uuid4().hex
+        self.write(FENCING_TOKEN, token.encode())
+        self.fencing_token = token
 
     def write_history(self, history: list[dict]) -> None:
         """The lines of `metrics.jsonl`, whole: a file that is replaced is never torn or doubled by a kill."""
@@ -120,17 +122,31 @@ class Run:
             self.folder.write_bytes(name, content)
 
         if not patiently or self.summary.get("status") == "failed":  # perhaps for want of this storage
-            write()
+            with patience(0):
+                write()
         else:
-            persistently(write)
+            with patience(check=self._check_ours):
+                self.folder.persistently(write)
+
+    def _check_ours(self) -> None:
+        """Refuse to write where another driver does, after an outage in which this one may have lost the run.
+
+        Raises:
+            StorageFailed: it has.
+        """
+        if self.lock:
+            self.lock.check(f"the run {self.name}")
+        if self.fencing_token and self.folder.read_text(FENCING_TOKEN) != self.fencing_token:
+            raise StorageFailed(f"Another process has taken over the run {self.name}: wait until it has ended")
 
     def after(self, error: StorageFailed) -> StorageFailed:
         """The same with what is left and how to go on."""
         if not self.summary:
             return StorageFailed(f"{error}, and start again.")
-        whole = self.checkpoints.whole()[-1:]
-        left = f" (the last whole checkpoint is {whole[0]})" if whole else ""
-        again = f"python jobs/train.py --resume {self.name}{where(self.settings.run)}"
+        left = ""
+        with contextlib.suppress(StorageFailed), patience(0):  # it may be the storage that is away
+            left = "".join(f" (the last whole checkpoint is {name})" for name in self.checkpoints.whole()[-1:])
+        again = f"{called('train')} --resume {self.name}{where(self.settings.run)}"
         return StorageFailed(f"{error}, then: {again}{left}.")
 
     def history(self) -> list[dict]:
@@ -160,10 +176,10 @@ def read_summary(folder: Folder) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
-    if not folder.exists(SUMMARY):
-        return {}
     try:
         return dict(json.loads(folder.read_bytes(SUMMARY)))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder}/{SUMMARY} is damaged: bring back a copy of it, or remove it to go on without."
@@ -186,7 +202,10 @@ def read_history(folder: Folder) -> list[dict]:
 
 
 def _read_lines(folder: Folder, name: str) -> list[dict]:
-    lines = folder.read_text(name).splitlines() if folder.exists(name) else []
+    try:
+        lines = folder.read_text(name).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [json.loads(line) for line in lines]
 
 
@@ -225,11 +244,19 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)
 
 
+def called(job: str) -> str:
+    """How a job is called from where this one was: one that was submitted submits the next."""
+    command = f"python jobs/{job}.py"
+    # Of Ray's variables the only one that no other driver has.
+    is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return f"ray job submit --working-dir . -- {command}" if is_submitted else command
+
+
 def where(run: RunSettings, tracking: bool = True) -> str:
     """The flags that a later command needs to find a run or sweep, and its MLflow store where it asks for one."""
     flags = ""
     if run.storage_path != RunSettings(tracking_uri=run.tracking_uri).storage_path:
-        flags += f" --storage-path {shlex.quote(without_secrets(run.storage_path))}"
+        flags += f" --storage-path {shlex.quote(without_credentials(run.storage_path))}"
     if tracking and run.tracking_uri:
         flags += f" --tracking-uri {shlex.quote(without_secrets(run.tracking_uri))}"
     return flags

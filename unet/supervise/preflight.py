@@ -9,7 +9,7 @@ from unet.config import CONFIG, MAY_CHANGE, TrainSettings, flat, read_config
 from unet.data.manifest import MANIFEST
 from unet.data.shards import Prepared
 from unet.data.sources.find import check_source
-from unet.disk import _existing, check_writable
+from unet.disk import _existing, at_the_door, check_writable
 from unet.errors import InputError
 from unet.models.start import check_start
 from unet.recipe.loss import AUTO_WEIGHTS, weights_by_frequency
@@ -21,6 +21,7 @@ from unet.tracking.database import check_database
 from unet.tracking.reach import check_server, default_uri
 
 
+@at_the_door()
 def open_run(settings: TrainSettings, tracked: bool = True) -> Run:
     """The run that the settings mean, after every check that needs no cluster.
 

@@ -16,7 +16,7 @@ import numpy as np
 from unet.data.shards import Prepared
 from unet.errors import InputError, StorageFailed
 from unet.metric_names import BEST_EPOCH, DATA_WAIT, SKIPPED_STEPS, SPEED
-from unet.runs.run import Run, milliseconds, where
+from unet.runs.run import Run, called, milliseconds, where
 from unet.runs.state import State
 from unet.secrets import without_secrets
 from unet.storage import Folder
@@ -226,7 +226,7 @@ class RunRecorder:
             self._send(STOP_SECONDS if status == "stopped" else math.inf)
         if status == "stopped":
             at = f"step {state.step}" if state else "the start"
-            go_on = f"python jobs/train.py --resume {self.run.name}{where(self.run.settings.run)}"
+            go_on = f"{called('train')} --resume {self.run.name}{where(self.run.settings.run)}"
             self.display.say(f"Stopped at {at}. Continue: {go_on}")
 
     def finished(self, state: State, found: results.Results | None) -> None:

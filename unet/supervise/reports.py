@@ -8,6 +8,7 @@ from unet.runs.run import milliseconds
 from unet.supervise.recorder import RunRecorder
 from unet.supervise.results import Results
 from unet.training.link import not_finite
+from unet.training.loop import AGAIN_SECONDS
 
 
 @dataclass
@@ -88,6 +89,17 @@ class Reports:
         if self.recorder.run.settings.training.on_nan == "stop":
             remedy = f"continue with --on-nan skip, or {remedy}"
         self.failure = Diverged(f"{not_finite(content)} The last checkpoint is intact: {remedy}")
+
+    def _on_waiting(self, words: str) -> None:
+        self.recorder.display.say(f"{words[0].upper()}{words[1:]}.", "yellow")
+
+    def _on_put_off(self, reason: str) -> None:
+        self.recorder.display.say(
+            f"{reason}. Training goes on, and the checkpoint is tried again every {AGAIN_SECONDS:.0f} s.", "yellow"
+        )
+
+    def _on_saved_again(self, step: int) -> None:
+        self.recorder.display.say(f"The checkpoint of step {step} is written: the storage is back.", "yellow")
 
     def _on_storage_failed(self, reason: str) -> None:
         self.failure = StorageFailed(reason)

@@ -17,8 +17,9 @@ from unet.metric_names import BEST
 from unet.pages import figures
 from unet.pages.pictures import outlines
 from unet.recipe.augment import AugmentSettings
-from unet.runs.run import MODEL, Run, where
+from unet.runs.run import MODEL, Run, called, where
 from unet.runs.state import State
+from unet.secrets import without_credentials
 from unet.storage import Folder
 from unet.supervise.board import Board
 from unet.terminal import Display, score_table
@@ -146,7 +147,7 @@ def show(run: Run, display: Display, made: Mapping[str, str]) -> None:
     """
     summary, settings = run.summary, run.settings
     kind, reason = _chosen(run)
-    more_of, data = more(settings, settings.epochs or 0), shlex.quote(settings.data.data)
+    more_of, data = more(settings, settings.epochs or 0), shlex.quote(without_credentials(settings.data.data))
     patience, latest = settings.training.patience, run.checkpoints.latest()
     if patience is not None and latest and patience <= latest[1].stale_epochs:
         more_of = f"{more_of} --patience {patience + 5}"
@@ -159,8 +160,8 @@ def show(run: Run, display: Display, made: Mapping[str, str]) -> None:
             *_where_to_look(run),
             (
                 "evaluate",
-                f"python jobs/evaluate.py --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",
+                f"{called('evaluate')} --model {run.name} --data {data}{where(run.settings.run, tracking=False)}",
             ),
-            ("continue", f"python jobs/train.py --resume {run.name} {more_of}{where(run.settings.run)}"),
+            ("continue", f"{called('train')} --resume {run.name} {more_of}{where(run.settings.run)}"),
         ],
     )

@@ -22,6 +22,7 @@ from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import InputError, NoGpu, RunFailed, StorageFailed
 from unet.models.start import Start
+from unet.remote import patience
 from unet.runs.state import State
 from unet.storage import reported
 from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
@@ -324,14 +325,22 @@ class Supervisor:
         self.recorder.stopped()
 
     def _end(self, fault: Fault | None) -> None:
-        latest, reports = self.run.checkpoints.latest(), self.reports
-        state = latest and latest[1]
+        """The end of the run, of which its folder, MLflow and whoever called hear. Raises RunFailed."""
+        state, lost = None, isinstance(self.reports.failure, StorageFailed)
+        with patience(0 if lost else None):  # it has been waited for
+            with contextlib.suppress(StorageFailed) if lost else contextlib.nullcontext():
+                latest = self.run.checkpoints.latest()
+                state = latest and latest[1]
+            self._close(fault, state, lost)
+
+    def _close(self, fault: Fault | None, state: State | None, lost: bool) -> None:
+        reports = self.reports
         # A stop signal that came when all was scored already changes nothing.
         done = fault is None and reports.failure is None and (not reports.stopped or reports.results is not None)
         if done and state:
             self.recorder.finished(state, reports.results)
             return
-        lost = isinstance(reports.failure, StorageFailed)  # then the checkpoint of the stop is missing too
+        # Where the storage is lost, the checkpoint of the stop is missing too.
         status = "stopped" if reports.stopped and not lost else "failed"
         with contextlib.suppress(StorageFailed):
             self.recorder.catch_up(state)

@@ -3,7 +3,7 @@
 from unet.classes import MANY
 from unet.errors import first_line
 from unet.pages.numbers import duration, score
-from unet.runs.run import Run, where
+from unet.runs.run import Run, called, where
 
 NOTE = "mlflow.note.content"
 """MLflow's tag of a description."""
@@ -21,7 +21,7 @@ def described(run: Run) -> str:
         left = f" (the last {len(shown)} are shown)" if len(shown) < len(restarts) else ""
         parts.append("\n".join([f"**{len(restarts)} restart(s) of workers**{left}", "", *lines]))
     commands = [("Made by", summary.get("command"))]
-    commands.append(("Go on", f"python jobs/train.py --resume {run.name}{where(run.settings.run)}"))
+    commands.append(("Go on", f"{called('train')} --resume {run.name}{where(run.settings.run)}"))
     parts += [f"**{title}**\n\n```\n{command[:1000]}\n```" for title, command in commands if command]
     parts.append(f"Folder: `{run.folder}`. The report of an evaluation is its artifact `evaluation/test/report.html`.")
     return "\n\n".join(part for part in parts if part)

@@ -10,7 +10,7 @@ from unet.config import TrainSettings, read_config
 from unet.data.shards import Prepared
 from unet.errors import InputError, RunFailed
 from unet.runs.checkpoint import OPTIMIZER
-from unet.runs.run import CONFIG, MODEL, SUMMARY, Run, locked, prepared_of, where
+from unet.runs.run import CONFIG, MODEL, SUMMARY, Run, called, locked, prepared_of, where
 from unet.secrets import without_secrets
 from unet.storage import Folder
 from unet.terminal import Display
@@ -140,7 +140,7 @@ def kept_back(run: Run, to: AsyncWriter) -> str:
     """What to do about an ended run that MLflow does not have whole."""
     store, again = (
         f"MLflow at {without_secrets(to.uri)}",
-        f"python jobs/train.py --sync {run.name}{where(run.settings.run)}",
+        f"{called('train')} --sync {run.name}{where(run.settings.run)}",
     )
     if to.refuses:
         return (
@@ -194,7 +194,7 @@ def _sync(run: Run, display: Display) -> None:
     if run.summary.get("status") not in ("finished", "stopped", "failed"):
         raise InputError(
             f"The run {run.name} has not ended, and sends what MLflow lacks as it goes on. If it was killed, continue "
-            f"it: python jobs/train.py --resume {run.name}{where(part)}"
+            f"it: {called('train')} --resume {run.name}{where(part)}"
         )
     check_database(part.tracking_uri or default_uri(Folder(part.storage_path)))
     check_server(part.tracking_uri)

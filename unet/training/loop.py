@@ -18,12 +18,13 @@ from unet import metric_names
 from unet.config import CONFIG, FENCING_TOKEN, parse_interval
 from unet.data.ingest import Batch, Reader
 from unet.data.shards import opened
-from unet.errors import StorageFailed
+from unet.errors import StorageAway, StorageFailed
 from unet.progress import Clock, Live
 from unet.recipe.schedule import Horizon
+from unet.remote import PATIENCE_SECONDS, patience
 from unet.runs.checkpoint import Checkpoints
 from unet.runs.state import State, name_of
-from unet.storage import Folder, persistently, reported
+from unet.storage import Folder, reported
 from unet.training.equality import equality_of
 from unet.training.job import Job
 from unet.training.link import WorkerLink
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 SAVE, STOP, LEAVE, ESTIMATE = 1, 2, 4, 8
 ENDS = {STOP: "stopped", LEAVE: "left"}
+WRITTEN, PUT_OFF, FAILED = 0, 1, 2
+TRY_SECONDS, AGAIN_SECONDS = 5.0, 30.0
+"""How long training waits for an object store that is away, and how long it then goes on before it tries again."""
 
 
 class FirstCannotWrite(StorageFailed):
@@ -57,6 +61,8 @@ class Loop:
     world_size: int
     state: State = field(init=False)
     last_save: float = field(init=False)
+    away: float | None = None
+    """Since when the object store cannot be written to, by the monotonic clock; rank 0 knows."""
     traced: set[bool] = field(default_factory=set)
     """Of which kinds there were steps: with what comes before the decoder frozen, and without."""
     seconds: float = 0.0
@@ -200,7 +206,7 @@ class Loop:
                 return False
             # Not at the epoch's last step: its validation follows, and the epoch's own checkpoint.
             if self._is_due(result.control) and state.epoch_step < self.plan.steps:
-                self._save()
+                self._save(may_wait=True)
             if self._is_cut:
                 break
             waited = time.perf_counter()
@@ -217,7 +223,7 @@ class Loop:
             if self._ends(control):
                 raise _Ended
             if control & SAVE:
-                self._save()
+                self._save(may_wait=True)
 
         try:
             return self.evaluate("val", self.reader.validation(self.state.epoch, self._is_cut), handle)
@@ -237,7 +243,8 @@ class Loop:
         if self.rank:
             return 0
         unit, interval = self.interval
-        due = unit == "seconds" and time.monotonic() - self.last_save >= interval
+        since = time.monotonic() - self.last_save
+        due = (unit == "seconds" and since >= interval) or (self.away is not None and since >= AGAIN_SECONDS)
         return SAVE * due + {None: 0, "stop": STOP, "leave": LEAVE}[self.link.request]
 
     def _asks(self) -> int:
@@ -298,24 +305,43 @@ class Loop:
         state.epoch, state.epoch_step, state.loss_sums = state.epoch + 1, 0, []
         if self.pace and not self.is_done:
             self._estimate()
-        self._save()
+        self._save(may_wait=not self.is_done)
         state.score = None
         is_kept = state.validation is validation  # else those of the best were told: they hold the confusion matrix
         self.link.event("epoch", {"record": state.history[-1], "validation": validation if is_kept else None})
 
-    def _save(self) -> None:
-        """Write a checkpoint.
+    def _save(self, may_wait: bool = False) -> None:
+        """Write a checkpoint. One that `may_wait` is put off while its object store is away, for some minutes.
 
         Raises:
             StorageFailed: it could not be written; on all workers alike, so that none waits for one that gave up.
         """
         began, self.state.seconds = time.perf_counter(), self.elapsed
-        failure = self._write() if self.rank == 0 else None
-        if self.learner.sum_over_workers(np.array([failure is not None], np.int64)).any():
+        may_wait = may_wait and self.job.score_test  # a trial's epochs are compared, and taken over by others
+        with patience(TRY_SECONDS if may_wait else None, check=self._show_fencing_token):
+            failure = self._write() if self.rank == 0 else None
+        outcome = self._outcome(failure, may_wait) if self.rank == 0 else WRITTEN
+        outcome = int(self.learner.sum_over_workers(np.array([outcome], np.int64))[0])
+        if outcome == FAILED:
             raise failure or FirstCannotWrite
         self.last_save = time.monotonic()
-        if self.pace:
+        if self.pace and outcome == WRITTEN:
             self.pace.saving = time.perf_counter() - began
+
+    def _outcome(self, failure: StorageFailed | None, may_wait: bool) -> int:
+        """What follows from how rank 0's writing ended, which the driver is told."""
+        now, was_away = time.monotonic(), self.away
+        if failure is None:
+            self.away = None
+            if was_away is not None:
+                self.link.event("saved_again", self.state.step)
+            return WRITTEN
+        if not (may_wait and isinstance(failure, StorageAway)) or now - (was_away or now) > PATIENCE_SECONDS:
+            return FAILED
+        if was_away is None:
+            self.away = now
+            self.link.event("put_off", str(failure))
+        return PUT_OFF
 
     def _write(self) -> StorageFailed | None:
         """Save and prune; what the storage says if it cannot be done."""
@@ -327,7 +353,7 @@ class Loop:
                 self.checkpoints.prune(self.settings.run.keep_checkpoints)
 
         try:
-            persistently(write)
+            self.checkpoints.folder.persistently(write)
         except StorageFailed as error:
             return error
         return None
@@ -335,8 +361,14 @@ class Loop:
     def _show_fencing_token(self) -> None:
         """Workers outlive a killed driver by a second or two: where others have taken over they write nothing."""
         run = self.checkpoints.run
-        run.require(CONFIG)
-        if self.job.fencing_token and run.read_text(FENCING_TOKEN) != self.job.fencing_token:
+        if not self.job.fencing_token:
+            return
+        try:
+            token = run.read_text(FENCING_TOKEN)
+        except FileNotFoundError:
+            run.require(CONFIG)
+            raise
+        if token != self.job.fencing_token:
             raise RuntimeError("other workers have taken over the run")
 
     def evaluate(

@@ -8,6 +8,7 @@ import ray.train
 from unet.cluster.devices import start_tensorflow
 from unet.data.ingest import WorkerShard
 from unet.errors import NoGpu, StepFailed, StorageFailed, first_line
+from unet.remote import patience
 from unet.training.backend import join_workers
 from unet.training.begin import begin
 from unet.training.finish import finish
@@ -28,7 +29,8 @@ def train_worker(config: dict) -> None:
     link.event("start", world_size)
     # One worker a node, and none of a sweep's trials, which share their nodes.
     samples = job.score_test and context.get_local_rank() == 0
-    with sampling(link.sample) if samples else contextlib.nullcontext():
+    told = patience(tell=lambda words: link.event("waiting", words))
+    with told, sampling(link.sample) if samples else contextlib.nullcontext():
         _train(job, link, rank, world_size, config["streamed"])
 
 

@@ -15,7 +15,7 @@ from unet.config import OF_THIS_PLACE, TrainSettings, TuneSettings, unflat
 from unet.errors import InputError, RunFailed
 from unet.metric_names import BEST, BEST_EPOCH, EPOCHS_SAVED, TRIALS, of_class
 from unet.pages.numbers import score
-from unet.runs.run import Run, milliseconds, where
+from unet.runs.run import Run, called, milliseconds, where
 from unet.secrets import without_passwords, without_secrets
 from unet.storage import Folder
 from unet.supervise.driver import train
@@ -222,9 +222,10 @@ def show(sweep: Sweep, rows: list[dict], classes: Classes, display: Display) -> 
         ("files", f"{folder}/: sweep.csv, trials.jsonl, pictures"),
         (
             "train it",
-            f"python jobs/train.py --config {shlex.quote(f'{folder}/best_config.yaml')} --epochs {3 * epochs}",
+            f"{called('train')} --config {shlex.quote(folder.typed('best_config.yaml'))} --epochs {3 * epochs}"
+            f"{where(settings.run)}",
         ),
-        ("more trials", f"python jobs/tune.py --resume {name} --extend 10{where(settings.run)}"),
+        ("more trials", f"{called('tune')} --resume {name} --extend 10{where(settings.run)}"),
     ]
     if summary.get("model_uri"):
         lines.insert(1, ("model", summary["model_uri"]))

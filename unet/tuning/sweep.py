@@ -11,7 +11,7 @@ import yaml
 
 from unet.config import SWEEP_MAY_CHANGE, SweepSettings, TuneSettings, flat, parse_yaml, read_config
 from unet.data.sources.find import check_source
-from unet.disk import check_writable
+from unet.disk import at_the_door, check_writable
 from unet.errors import InputError
 from unet.locks import Lock
 from unet.models.start import check_start
@@ -83,6 +83,7 @@ class Sweep:
         self.folder.write_text(SUMMARY, json.dumps(self.summary, indent=2))
 
 
+@at_the_door()
 def open_sweep(settings: TuneSettings) -> Sweep:
     """The sweep that the settings mean, new or to continue, after every check that needs no cluster.
 

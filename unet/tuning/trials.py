@@ -13,7 +13,7 @@ from unet.data import ingest
 from unet.data.shards import Prepared
 from unet.errors import RunFailed
 from unet.models.start import Known
-from unet.runs.run import where
+from unet.runs.run import called, where
 from unet.secrets import without_secrets
 from unet.supervise.signals import catch_stop_signals
 from unet.terminal import Display
@@ -271,5 +271,5 @@ class Trials:
     def _stop(self) -> dict:
         self._mark_stopped()
         name = self.sweep.name
-        self.display.say(f"Stopped. Continue: python jobs/tune.py --resume {name}{where(self.sweep.settings.run)}")
+        self.display.say(f"Stopped. Continue: {called('tune')} --resume {name}{where(self.sweep.settings.run)}")
         return self.sweep.summary
