@@ -4,6 +4,7 @@ Its methods answer with a value or raise. Several of them run at a time.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from unet import environment
 from unet.data.manifest import MANIFEST
@@ -24,6 +26,7 @@ from unet.doctor import probe
 from unet.doctor.facts import Link, Machine, Trouble
 from unet.errors import InputError
 from unet.locks import Busy, held
+from unet.remote import patience
 from unet.storage import Folder
 from unet.tracking.database import check_database
 from unet.tracking.reach import check_server, default_uri
@@ -34,8 +37,25 @@ AT_ONCE = 32
 """Connections that are tried at a time."""
 STAMP_SECONDS = 1
 """How coarse a storage's times may be: an object store's and an NFS server's are whole seconds."""
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 TIME = struct.Struct("!d")
 COUNT_GPUS = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+
+
+STORAGE_SECONDS = 8
+"""How long an object store is waited for: less than the node is, so that the reason is known."""
+
+
+def _briefly(method: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The method, which waits for an object store no longer than that."""
+
+    @functools.wraps(method)
+    def asked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with patience(STORAGE_SECONDS):
+            return method(*args, **kwargs)
+
+    return asked
 
 
 class Examiner:
@@ -73,6 +93,7 @@ class Examiner:
         place = Path(folder.path)
         self._made = [p for p in (place, *place.parents) if not p.exists()] if folder.is_local else []
 
+    @_briefly
     def write(self, name: str) -> float:
         """Write a file of this name to the storage path; by how many seconds this clock leads the storage's."""
         self.note()
@@ -83,6 +104,7 @@ class Examiner:
         stamp = info.mtime_ns / 1e9 if info.mtime_ns else after
         return before - stamp if stamp < before - STAMP_SECONDS else min(0.0, after + STAMP_SECONDS - stamp)
 
+    @_briefly
     def seen(self, own: str, names: list[str]) -> frozenset[str]:
         """Which of these files are there, by a list of the folder; the next after this node's own is read, too."""
         folder = self._folder()
@@ -91,6 +113,7 @@ class Examiner:
             raise OSError(f"{folder}/{next_one} is not what was written")
         return there
 
+    @_briefly
     def remove(self, name: str) -> bool:
         """Remove the file that `write` made, and the folders that were not there before."""
         folder = self._folder()
@@ -98,6 +121,7 @@ class Examiner:
         self._unmake()
         return True
 
+    @_briefly
     def hold(self, entered: Future, over: threading.Event) -> None:
         """Be the process that holds the folder until it is `over`, and then the last one to clear up there."""
         folder = self._folder()
@@ -107,6 +131,7 @@ class Examiner:
         folder.fs.delete_dir(folder.path)
         self._unmake()
 
+    @_briefly
     def kept_out(self) -> bool:
         """Whether the folder, which the driver holds, is refused to this process."""
         try:
@@ -125,6 +150,7 @@ class Examiner:
         check_server(uri)
         return True
 
+    @_briefly
     def data(self, source: str) -> str:
         """A digest of what a prepared folder's manifest says, or of the names in a folder of pictures.
 
