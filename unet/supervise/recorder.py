@@ -132,10 +132,8 @@ class RunRecorder:
     def placed(self, hosts: dict[str, list[int]]) -> None:
         """Where the workers of a group are: ranks by host name. A log says it, which may be all that is left to see."""
         if self.display.is_log and not self.as_trial:
-            parts = [
-                f"rank {', '.join(map(str, ranks))} on {self.system.called(host)}" for host, ranks in hosts.items()
-            ]
-            self.display.say(f"Workers: {'; '.join(parts)}.")
+            ranks_of = {self.system.called(host): ", ".join(map(str, ranks)) for host, ranks in hosts.items()}
+            self.display.say(f"Workers: {'; '.join(f'rank {ranks} on {host}' for host, ranks in ranks_of.items())}.")
 
     def augmented(self, samples: dict) -> None:
         """Training samples as the network sees them, from `unet.training.begin`."""
