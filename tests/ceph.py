@@ -52,16 +52,10 @@ rgw data = {folder}/rgw
 """
 
 
-def install() -> None:
-    """Have Ceph installed, or skip."""
-    if shutil.which("radosgw") and shutil.which("ceph-osd"):
-        return
-    if os.geteuid() or not shutil.which("apt-get"):
-        pytest.skip(f"needs {' '.join(PACKAGES)}, and root on Debian to install them")
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *command], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"apt-get cannot install Ceph: {done.stderr.strip()[-200:]}")
+def require() -> None:
+    """Have Ceph, or skip."""
+    if os.geteuid() or not (shutil.which("radosgw") and shutil.which("ceph-osd")):
+        pytest.skip(f"needs root, and {' '.join(PACKAGES)} (`make test-cluster` installs them on Debian)")
 
 
 def free_ports(count: int) -> list[int]:
