@@ -12,6 +12,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, tiny_settings
 from test_loop import WorkerLink, loop_of, reading  # noqa: F401  # `reading` is a fixture
+from test_nodes import free_port
 from test_run import wait_for
 
 from unet.supervise import driver
@@ -42,9 +43,9 @@ def series() -> list[tuple[str, dict[str, str], float]]:
     return [(name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for name, labels, value in lines]
 
 
-def of_run(run: str) -> dict[str, tuple[str, float]]:
-    """Its metrics: of which rank, and the value."""
-    return {name: (labels["rank"], value) for name, labels, value in series() if labels.get("run") == run}
+def of_run(run: str) -> dict[tuple[str, str], float]:
+    """Its metrics, by name and rank."""
+    return {(name, labels["rank"]): value for name, labels, value in series() if labels.get("run") == run}
 
 
 def test_a_loop_counts_its_steps_but_for_the_first(reading, storage):  # noqa: F811
@@ -61,14 +62,17 @@ def test_a_loop_counts_its_steps_but_for_the_first(reading, storage):  # noqa: F
     assert meters.loss == pytest.approx(record["train/loss"], abs=1) and meters.loss != record["train/loss"]
 
 
-def test_ray_exports_every_metric_that_the_dashboard_asks_for(ray_cluster):
-    """Those of a training, here of no more than its meters, and those of Ray's own."""
+def test_ray_exports_every_metric_that_the_dashboard_asks_for(trained):
+    """What the two workers of a training have counted is there after their end; gauges only while they are set."""
     asked = set(re.findall(r"ray_\w+", " ".join(queries())))
     own = {f"ray_unet_{each.name}" + ("" if each.default is None else "_total") for each in fields(Meters)}
     assert own <= asked, "what nobody looks at is not exported"
     with exported(Meters(*[2.0] * len(own)), "shown", "7"):
-        wait_for(lambda: asked <= {name for name, _, _ in series()} and own <= of_run("shown").keys())
-        assert set(of_run("shown").values()) == {("7", 2.0)}
+        wait_for(lambda: asked <= {name for name, _, _ in series()} and len(of_run("shown")) == len(own))
+    assert of_run("shown") == {(name, "7"): 2.0 for name in own}
+    found, (_, summary) = of_run("trained"), trained
+    assert all(found["ray_unet_steps_total", rank] >= summary["steps"] - 1 for rank in "01")
+    assert found["ray_unet_images_total", "0"] > found["ray_unet_images_total", "1"] > 0  # short batches end with it
 
 
 @pytest.mark.cluster
@@ -96,13 +100,14 @@ def test_grafana_knows_every_field_of_the_dashboard():
 def test_prometheus_answers_every_question_of_the_dashboard(ray_cluster, storage, packed, tmp_path):
     """With the configuration that Ray writes for it, and a training of two workers."""
     program = shutil.which("prometheus") or pytest.skip(NEEDED["prometheus"])
+    port = free_port()
     configuration = f"{ray_cluster.address_info['session_dir']}/metrics/prometheus/prometheus.yml"
     command = [program, f"--config.file={configuration}"]
-    command += [f"--storage.tsdb.path={tmp_path}", "--web.listen-address=127.0.0.1:19090"]
+    command += [f"--storage.tsdb.path={tmp_path}", f"--web.listen-address=127.0.0.1:{port}"]
 
     def answer(query: str) -> list:
         query = query.replace("$run", "watched").replace("$__rate_interval", "1m")
-        address = f"http://127.0.0.1:19090/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        address = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         with urllib.request.urlopen(address, timeout=30) as reply:
             return json.load(reply)["data"]["result"]
 
