@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
 # What the tests of clusters start beside Ray; they skip what is missing, with the reason.
-DEBIAN := postgresql openssh-server rsync iproute2 ceph-mon ceph-mgr ceph-osd radosgw ceph-common
+DEBIAN := postgresql openssh-server rsync iproute2 ceph-mon ceph-mgr ceph-osd radosgw ceph-common prometheus
 
 .PHONY: setup requirements train test test-avx2 test-slow test-cluster kill-test golden gpu-check ui doctor lint types bench
 
@@ -43,7 +43,7 @@ test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
-	@$(BIN)/python -c "import cfnlint, kubernetes_validate, psycopg2, flask_wtf" 2> /dev/null || \
+	@$(BIN)/python -c "import cfnlint, grafana_foundation_sdk, kubernetes_validate, psycopg2, flask_wtf" 2> /dev/null || \
 		$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cluster]"
 	@[ $$(id -u) != 0 ] || ! command -v apt-get > /dev/null || dpkg -s $(DEBIAN) > /dev/null 2>&1 || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(DEBIAN); }

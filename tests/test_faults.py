@@ -82,8 +82,9 @@ def test_what_ends_a_group_without_one_of_its_workers(text, fault):
 
 def test_what_is_raised_where_a_node_is_lost_is_not_the_workers_error():
     raised = Fault("worker 0: OwnerDiedError: x", "raised")
-    assert with_nodes(raised, 1, 2) == Fault("worker 0: OwnerDiedError: x; 1 of 2 nodes lost")
-    assert with_nodes(raised, 0, 2) == raised and with_nodes(Fault("disk", "final"), 1, 2) == Fault("disk", "final")
+    lost = ["node_1 (h2)"]
+    assert with_nodes(raised, lost, 2) == Fault("worker 0: OwnerDiedError: x; 1 of 2 nodes lost: node_1 (h2)")
+    assert with_nodes(raised, [], 2) == raised and with_nodes(Fault("disk", "final"), lost, 2) == Fault("disk", "final")
 
 
 @given(st.integers(0, 8), st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=30))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -343,7 +344,15 @@ def test_a_submitted_job_leaves_its_results_and_its_exit_code(ray_cluster, stora
     ]
     done = submit(ray_cluster, *train, *flags, "--run-name=submitted")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert read_json(storage / "submitted" / "summary.json")["status"] == "finished"
+    summary = read_json(storage / "submitted" / "summary.json")
+    assert summary["status"] == "finished"
+    # The lines of the job's log, tables too, between those of Ray's client.
+    lines = done.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.endswith("Run submitted"))
+    last = next(number for number, line in enumerate(lines) if number > first and "SUCC" in line)
+    assert last - first > 20
+    assert all(re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in lines[first:last])
+    assert f"Workers: rank 0 on node_0 ({next(iter(summary['nodes']))})." in done.stdout
 
 
 def test_a_stopped_job_leaves_a_stopped_run(ray_cluster, storage, packed):

@@ -1,6 +1,7 @@
 """Words for the screen never end the work, whatever stdout and stderr are."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -11,6 +12,8 @@ import time
 
 import pytest
 from conftest import ROOT
+
+from unet import streams
 
 WORK = """
 import pathlib, sys
@@ -116,3 +119,14 @@ def test_a_log_that_is_to_have_colours_is_no_terminal(tmp_path):
     done = start(tmp_path, "2>&1", {"FORCE_COLOR": "1", "TERM": "xterm"}, stdout=subprocess.PIPE)
     told = done.communicate(timeout=60)[0].decode()
     assert done.returncode == 0 and not REDRAWN.search(told)
+
+
+def test_each_line_of_a_log_begins_with_the_time_once():
+    told = io.StringIO()
+    log = streams.timed(told)
+    for text in ("epoch", " 1\n", "", "two\nlines", "\n\n", "end\n"):
+        assert log.write(text) == len(text)
+    times, lines = zip(*(line.split(" ", 1) for line in told.getvalue().splitlines()), strict=True)
+    assert lines == ("epoch 1", "two", "lines", "", "end")
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time) for time in times)
+    assert log.isatty() is False

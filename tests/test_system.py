@@ -195,7 +195,7 @@ def test_samples_of_a_worker_that_hangs_are_no_progress(tmp_path, monkeypatch):
     taken = []
 
     class Group:
-        ended, begun, aborted_at, nodes = False, True, None, frozenset()
+        ended, begun, aborted_at, hosts = False, True, None, None
 
         def news(self, run):
             return None, [(SAMPLE, ("a", {"cpu": 1.0}))]

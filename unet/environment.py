@@ -110,6 +110,11 @@ def pin() -> list[str]:
     return overruled
 
 
+def is_submitted() -> bool:
+    """Whether Ray started this process as a job, by `ray job submit` or its like."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # of Ray's variables the only one that no other driver has
+
+
 def _spare_loopback() -> None:
     """Use no proxy for this machine itself, where a tracking server, a dashboard or a cluster may run."""
     spared = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")

@@ -9,6 +9,8 @@ import io
 import os
 import select
 import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO, cast
 
 PLAIN = {
     **{"·": "-", "–": "-", "—": "-", "─": "-", "−": "-", "…": "...", "×": "x", "→": "->"},
@@ -57,6 +59,30 @@ def forgive() -> None:
             setattr(sys, name, stream)
         if mode == "w" and type(stream) is io.TextIOWrapper and stream.errors != ERRORS:  # not one that captures output
             setattr(sys, name, _forgiving(stream))
+
+
+class _Timed:
+    """A stream whose lines begin with the time, in UTC."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._in_line = stream, False
+
+    def write(self, text: str) -> int:
+        if text:
+            now, whole = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ "), text.endswith("\n")
+            lines = text.removesuffix("\n").replace("\n", f"\n{now}")
+            # At once, since others write there too.
+            self._stream.write(("" if self._in_line else now) + lines + "\n" * whole)
+            self._in_line = not whole
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def timed(stream: TextIO) -> TextIO:
+    """The stream, with the time (UTC, to the second) before each line."""
+    return cast(TextIO, _Timed(stream))
 
 
 def _to_nowhere(number: int) -> None:

@@ -4,6 +4,7 @@ Without a terminal the same as plain lines, without control codes.
 """
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ from rich.live import Live as LiveText
 from rich.table import Table
 from rich.text import Text
 
+from unet import environment, streams
 from unet.classes import Classes
 from unet.metric_names import BEST_EPOCH, SCORE, SPEED, TRAIN_LOSS, VAL_LOSS, of_class
 from unet.pages.figures import lowest
@@ -31,7 +33,10 @@ class Display:
     """Prints to `console`; `quiet` prints nothing (a trial of a sweep)."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.is_log = environment.is_submitted() and not sys.stdout.isatty()
+        """Whether this is the log of a submitted job: its lines have times, and name hosts."""
+        out = streams.timed(sys.stdout) if self.is_log else None
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet, file=out)
         self.redraws = self.console.is_interactive and self.console.file.isatty()
         """Whether lines can be redrawn: not on a dumb terminal, nor in a log that is to have colours."""
         if not self.console.file.isatty():

@@ -30,6 +30,8 @@ def main(settings: type[Settings], run: Callable[[Settings], int | None], descri
     0 done; 1 the run failed; 2 wrong settings or input, before anything started; 130 stopped by Ctrl-C.
     """
     streams.forgive()
+    if environment.is_submitted() and not sys.stderr.isatty():
+        sys.stderr = streams.timed(sys.stderr)  # stdout may be for machines: `Display` does it for people
     debug = "--debug" in sys.argv
     code: int | None
     try:

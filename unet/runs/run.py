@@ -19,6 +19,7 @@ import yaml
 
 from unet.config import CONFIG, FENCING_TOKEN, RunSettings, TrainSettings, flat, moved_with, read_config
 from unet.data.manifest import MANIFEST
+from unet.environment import is_submitted
 from unet.errors import InputError, StorageFailed
 from unet.locks import LOCK, Busy, Lock, held
 from unet.remote import patience
@@ -247,9 +248,7 @@ def _remove_empty(path: str) -> None:
 def called(job: str) -> str:
     """How a job is called from where this one was: one that was submitted submits the next."""
     command = f"python jobs/{job}.py"
-    # Of Ray's variables the only one that no other driver has.
-    is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return f"ray job submit --working-dir . -- {command}" if is_submitted else command
+    return f"ray job submit --working-dir . -- {command}" if is_submitted() else command
 
 
 def where(run: RunSettings, tracking: bool = True) -> str:

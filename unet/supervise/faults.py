@@ -1,6 +1,7 @@
 """What ended a group of workers, as a sentence, and whether starting them again can help."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,11 +46,13 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(_last_line(error), "raised")
 
 
-def with_nodes(fault: Fault, lost: int, nodes: int) -> Fault:
-    """The fault of a group on so many nodes, `lost` of which are gone: whatever its workers raised, that was why."""
+def with_nodes(fault: Fault, lost: Sequence[str], nodes: int) -> Fault:
+    """The fault of a group on so many nodes, of which those with these names are gone: whatever its workers raised,
+    that was why.
+    """
     if not lost or fault.kind == "final":
         return fault
-    return Fault(f"{fault.reason}; {lost} of {nodes} nodes lost")
+    return Fault(f"{fault.reason}; {len(lost)} of {nodes} nodes lost: {', '.join(lost)}")
 
 
 def _of_worker(rank: int, error: BaseException) -> Fault:

@@ -57,14 +57,14 @@ class WorkerGroup:
     """Workers under way.
 
     Attributes:
-        nodes: ids of the nodes that they run on, as far as they have said so.
+        places: by rank the id and the host name of the node that a worker runs on, as far as it has said so.
         aborted_at: when they were ended, of `time.monotonic`; None before.
     """
 
     def __init__(self, name: str, plan: Plan, callbacks: tuple, debug: bool):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.link = start_link(scheduling_strategy=here)
-        self.nodes: set[str] = set()
+        self.places: dict[int, tuple[str, str]] = {}
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
         self._seen, self._announced, self._silent, self._controller = 0, False, False, None
@@ -166,8 +166,24 @@ class WorkerGroup:
                 if self.aborted_at is not None:
                     self._end_controller()
             elif kind == "worker":
-                self.nodes.add(content)
+                rank, node, host = content
+                self.places[rank] = (node, host)
         return lives.get(run), [event for event in events if event[0] not in ("controller", "worker")]
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """Host names of the nodes that the workers run on, by id."""
+        return dict(self.places.values())
+
+    @property
+    def hosts(self) -> dict[str, list[int]] | None:
+        """The ranks that each host has, once all workers have said where they are."""
+        if len(self.places) < self._plan.num_workers:
+            return None
+        found: dict[str, list[int]] = {}
+        for rank, (_, host) in sorted(self.places.items()):
+            found.setdefault(host, []).append(rank)
+        return found
 
     def request(self, what: str) -> None:
         """Have the workers save after their step and end: "stop" for good, or "leave" for another group."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from unet.data.shards import Prepared
 from unet.errors import InputError, StorageFailed
-from unet.metric_names import BEST_EPOCH, DATA_WAIT, SKIPPED_STEPS, SPEED
+from unet.metric_names import BEST_EPOCH, DATA_WAIT, SCORE, SKIPPED_STEPS, SPEED
 from unet.runs.run import Run, called, milliseconds, where
 from unet.runs.state import State
 from unet.secrets import without_secrets
@@ -29,6 +29,7 @@ from unet.tracking import images
 from unet.tracking.send import PATIENCE, STOP_SECONDS, begin, kept_back, restart_tags, send, shown, tell
 from unet.tracking.stored_run import code_version
 from unet.tracking.writer import AsyncWriter, Untracked
+from unet.training.meters import Meters
 
 PASSING = ("time", SPEED, DATA_WAIT)
 """What of an epoch's record is not the same when it is trained again."""
@@ -60,7 +61,7 @@ class RunRecorder:
     reproduction: Reproduction | None = None
 
     def __post_init__(self):
-        self.system = SystemMetrics(self.run)
+        self.system, self.meters = SystemMetrics(self.run), Meters()
         self.board = Board(self.run, lambda words: self.display.say(words, "yellow"))
 
     def open(self, state: State | None, begins: Mapping = MappingProxyType({})) -> None:
@@ -86,6 +87,7 @@ class RunRecorder:
             self.board.image(name)
         # What the checkpoint vouches for: the file may lack an epoch that a kill kept from being written.
         self._take(state.history if state else [])
+        self.meters.restarts = run.summary["restarts"]
         self._best_of(state)
         if writer:
             begin(run, writer, self.prepared)  # with the history
@@ -126,6 +128,12 @@ class RunRecorder:
         self.tracker.open()  # of a run that goes on; until now the processor was its workers'
         if self.run.summary["seconds_to_first_step"] is None:
             self.run.write_summary(seconds_to_first_step=round(at - self.started, 2))
+
+    def placed(self, hosts: dict[str, list[int]]) -> None:
+        """Where the workers of a group are: ranks by host name. A log says it, which may be all that is left to see."""
+        if self.display.is_log and not self.as_trial:
+            ranks_of = {self.system.called(host): ", ".join(map(str, ranks)) for host, ranks in hosts.items()}
+            self.display.say(f"Workers: {'; '.join(f'rank {ranks} on {host}' for host, ranks in ranks_of.items())}.")
 
     def augmented(self, samples: dict) -> None:
         """Training samples as the network sees them, from `unet.training.begin`."""
@@ -191,6 +199,7 @@ class RunRecorder:
         """
         written = {_lasting(record): record for record in self.written}
         self.history = [written.get(_lasting(record), record) for record in history]
+        self.meters.val_mean_iou = self.history[-1].get(SCORE) if self.history else None
         last = history[-1]["epoch"] if history else 0
         self.written = self.history + [record for record in self.written if record["epoch"] > last]
         self.run.write_history(self.written)
@@ -202,6 +211,7 @@ class RunRecorder:
         log = [*(self.run.summary["restart_log"] or [])]
         log.append({"time": at, "reason": without_secrets(reason), "step": step, "workers": workers})
         self.run.write_summary(restarts=len(log), restart_log=log)
+        self.meters.restarts = len(log)
         self.tracker.tags(restart_tags(self.run.summary))
 
     def stopped(self) -> None:

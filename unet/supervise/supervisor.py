@@ -33,6 +33,7 @@ from unet.supervise.reports import Reports
 from unet.supervise.signals import catch_stop_signals
 from unet.training.job import Job
 from unet.training.link import SAMPLE
+from unet.training.meters import exported
 
 POLL_SECONDS = 0.25
 LOOK_SECONDS = 3.0
@@ -102,6 +103,7 @@ class Supervisor:
         with (
             contextlib.closing(recorder),
             contextlib.nullcontext(stop_signal) if stop_signal else catch_stop_signals() as stop_signal,
+            contextlib.nullcontext() if recorder.as_trial else exported(recorder.meters, run.name, "driver"),
         ):
             recorder.stop_signal = stop_signal
             try:
@@ -239,8 +241,8 @@ class Supervisor:
             return Fault(hung)
         if group.error is None or (self.reports.stopped and group.aborted_at is not None):
             return None
-        lost = group.nodes - live_nodes().keys()
-        return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
+        lost = group.nodes.keys() - live_nodes().keys()
+        return with_nodes(fault_of(group.error), self._names(group, lost), len(group.nodes))
 
     def _job(self, group: WorkerGroup, checkpoint: str | None) -> Job:
         manifest = self.recorder.prepared.manifest
@@ -262,7 +264,7 @@ class Supervisor:
     def _follow(self, group: WorkerGroup, stop_signal: threading.Event) -> str | None:
         """Take in the workers' news until they end; how long they hung if that was their end."""
         limit = parse_interval(self.settings.compute.step_timeout)[1]
-        live, hung, roomy, since = None, None, False, None
+        live, hung, roomy, since, placed = None, None, False, None, False
         moved = looked = time.monotonic()
         self.display.waiting("starting workers")
         while True:
@@ -270,6 +272,9 @@ class Supervisor:
             at, events = group.news(self.run.folder.uri)
             for kind, content in events:
                 self.reports.handle(kind, content)
+            if group.hosts and not placed:
+                placed = True
+                self.recorder.placed(group.hosts)
             self.recorder.receive()
             now = time.monotonic()
             if ended or now - (group.aborted_at or now) > ABORT_SECONDS:
@@ -303,9 +308,10 @@ class Supervisor:
         Returns:
             Whether there is room for more: twice in a row, and the group is to grow.
         """
-        called_back, reason, room = group.nodes & draining_nodes(), None, False
+        called_back, reason, room = group.nodes.keys() & draining_nodes(), None, False
         if called_back:
-            reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down"
+            names = ", ".join(self._names(group, called_back))
+            reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down ({names})"
         elif may_grow:
             with contextlib.suppress(InputError):
                 held = self.plan.num_workers
@@ -319,6 +325,9 @@ class Supervisor:
             self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then continuing with new workers.", "yellow")
             group.request("leave")
         return room
+
+    def _names(self, group: WorkerGroup, nodes: set[str]) -> list[str]:
+        return [self.recorder.system.called(host) for host in sorted({group.nodes[node] for node in nodes})]
 
     def _mark_stopped(self) -> None:
         self.reports.stopped = True

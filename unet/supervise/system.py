@@ -41,14 +41,22 @@ class SystemMetrics:
         """Go on after the points of earlier starts."""
         self.lines = self.run.system()
 
-    def take(self, host: str, values: dict[str, float]) -> None:
-        """A sample of a node by its host name, which has the same number at all starts."""
+    def node(self, host: str) -> str:
+        """The name of a node, which a host has at all starts."""
         nodes = self.run.summary.get("nodes") or {}
         if host not in nodes:
             nodes = nodes | {host: f"node_{len(nodes)}"}  # MLflow's UI draws nodes of such names into one chart
             with contextlib.suppress(StorageFailed):  # whatever is written of the summary next has this, too
                 self.run.write_summary(nodes=nodes)
-        self._samples.setdefault(nodes[host], []).append(values)
+        return nodes[host]
+
+    def called(self, host: str) -> str:
+        """The same for a person, who may have to find the machine: `node_1 (ip-10-0-0-6)`."""
+        return f"{self.node(host)} ({host})"
+
+    def take(self, host: str, values: dict[str, float]) -> None:
+        """A sample of the node with this host name."""
+        self._samples.setdefault(self.node(host), []).append(values)
 
     def point(self, last: bool = False) -> bool:
         """Write down what the samples since the last point come to, if it is time, or the run ends; whether it was."""

@@ -28,6 +28,7 @@ from unet.storage import Folder, reported
 from unet.training.equality import equality_of
 from unet.training.job import Job
 from unet.training.link import WorkerLink
+from unet.training.meters import Meters
 from unet.training.plan import Pace, capped, change_of_rate, has_ended, horizon, planned_steps
 from unet.training.scoring import score
 
@@ -59,6 +60,7 @@ class Loop:
     link: WorkerLink
     rank: int
     world_size: int
+    meters: Meters = field(default_factory=Meters)
     state: State = field(init=False)
     last_save: float = field(init=False)
     away: float | None = None
@@ -176,7 +178,7 @@ class Loop:
             return True
         for batch in self.reader.train(state.epoch, state.epoch_step):
             is_frozen = self.settings.optimizer.is_frozen(state.step + 1, self.horizon)
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.process_time()
             result = self.learner.train_step(
                 batch.images,
                 batch.masks,
@@ -185,16 +187,19 @@ class Loop:
                 self.horizon,
                 batch.draws,
             )
-            ended = time.perf_counter()
+            ended, computed = time.perf_counter(), time.process_time() - computed
             if not result.finite and not self._pass_over(batch, result):
                 return False
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
             state.learning_rate = result.learning_rate
             if result.finite:
                 state.add_losses(result.loss_sums)
+                self.meters.loss = result.loss
             images = min(self.plan.batch_size, self.plan.samples - batch.step * self.plan.batch_size)
             if is_frozen in self.traced:  # the first step of its kind traces the graph
                 clock.add(images, began - waited, ended - began)
+                own = min(max(0, images - self.rank * self.learner.share), self.learner.share)
+                self.meters.stepped(own, began - waited, ended - began, computed)
                 if self.pace:
                     self.pace.stepped(ended - waited, is_frozen)
             elif not self.traced:
@@ -323,6 +328,7 @@ class Loop:
             failure = self._write() if self.rank == 0 else None
         outcome = self._outcome(failure, may_wait) if self.rank == 0 else WRITTEN
         outcome = int(self.learner.sum_over_workers(np.array([outcome], np.int64))[0])
+        self.meters.saved(time.perf_counter() - began)
         if outcome == FAILED:
             raise failure or FirstCannotWrite
         self.last_save = time.monotonic()

@@ -1,6 +1,7 @@
 """A worker of Ray Train: TensorFlow is started, peers are joined, and the loop runs to its end."""
 
 import contextlib
+import socket
 
 import ray
 import ray.train
@@ -15,6 +16,7 @@ from unet.training.finish import finish
 from unet.training.job import Job
 from unet.training.link import WorkerLink
 from unet.training.loop import FirstCannotWrite, Loop
+from unet.training.meters import Meters, exported
 from unet.training.sampler import sampling
 from unet.training.shown import show
 
@@ -25,16 +27,20 @@ def train_worker(config: dict) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     link = WorkerLink(job.link, job.run, rank)
-    ray.get(job.link.event.remote("worker", ray.get_runtime_context().get_node_id()))
+    place = (rank, ray.get_runtime_context().get_node_id(), socket.gethostname())
+    ray.get(job.link.event.remote("worker", place))
     link.event("start", world_size)
-    # One worker a node, and none of a sweep's trials, which share their nodes.
-    samples = job.score_test and context.get_local_rank() == 0
-    told = patience(tell=lambda words: link.event("waiting", words))
-    with told, sampling(link.sample) if samples else contextlib.nullcontext():
-        _train(job, link, rank, world_size, config["streamed"])
+    meters = Meters()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patience(tell=lambda words: link.event("waiting", words)))
+        if job.score_test:  # none of a sweep's trials, which share their nodes and are many
+            stack.enter_context(exported(meters, job.public_settings["run_name"], str(rank)))
+            if context.get_local_rank() == 0:  # one worker a node
+                stack.enter_context(sampling(link.sample))
+        _train(job, link, rank, world_size, config["streamed"], meters)
 
 
-def _train(job: Job, link: WorkerLink, rank: int, world_size: int, streamed: bool) -> None:
+def _train(job: Job, link: WorkerLink, rank: int, world_size: int, streamed: bool, meters: Meters) -> None:
     try:
         start_tensorflow(job.threads, job.use_gpu, job.settings.compute.deterministic)
         strategy = join_workers(job.use_gpu) if world_size > 1 else None
@@ -48,7 +54,7 @@ def _train(job: Job, link: WorkerLink, rank: int, world_size: int, streamed: boo
         else:
             reading: ray.ObjectRef = ray.get(job.link.reading.remote())[0]
             shard = WorkerShard(ray.get(reading), rank, world_size)
-        loop = Loop(job, learner, shard.reader(), link, rank, world_size)
+        loop = Loop(job, learner, shard.reader(), link, rank, world_size, meters)
         begin(loop)
 
         def report(record: dict) -> None:
