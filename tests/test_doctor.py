@@ -239,6 +239,7 @@ def unhurried(monkeypatch):
         monkeypatch.setattr(examination, limit, 300)
 
 
+@pytest.mark.versions
 def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, packed, tmp_path, unhurried, capsys):
     from ray.util import placement_group, remove_placement_group
 

@@ -95,6 +95,7 @@ def oracle_network(folder, checkpoint):
     return model
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_scores_are_those_of_an_oracle_over_every_image(trained, split):
     """Another network, another reader, sets of pixels: the confusion matrix agrees integer for integer."""
@@ -118,6 +119,7 @@ def test_it_learned(trained):
     assert summary["test"]["mean_iou"] > 1.2 * constant
 
 
+@pytest.mark.versions
 def test_mlflow_holds_the_run(trained, storage):
     import mlflow
 
@@ -164,6 +166,7 @@ def test_mlflow_holds_the_run(trained, storage):
     assert next(m.name for m in ranked if m.source_run_id == run.info.run_id) == "model"
 
 
+@pytest.mark.versions
 def test_the_packaged_model_gives_the_masks_of_the_training_process(trained, storage):
     import mlflow
 
@@ -243,6 +246,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.versions
 def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(trained, ray_cluster, storage, packed):
     import mlflow
 
@@ -329,6 +333,7 @@ def submit(ray_cluster, *arguments, verb="submit"):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.versions
 def test_a_submitted_job_leaves_its_results_and_its_exit_code(ray_cluster, storage, packed):
     """The job runs in a temporary copy of the checkout; what it made outlives the copy."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"epochs": 1}).items()]
