@@ -23,7 +23,6 @@ def epochs_of(folder: Path) -> int:
     return (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0
 
 
-@pytest.mark.versions
 @pytest.mark.slow
 def test_a_run_goes_on_through_nodes_that_come_and_go(tmp_path, packed):
     """A node called back is left with a checkpoint, a new one is used, a lost one is done without: the same weights."""

@@ -333,7 +333,6 @@ def submit(ray_cluster, *arguments, verb="submit"):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
-@pytest.mark.versions
 def test_a_submitted_job_leaves_its_results_and_its_exit_code(ray_cluster, storage, packed):
     """The job runs in a temporary copy of the checkout; what it made outlives the copy."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"epochs": 1}).items()]
