@@ -5,12 +5,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
-# Versions beside those of requirements.txt with which the project runs: the last of each minor version of Ray, the oldest of
-# the others. Each has an environment that lies over $(VENV): what it does not hold itself it takes from there.
+AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
+
+# Versions beside those of requirements.txt with which the project runs: of Ray every older minor version, of the others
+# the oldest. Each has an environment that lies over $(VENV): what it does not hold itself it takes from there.
 RAYS     := ray-2.57 ray-2.58 ray-2.59
 OTHERS   := tensorflow-2.20 mlflow-3.6
 VERSIONS ?= $(VENV)/versions
-AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
+
+# What the tests of clusters start beside Ray; they skip what is missing, with the reason.
+DEBIAN := postgresql openssh-server rsync iproute2 ceph-mon ceph-mgr ceph-osd radosgw ceph-common
 
 .PHONY: setup requirements train test test-avx2 test-slow test-cluster test-ray test-versions $(RAYS:%=test-%) $(OTHERS:%=test-%) kill-test golden gpu-check ui doctor lint types bench
 
@@ -45,8 +49,10 @@ test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
-	@$(BIN)/python -c "import cfnlint, kubernetes_validate" 2> /dev/null || \
+	@$(BIN)/python -c "import cfnlint, kubernetes_validate, psycopg2, flask_wtf" 2> /dev/null || \
 		$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cluster]"
+	@[ $$(id -u) != 0 ] || ! command -v apt-get > /dev/null || dpkg -s $(DEBIAN) > /dev/null 2>&1 || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(DEBIAN); }
 	$(BIN)/python -m pytest -q -m cluster
 
 test-ray: $(RAYS:%=test-%)  ## What another Ray may break, with each older one that is taken: some minutes and 0.25 GB a version

@@ -22,7 +22,7 @@ ROWS = {
     "a third seed": ["--seed=2"],
     "optimizer: AdamW": ["--optimizer=adamw"],
     "optimizer: SGD": ["--optimizer=sgd", "--learning-rate=0.1", "--weight-decay=0.0005"],
-    "schedule: constant": ["--schedule=constant"],
+    "schedule: cosine": ["--schedule=cosine"],
     "schedule: linear": ["--schedule=linear"],
     "no average of the weights": ["--ema-decay=0"],
     "loss: cross-entropy alone": ["--loss=cross_entropy"],

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -12,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from conftest import free_ports
 
 PACKAGES = ["ceph-mon", "ceph-mgr", "ceph-osd", "radosgw", "ceph-common"]
 KEY, SECRET, BUCKET = "owner", "word-of-the-owner", "pets"
@@ -52,26 +52,10 @@ rgw data = {folder}/rgw
 """
 
 
-def install() -> None:
-    """Have Ceph installed, or skip."""
-    if shutil.which("radosgw") and shutil.which("ceph-osd"):
-        return
-    if os.geteuid() or not shutil.which("apt-get"):
-        pytest.skip(f"needs {' '.join(PACKAGES)}, and root on Debian to install them")
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *command], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"apt-get cannot install Ceph: {done.stderr.strip()[-200:]}")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def require() -> None:
+    """Have Ceph, or skip."""
+    if os.geteuid() or not (shutil.which("radosgw") and shutil.which("ceph-osd")):
+        pytest.skip(f"needs root, and {' '.join(PACKAGES)} (`make test-cluster` installs them on Debian)")
 
 
 class Gateway:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tarfile
@@ -163,6 +164,17 @@ def train(storage: Path, data: Path, as_trial: bool = False, **changes) -> dict:
     from unet.supervise.preflight import open_run
 
     return driver.train(open_run(tiny_settings(storage, data, **changes)), as_trial=as_trial)
+
+
+def free_ports(count: int = 1) -> list[int]:
+    """Ports of this machine that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 def job(name: str, *flags, env: dict | None = None, **options) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,18 +20,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from conftest import free_ports
 
 
 class Server:
     """MLflow's server over sqlite in a folder, always on the same port."""
 
     def __init__(self, folder: Path):
-        self.folder, self.database, self.port = folder, folder / "mlflow.db", free_port()
+        self.folder, self.database, self.port = folder, folder / "mlflow.db", free_ports()[0]
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
@@ -95,7 +90,7 @@ class Postgres:
 
     def __init__(self):
         (self.programs,) = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
-        self.top, self.port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
+        self.top, self.port = Path(tempfile.mkdtemp(prefix="postgres-")), free_ports()[0]
         self.folder, word = self.top / "data", self.top / "word"
         word.write_text("word")
         shutil.chown(self.top, "postgres")

@@ -23,7 +23,7 @@ from unet.storage import Folder
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    ceph.install()
+    ceph.require()
     gateway = ceph.Gateway(tmp_path_factory.mktemp("ceph"))
     try:
         gateway.start()

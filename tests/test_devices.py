@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import TINY, job, read_json
-from test_token import free_ports
+from conftest import TINY, free_ports, job, read_json
 
 from unet.cluster import devices
 from unet.errors import NoGpu

@@ -2,7 +2,9 @@
 
 import contextlib
 import threading
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from unet.storage import Folder
 from unet.supervise import driver
 from unet.supervise.preflight import open_run
 from unet.terminal import Display
+from unet.training import link as training_link
 from unet.training import loop as loop_module
 from unet.training.begin import begin
 from unet.training.job import Job
@@ -49,6 +52,9 @@ class WorkerLink:
 
     def event(self, kind, content=None):
         self.events.append((kind, content))
+
+    def now(self):
+        return time.time()
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +220,27 @@ def test_scores_are_told_of_the_best_epoch_only(reading, storage):
     assert told[0]["validation"] == best and told[1]["validation"] is None and loop.state.validation == best
 
 
+def test_a_run_that_is_longer_than_its_stream_goes_on_with_another(reading, storage):
+    """A stream without a known end is made for so many epochs; the run does not end with it."""
+    link = WorkerLink()
+    one = replace(reading, epochs=1)
+    first = loop_of(storage, "longer", one, link, epochs=3)
+    assert not first.train(lambda record: None)
+    assert link.events[-1] == ("left", first.plan.steps) and not first.is_done
+    (name,) = first.checkpoints.whole()
+    rest = loop_of(storage, "longer", replace(reading, epochs=3), WorkerLink(), name, epochs=3)
+    assert rest.train(lambda record: None) and len(rest.state.history) == 3
+
+
+def test_the_time_is_that_of_the_driver(ray_cluster, monkeypatch):
+    """Of `--minutes` on nodes whose clocks differ."""
+    link = start_link()
+    worker = training_link.WorkerLink(link, "x")
+    monkeypatch.setattr("unet.training.link.time", SimpleNamespace(time=lambda: time.time() + 600))
+    assert worker.now() == pytest.approx(time.time(), abs=5)
+    ray.kill(link)
+
+
 def test_the_driver_link_keeps_no_event_that_was_fetched(ray_cluster):
     link = start_link()
     for number in range(3):
@@ -342,6 +369,7 @@ def timed_loop(patch, storage, name, reading, checkpoint=None, **changes) -> Loo
     loop = loop_of(storage, name, reading, WorkerLink(), checkpoint, **changes)
     watch = Watch(loop.job.began + 10)
     patch.setattr("unet.training.loop.time", watch)
+    loop.link.now = watch.time
     loop.learner.train_step = watch.slow(loop.learner.train_step, 1.0)
     loop.learner.evaluate = watch.slow(loop.learner.evaluate, 0.5)
     loop.last_save = watch.now

@@ -1,22 +1,15 @@
 """A cluster whose nodes are called back, join and are lost while a run goes on."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, job, read_json, weights_of
+from conftest import TINY, free_ports, job, read_json, weights_of
 from test_run import start_job, wait_for
 
 FLAGS = TINY | {"base_filters": 4, "grad_shards": 2, "threads": 1, "epochs": 150}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def epochs_of(folder: Path) -> int:
@@ -32,7 +25,7 @@ def test_a_run_goes_on_through_nodes_that_come_and_go(tmp_path, packed):
         f"--data={packed}",
         f"--storage-path={tmp_path}",
     ]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": free_port()})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": free_ports()[0]})
     try:
         second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()

@@ -35,7 +35,7 @@ def test_a_kill_at_any_call_loses_and_doubles_nothing(unsent, server, when):  # 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory):
     if os.getuid() or not Path("/usr/lib/postgresql").is_dir():
-        pytest.skip("needs root, and PostgreSQL (apt-get install postgresql)")
+        pytest.skip("needs root, and PostgreSQL (`make test-cluster` installs it on Debian)")
     server = TeamServer(tmp_path_factory.mktemp("team"))
     server.start()
     yield server

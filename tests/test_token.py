@@ -12,19 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, read_json
+from conftest import ROOT, TINY, free_ports, read_json
 
 RAY = Path(sys.executable).with_name("ray")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def environment(home: Path, token: Path | None) -> dict[str, str]:

@@ -56,6 +56,10 @@ class DriverLink:
         await self._given.wait()
         return self._reading
 
+    async def now(self) -> float:
+        """The time here, where the driver is, in seconds since 1970."""
+        return time.time()
+
     async def poll(self, seen: int = 0) -> "News":
         """Where each run is, and the events after the first `seen`, which are kept no longer."""
         del self._events[: max(0, seen - self._seen)]
@@ -76,6 +80,7 @@ class WorkerLink:
     def __init__(self, link: ray.actor.ActorHandle, run: str, rank: int = 0):
         self._link, self._run, self._speaks, self._last = link, run, rank == 0, 0.0
         self._requested: ray.ObjectRef | None = link.requested.remote() if rank == 0 else None
+        self._ahead: float | None = None
 
     @property
     def request(self) -> str | None:
@@ -83,6 +88,15 @@ class WorkerLink:
         if self._requested is None or not ray.wait([self._requested], timeout=0)[0]:
             return None
         return ray.get(self._requested)
+
+    def now(self) -> float:
+        """The time by the driver's clock, in seconds since 1970: that of this machine may be minutes off."""
+        if self._ahead is None:
+            began = time.time()
+            answer: ray.ObjectRef[float] = self._link.now.remote()
+            there = ray.get(answer)
+            self._ahead = there - (began + time.time()) / 2
+        return time.time() + self._ahead
 
     def live(self, live: Live) -> None:
         if self._speaks and time.monotonic() - self._last >= LIVE_SECONDS:

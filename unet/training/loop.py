@@ -115,7 +115,7 @@ class Loop:
     @property
     def elapsed(self) -> float:
         """Seconds of this run, over all its starts."""
-        return self._before + max(0.0, time.time() - self.job.began)  # by the driver's clock, which may be another's
+        return self._before + max(0.0, self.link.now() - self.job.began)
 
     @property
     def horizon(self) -> Horizon:
@@ -124,7 +124,11 @@ class Loop:
 
     def train(self, report: Callable[[dict], None]) -> bool:
         """Train to the last epoch, reporting each; False if the run was stopped or failed on the way."""
+        streamed = self.reader.ingest.epochs
         while not self.is_done:
+            if streamed is not None and self.state.epoch > streamed:  # so long that another stream is to be made
+                self.link.event(ENDS[LEAVE], self.state.step)
+                return False
             record = self.run_epoch()
             if record is None:
                 return False
@@ -134,10 +138,7 @@ class Loop:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to train."""
-        last = self.reader.ingest.epochs  # of a stream, where the settings name none
-        return has_ended(self.settings, self.state, self.state.planned_steps) or (
-            last is not None and self.state.epoch > last
-        )
+        return has_ended(self.settings, self.state, self.state.planned_steps)
 
     @property
     def _is_cut(self) -> bool:
@@ -197,7 +198,7 @@ class Loop:
                 if self.pace:
                     self.pace.stepped(ended - waited, is_frozen)
             elif not self.traced:
-                self.link.event("first_step", time.time())
+                self.link.event("first_step", self.link.now())
             self.traced.add(is_frozen)
             if result.control & ESTIMATE:
                 self._estimate()
