@@ -7,10 +7,16 @@ STAMP  := $(VENV)/.installed
 # What oneDNN, NumPy and Arrow are to do without. TensorFlow's own kernels are built for AVX at most.
 AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" ARROW_USER_SIMD_LEVEL=AVX2
 
+# Versions beside those of requirements.txt with which the project runs: of Ray every older minor version, of the others
+# the oldest. Each has an environment that lies over $(VENV): what it does not hold itself it takes from there.
+RAYS     := ray-2.57 ray-2.58 ray-2.59
+OTHERS   := tensorflow-2.20 mlflow-3.6
+VERSIONS ?= $(VENV)/versions
+
 # What the tests of clusters start beside Ray; they skip what is missing, with the reason.
 DEBIAN := postgresql openssh-server rsync iproute2 ceph-mon ceph-mgr ceph-osd radosgw ceph-common prometheus
 
-.PHONY: setup requirements train test test-avx2 test-slow test-cluster kill-test golden gpu-check ui doctor lint types bench
+.PHONY: setup requirements train test test-avx2 test-slow test-cluster test-ray test-versions $(RAYS:%=test-%) $(OTHERS:%=test-%) kill-test golden gpu-check ui doctor lint types bench
 
 setup: $(STAMP)  ## The virtual environment: every package in the version and with the hash of requirements.txt
 
@@ -48,6 +54,22 @@ test-cluster: setup  ## Several hosts in namespaces of this machine, and servers
 	@[ $$(id -u) != 0 ] || ! command -v apt-get > /dev/null || dpkg -s $(DEBIAN) > /dev/null 2>&1 || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(DEBIAN); }
 	$(BIN)/python -m pytest -q -m cluster
+
+test-ray: $(RAYS:%=test-%)  ## What another Ray may break, with each older one that is taken: some minutes and 0.25 GB a version
+
+test-versions: test-ray $(OTHERS:%=test-%)  ## The same, and with the oldest TensorFlow and MLflow
+
+$(RAYS:%=test-%) $(OTHERS:%=test-%): test-%: $(VERSIONS)/%/.installed
+	@echo "With $*:"
+	$(VERSIONS)/$*/bin/python -m pytest -q -m versions
+
+$(VERSIONS)/%/.installed: $(STAMP)
+	@echo "Installing $* over $(VENV), into $(@D)."
+	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -c 'import sys, sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(sys.argv[1])!r})")' purelib \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" "$(subst -,==,$*).*"
+	@touch $@
 
 kill-test: setup  ## Kills workers, controllers and drivers at random moments: about half an hour
 	$(BIN)/python -m pytest -s -m '' tests/test_kills.py

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "unet"
 LAYERS = (
     ("errors", "secrets", "paths", "streams", "progress", "classes", "metrics", "metric_names"),
-    ("environment", "remote", "borders"),
+    ("environment", "remote", "borders", "versions"),
     ("storage",),
     ("locks", "disk", "settings"),
     ("recipe",),

@@ -196,12 +196,6 @@ def test_control_groups_of_both_versions_bound_memory_and_cpus(tmp_path):
     assert probe.memory_limit(bare, own) is None and probe.cpu_limit(bare, own) is None
 
 
-def test_what_the_project_takes_is_read_from_its_own_file():
-    takes = probe.requirements()
-    assert takes["python"].startswith(">=3.11") and set(takes) == {"python", *probe.PACKAGES}
-    assert all(takes.values())
-
-
 def test_a_link_tells_the_other_clock_and_what_does_not_answer():
     server = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=examiner.tell_time, args=(server, lambda: time.time() + 90), daemon=True).start()
@@ -239,6 +233,7 @@ def unhurried(monkeypatch):
         monkeypatch.setattr(examination, limit, 300)
 
 
+@pytest.mark.versions
 def test_a_full_cluster_is_examined_and_nothing_is_left_behind(ray_cluster, packed, tmp_path, unhurried, capsys):
     from ray.util import placement_group, remove_placement_group
 

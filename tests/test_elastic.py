@@ -26,6 +26,7 @@ def hold(cpus: float):
     return Holder.options(num_cpus=cpus).remote()
 
 
+@pytest.mark.versions
 @pytest.mark.slow
 def test_an_elastic_run_grows_and_shrinks_to_the_same_weights(ray_cluster, storage, packed, monkeypatch):
     """One worker at first, two when somebody leaves, one again when a worker is lost and its place taken."""

@@ -158,6 +158,7 @@ def test_a_cluster_of_another_user_is_left_alone(monkeypatch, tmp_path):
             raylet.communicate(b"\n")
 
 
+@pytest.mark.versions
 def test_a_cluster_of_another_version_is_a_sentence(ray_cluster):
     code = (
         "import ray; ray.__version__ = '2.0.0'; from unet.errors import InputError\n"

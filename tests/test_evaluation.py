@@ -220,6 +220,7 @@ def test_an_image_that_does_not_come_back_is_missed(stretched, model, monkeypatc
         check_names(["a", "c"], ["a", "b"])
 
 
+@pytest.mark.versions
 def test_the_job_writes_and_logs_what_the_run_said(trained, storage, packed, model):
     """Two models that are one, by two names: the same scores as in training, and no difference."""
     import mlflow

@@ -82,6 +82,7 @@ def check(pets, plan, workers, first=(1, 0)):
     return seen
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", ["kept", "streamed"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_run_reads_every_sample_once_an_epoch_in_order(pets, mode, workers):
@@ -92,6 +93,7 @@ def test_a_run_reads_every_sample_once_an_epoch_in_order(pets, mode, workers):
         assert seen["val", epoch] == list(range(plan.samples["val"]))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", ["kept", "streamed"])
 def test_a_run_continues_at_any_step(pets, mode):
     plan = reading(pets, start=(2, 5))

@@ -13,6 +13,7 @@ from unet.cluster import internals
 
 PACKAGE = Path(internals.__file__).resolve().parent.parent
 PRIVATE = re.compile(r"ray[\w.]*\._|_internal\b|\b_private\b")
+pytestmark = pytest.mark.versions
 
 
 def check(holds: bool, what: str) -> None:
@@ -55,6 +56,24 @@ def test_draining_nodes_are_a_set_of_node_ids(ray_cluster):
     check(hasattr(state, "get_draining_nodes"), "GlobalState.get_draining_nodes() is gone")
     check(isinstance(state.get_draining_nodes(), dict), "get_draining_nodes() does not give node ids with deadlines")
     assert internals.draining_nodes() == set()
+
+
+def test_the_autoscaler_is_asked_what_it_does(ray_cluster):
+    """Of a cluster that has none, and so says nothing: what it says is in `test_growing.py`."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    check(isinstance(DEBUG_AUTOSCALING_STATUS, str), "the older autoscaler's report has no name")
+    assert not internals.autoscales()
+    raw = internal_kv_get_gcs_client().get_cluster_status(timeout_s=5)
+    check(isinstance(raw, bytes), "get_cluster_status() does not give the bytes of a GetClusterStatusReply")
+    state = GetClusterStatusReply.FromString(raw).autoscaling_state
+    check(
+        hasattr(state, "infeasible_gang_resource_requests"),
+        "an autoscaler's state does not tell the placement groups that no node can hold",
+    )
+    assert not internals.is_out_of_reach("0" * 36)
 
 
 def test_the_address_of_a_started_cluster_is_read_from_its_record(tmp_path, monkeypatch):

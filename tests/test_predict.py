@@ -150,6 +150,7 @@ def table_of(output: Path) -> dict[str, dict]:
     return {row["file"]: row for row in rows}
 
 
+@pytest.mark.versions
 def test_every_photo_has_its_mask(photos, predicted, network):
     _, seen, bad = photos
     _, output, code = predicted

@@ -78,6 +78,7 @@ def submit(address: str, home: Path, token: Path | None, *command) -> subprocess
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 def test_jobs_need_the_token(cluster, packed, tmp_path):
     address, token = cluster
     wrong, home = tmp_path / "wrong", tmp_path / "home"

@@ -83,6 +83,7 @@ def swept(ray_cluster, storage, packed, space_file, tmp_path_factory):
     return folder, log.read_text() + last.stdout, ended
 
 
+@pytest.mark.versions
 def test_kills_of_the_driver_cost_no_ended_trial(swept, storage):
     folder, _, ended = swept
     rows = {r["trial"]: r for r in rows_of(folder)}
@@ -103,6 +104,7 @@ def test_kills_of_the_driver_cost_no_ended_trial(swept, storage):
         assert steps == list(range(1, rows[child.data.tags["trial"]]["epochs"] + 1))
 
 
+@pytest.mark.versions
 def test_trials_are_ranked_and_the_best_can_be_trained(swept):
     folder, output, _ = swept
     table = list(csv.DictReader((folder / "sweep.csv").open()))
@@ -140,6 +142,7 @@ def test_a_trial_is_the_training_that_its_settings_mean(swept, ray_cluster, stor
     assert [line["val/mean_iou"] for line in metrics_of(storage, "as_in_the_sweep")] == scores
 
 
+@pytest.mark.versions
 def test_mlflow_has_a_parent_and_a_child_a_trial(swept, storage):
     folder, _, _ = swept
     client, parent, children = children_of(storage, folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from unet import config, environment, streams
+from unet import config, environment, streams, versions
 from unet.disk import at_the_door
 from unet.errors import InputError, RunFailed
 from unet.secrets import lost, without_secrets
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 
 
-def main(settings: type[Settings], run: Callable[[Settings], int | None], description: str | None) -> None:
+def main(
+    settings: type[Settings], run: Callable[[Settings], int | None], description: str | None, any_version: bool = False
+) -> None:
     """Parse the command line, run the job and exit with its code.
 
     0 done; 1 the run failed; 2 wrong settings or input, before anything started; 130 stopped by Ctrl-C.
+
+    Args:
+        any_version: of Ray, TensorFlow and MLflow is taken, for a job that tells which there are.
     """
     streams.forgive()
     if environment.is_submitted() and not sys.stderr.isatty():
@@ -39,6 +44,8 @@ def main(settings: type[Settings], run: Callable[[Settings], int | None], descri
             given = parse(settings, description, sys.argv[1:])
         if overruled := environment.pin():
             print(f"note: ignoring {', '.join(overruled)} from the environment.", file=sys.stderr)
+        if not any_version:
+            versions.check()
         _check_storage(config.flat(given)["storage_path"])
         code = run(given)
     except InputError as error:

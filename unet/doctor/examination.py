@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
+from unet import versions
 from unet.cluster.session import finds_cluster, ray_session, silenced
 from unet.config.doctor import DoctorSettings
 from unet.config.fields import is_source_name
@@ -64,7 +65,7 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
         driver=probe.examine(),
         cluster=cluster,
         lost=lost,
-        requirements=probe.requirements(),
+        requirements=versions.requirements(),
         storage=without_secrets(part.storage_path).partition("?")[0],
         is_local=is_local(part.storage_path),
         tracking=part.tracking_uri and without_secrets(part.tracking_uri),

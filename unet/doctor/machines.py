@@ -6,9 +6,10 @@ from packaging.specifiers import SpecifierSet
 
 from unet.cluster.placement import RESERVED_CPUS
 from unet.doctor.facts import Examination, Finding, Level, Machine, RayNode, Trouble
-from unet.doctor.probe import PACKAGES, PROCESSORS, SHARED_MEMORY
+from unet.doctor.probe import PROCESSORS, SHARED_MEMORY
 from unet.doctor.words import compared, counted, grouped, named
 from unet.pages.numbers import gigabytes, percent
+from unet.versions import PACKAGES
 
 NO_AVX = "no AVX"
 WORKER_MEMORY = 2e9

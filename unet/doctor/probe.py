@@ -1,31 +1,24 @@
 """What a process can say of its machine by itself, within a tenth of a second: nothing heavy is imported."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import resource
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from packaging.requirements import Requirement
 
 import unet
+from unet import versions
 from unet.cluster.precision import instructions, this_machine
 from unet.disk import _existing
 from unet.doctor.facts import Machine
 from unet.storage import Folder
 
-PROJECT = "unet-pets"
-PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow", "mlflow")
-"""Those whose versions have to fit each other on all nodes."""
-DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly")}
-"""Names under which a package is installed, where it has several."""
 PROCESSORS = {
     "amx_bf16": "AMX",
     "avx512_bf16": "AVX-512 with bfloat16",
@@ -47,7 +40,7 @@ def examine(storage: Folder | None = None, in_cluster: bool = False) -> Machine:
     total = min(system.total, memory or system.total)
     cpus = len(os.sched_getaffinity(0))
     return Machine(
-        versions=_versions(),
+        versions=versions.installed(),
         code=_code(),
         architecture=platform.machine(),
         instructions=known & frozenset(PROCESSORS) if (known := instructions()) else None,
@@ -63,25 +56,6 @@ def examine(storage: Folder | None = None, in_cluster: bool = False) -> Machine:
         token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
         gpus=computes.gpus,
     )
-
-
-def requirements() -> dict[str, str]:
-    """The versions of Python and of `PACKAGES` that the project takes; none where neither tells them.
-
-    A checkout's own file comes first: what an editable installation wrote down may be older.
-    """
-    file = Path(unet.__file__).resolve().parent.parent / "pyproject.toml"
-    if file.is_file():
-        project = tomllib.loads(file.read_text())["project"]
-        python, lines = project["requires-python"], project["dependencies"]
-    else:
-        try:
-            about = importlib.metadata.metadata(PROJECT)
-        except importlib.metadata.PackageNotFoundError:
-            return {}
-        python, lines = about["Requires-Python"], about.get_all("Requires-Dist") or []
-    wanted = {line.name: str(line.specifier) for line in map(Requirement, lines) if line.marker is None}
-    return {"python": python} | {name: wanted[name] for name in PACKAGES if name in wanted}
 
 
 def memory_limit(groups: Path, own: str) -> int | None:
@@ -119,18 +93,6 @@ def _words(file: Path) -> list[str]:
         return file.read_text().split()
     except OSError:
         return []
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        for name in DISTRIBUTIONS.get(package, (package,)):
-            try:
-                found[package] = importlib.metadata.version(name)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found
 
 
 def _code() -> str:
