@@ -1,5 +1,6 @@
 """A cluster whose nodes are called back, join and are lost while a run goes on."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
