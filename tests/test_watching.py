@@ -10,9 +10,8 @@ import urllib.request
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, tiny_settings
+from conftest import ROOT, free_ports, tiny_settings
 from test_loop import WorkerLink, loop_of, reading  # noqa: F401  # `reading` is a fixture
-from test_nodes import free_port
 from test_run import wait_for
 
 from unet.supervise import driver
@@ -100,7 +99,7 @@ def test_grafana_knows_every_field_of_the_dashboard():
 def test_prometheus_answers_every_question_of_the_dashboard(ray_cluster, storage, packed, tmp_path):
     """With the configuration that Ray writes for it, and a training of two workers."""
     program = shutil.which("prometheus") or pytest.skip(NEEDED["prometheus"])
-    port = free_port()
+    port = free_ports()[0]
     configuration = f"{ray_cluster.address_info['session_dir']}/metrics/prometheus/prometheus.yml"
     command = [program, f"--config.file={configuration}"]
     command += [f"--storage.tsdb.path={tmp_path}", f"--web.listen-address=127.0.0.1:{port}"]
