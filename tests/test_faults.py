@@ -120,7 +120,7 @@ def test_an_error_that_comes_again_is_not_tried_a_third_time():
     assert Tries(5).failed(Fault("disk", "final"), None) is None
 
 
-def test_a_run_that_finds_no_room_ends_in_a_sentence(monkeypatch, tmp_path):
+def test_a_run_that_finds_no_room_ends_in_a_sentence(ray_cluster, monkeypatch, tmp_path):
     """Others hold the CPUs for longer than a run waits; an elastic one is content with what is left after a moment."""
     monkeypatch.setattr(supervisor, "ROOM_SECONDS", 0.5)
     monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0.2)
