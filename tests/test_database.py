@@ -317,6 +317,7 @@ def test_what_mlflow_itself_finds_out_of_date_is_no_outage(whole, tmp_path):
         Store(Folder(tmp_path), "x", f"sqlite+pysqlite:///file:{path}?uri=true")
 
 
+@pytest.mark.versions
 def test_the_latest_version_is_known_without_mlflow(whole):
     (made,) = sqlite3.connect(whole[0] / "mlflow.db").execute("select version_num from alembic_version").fetchone()
     known, latest = database._revisions()

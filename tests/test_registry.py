@@ -108,6 +108,7 @@ def test_the_champion_is_the_best_on_val_whatever_test_says(trained, storage, tm
         register(uri, "contest", client.create_run(experiment).info.run_id, said)
 
 
+@pytest.mark.versions
 def test_a_model_is_found_by_every_name_exported_and_registered(trained, storage, tmp_path):
     """Through `jobs/export.py` without Ray, by its URI; then in a process with Ray by each name: the same weights."""
     folder, summary = trained

@@ -85,6 +85,7 @@ def runs_of(server: Server, key: str) -> list[str]:
     return [row[0] for row in server.rows(f"{query} and r.lifecycle_stage = 'active'", KEY, key)]
 
 
+@pytest.mark.versions
 def test_a_frozen_and_a_killed_server_lose_and_double_nothing(server, writers, tmp_path):
     make, words = writers
     (tmp_path / "some.txt").write_text("text")
@@ -266,6 +267,7 @@ def test_a_store_that_never_comes_back_is_given_up(unsent, writers):
     assert words.endswith(command) and "the run's folder holds everything" in words
 
 
+@pytest.mark.versions
 def test_sync_sends_all_of_a_run_once(unsent, server, packed):
     """Line by line as in its folder, in a process that never imports TensorFlow; again, it changes nothing."""
     flags = ["--sync", "trained", "--storage-path", str(unsent.parent), "--tracking-uri", server.uri]
