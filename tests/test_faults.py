@@ -19,7 +19,7 @@ from unet.errors import Diverged, StepFailed
 from unet.runs.run import Run
 from unet.storage import Folder
 from unet.supervise import supervisor
-from unet.supervise.faults import LONGEST_WAIT, Fault, Tries, fault_of, with_nodes
+from unet.supervise.faults import LONGEST_WAIT, Fault, Tries, fault_of, of_nodes, with_nodes
 from unet.terminal import Display
 
 DIED = RuntimeError(
@@ -41,12 +41,12 @@ OF_KERAS = TypeError(
 @pytest.mark.parametrize(
     ("failures", "kind", "words"),
     [
-        ({0: BROKEN, 1: DIED}, "lost", "worker 1 (process 4711) was killed or has crashed"),
+        ({0: BROKEN, 1: DIED}, "lost", "worker 1 on h3 (process 4711) was killed or has crashed"),
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
-        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 cannot be reached"),
+        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 on h3 cannot be reached"),
         ({0: LINK}, "lost", "the link between driver and workers was lost"),
-        ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
+        ({0: BROKEN, 1: NODE}, "lost", "worker 1 on h3 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
         ({0: OF_KERAS}, "raised", "worker 0: TypeError: must be float32"),
         ({0: ValueError("")}, "raised", "worker 0: ValueError"),
@@ -57,7 +57,7 @@ OF_KERAS = TypeError(
     ],
 )
 def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
-    fault = fault_of(WorkerGroupError("all of it", failures))
+    fault = fault_of(WorkerGroupError("all of it", failures), {1: "h3"})
     assert fault.kind == kind and words in fault.reason
 
 
@@ -77,13 +77,17 @@ def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
     ],
 )
 def test_what_ends_a_group_without_one_of_its_workers(text, fault):
-    assert fault_of(RuntimeError(text)) == fault
+    assert fault_of(RuntimeError(text), {}) == fault
 
 
 def test_what_is_raised_where_a_node_is_lost_is_not_the_workers_error():
     raised = Fault("worker 0: OwnerDiedError: x", "raised")
-    assert with_nodes(raised, 1, 2) == Fault("worker 0: OwnerDiedError: x; 1 of 2 nodes lost")
-    assert with_nodes(raised, 0, 2) == raised and with_nodes(Fault("disk", "final"), 1, 2) == Fault("disk", "final")
+    nodes = {f"id{i}": f"h{i}" for i in range(1, 8)}
+    lost = of_nodes(nodes, {"id3", "id2"})
+    assert with_nodes(raised, lost) == Fault("worker 0: OwnerDiedError: x; lost: h2, h3 (2 of 7 nodes)")
+    assert of_nodes(nodes, nodes.keys()) == "h1, h2, h3, h4 and 3 more (7 of 7 nodes)"
+    assert with_nodes(raised, of_nodes(nodes, set())) == raised
+    assert with_nodes(Fault("disk", "final"), lost) == Fault("disk", "final")
 
 
 @given(st.integers(0, 8), st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=30))

@@ -68,9 +68,9 @@ def test_a_run_goes_on_through_nodes_that_come_and_go(tmp_path, packed):
         wait_for(lambda: workers() == [1, 2, 1], 240)
         output = process.communicate(timeout=400)[0]
         assert process.returncode == 0, output
-        assert "1 of 2 nodes are being shut down: saving" in output and "room for 2 workers: saving" in output
+        assert "(1 of 2 nodes) is being shut down: saving" in output and "room for 2 workers: saving" in output
         log = read_json(folder / "summary.json")["restart_log"]
-        assert log[2]["reason"].endswith("; 1 of 2 nodes lost"), log
+        assert log[2]["reason"].endswith(f"; lost: {socket.gethostname()} (1 of 2 nodes)"), log
         plain = job("train", *flags, "--num-workers=1", "--run-name=still", env={"RAY_ADDRESS": cluster.address})
         assert plain.returncode == 0, plain.stdout
     finally:

@@ -1,12 +1,15 @@
 """The nodes of the connected cluster."""
 
 import socket
+from collections.abc import Iterable
 
 from unet.cluster import internals
 from unet.cluster.placement import Node
 
 ANSWER_SECONDS = 1.0
 """How long a node has to accept a connection."""
+NAMED = 4
+"""So many nodes are named in a sentence, of more the number."""
 
 
 def cluster_nodes() -> list[Node]:
@@ -34,6 +37,13 @@ def answers(node: dict) -> bool:
             return True
     except OSError:
         return False
+
+
+def named(nodes: Iterable[str]) -> str:
+    """Such as "h1, h2, h3, h4 and 96 more"."""
+    names = list(nodes)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def free_abandoned_places() -> None:

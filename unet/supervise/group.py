@@ -57,14 +57,16 @@ class WorkerGroup:
     """Workers under way.
 
     Attributes:
-        nodes: ids of the nodes that they run on, as far as they have said so.
+        nodes: host names of the nodes that they run on, by the nodes' ids, as far as they have said so.
+        hosts: the host name of each of them by its rank, as far.
         aborted_at: when they were ended, of `time.monotonic`; None before.
     """
 
     def __init__(self, name: str, plan: Plan, callbacks: tuple, debug: bool):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.link = start_link(scheduling_strategy=here)
-        self.nodes: set[str] = set()
+        self.nodes: dict[str, str] = {}
+        self.hosts: dict[int, str] = {}
         self.aborted_at: float | None = None
         self._name, self._plan, self._callbacks, self._debug = name, plan, callbacks, debug
         self._seen, self._announced, self._silent, self._controller = 0, False, False, None
@@ -166,7 +168,8 @@ class WorkerGroup:
                 if self.aborted_at is not None:
                     self._end_controller()
             elif kind == "worker":
-                self.nodes.add(content)
+                rank, node, host = content
+                self.nodes[node] = self.hosts[rank] = host
         return lives.get(run), [event for event in events if event[0] not in ("controller", "worker")]
 
     def request(self, what: str) -> None:

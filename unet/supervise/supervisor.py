@@ -25,7 +25,7 @@ from unet.models.start import Start
 from unet.remote import patience
 from unet.runs.state import State
 from unet.storage import reported
-from unet.supervise.faults import Fault, Tries, fault_of, with_nodes
+from unet.supervise.faults import Fault, Tries, fault_of, of_nodes, with_nodes
 from unet.supervise.group import WorkerGroup
 from unet.supervise.reading import Reading
 from unet.supervise.recorder import RunRecorder
@@ -239,8 +239,8 @@ class Supervisor:
             return Fault(hung)
         if group.error is None or (self.reports.stopped and group.aborted_at is not None):
             return None
-        lost = group.nodes - live_nodes().keys()
-        return with_nodes(fault_of(group.error), len(lost), len(group.nodes))
+        lost = group.nodes.keys() - live_nodes().keys()
+        return with_nodes(fault_of(group.error, group.hosts), of_nodes(group.nodes, lost))
 
     def _job(self, group: WorkerGroup, checkpoint: str | None) -> Job:
         manifest = self.recorder.prepared.manifest
@@ -303,9 +303,10 @@ class Supervisor:
         Returns:
             Whether there is room for more: twice in a row, and the group is to grow.
         """
-        called_back, reason, room = group.nodes & draining_nodes(), None, False
+        called_back, reason, room = group.nodes.keys() & draining_nodes(), None, False
         if called_back:
-            reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down"
+            are = "is" if len(called_back) == 1 else "are"
+            reason = f"{of_nodes(group.nodes, called_back)} {are} being shut down"
         elif may_grow:
             with contextlib.suppress(InputError):
                 held = self.plan.num_workers

@@ -1,6 +1,7 @@
 """A worker of Ray Train: TensorFlow is started, peers are joined, and the loop runs to its end."""
 
 import contextlib
+import socket
 
 import ray
 import ray.train
@@ -25,7 +26,8 @@ def train_worker(config: dict) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     link = WorkerLink(job.link, job.run, rank)
-    ray.get(job.link.event.remote("worker", ray.get_runtime_context().get_node_id()))
+    place = (rank, ray.get_runtime_context().get_node_id(), socket.gethostname())
+    ray.get(job.link.event.remote("worker", place))
     link.event("start", world_size)
     # One worker a node, and none of a sweep's trials, which share their nodes.
     samples = job.score_test and context.get_local_rank() == 0
