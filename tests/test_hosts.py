@@ -23,8 +23,6 @@ from hosts import Host, Hosts
 from mlflow_server import Server
 from test_tracking import check_synced
 
-pytestmark = pytest.mark.cluster
-
 NODES = 4
 """Of the cluster: a head without CPUs, two that train, and one that takes the place of another."""
 EVERY = 4
@@ -167,13 +165,18 @@ def victim(training, draws) -> Host:
     return draws.choice(training.busy())
 
 
+@pytest.mark.cluster
 def test_a_slow_link_slows_the_steps_and_ends_nothing(training, victim):
     restarts, began = len(training.log), time.monotonic()
     victim.slow()
+    epochs = len(training.history)
     assert training.overcome("link at 20 Mbit/s", victim, began, restarts, needs_restart=False) is None
+    training.wait(lambda: len(training.history) > epochs + 1, "an epoch with its validation and checkpoints")
     victim.fast()
+    assert len(training.log) == restarts
 
 
+@pytest.mark.cluster
 def test_a_node_that_is_called_back_is_left_with_a_checkpoint(training, victim):
     node = training.hosts.nodes()[victim.address]["NodeID"]
     why = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=120")
@@ -199,6 +202,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("fault", LOSSES)
 def test_a_host_that_is_lost_is_named_and_another_takes_its_place(training, victim, fault):
     """Also one that only the driver has lost, while its peer still trains with it."""
@@ -209,6 +213,7 @@ def test_a_host_that_is_lost_is_named_and_another_takes_its_place(training, vict
     training.replace(victim)
 
 
+@pytest.mark.cluster
 def test_a_cable_that_is_out_for_a_while(training, victim):
     """Ray gives the host up, or not: the run goes on, and afterwards the host can be used again."""
     restarts, began = len(training.log), time.monotonic()
@@ -225,6 +230,7 @@ def test_a_cable_that_is_out_for_a_while(training, victim):
     assert victim.address in training.hosts.nodes(NODES)
 
 
+@pytest.mark.cluster
 def test_the_run_ends_with_the_weights_of_one_that_nothing_happened_to(training, packed):
     """Stopped, it continues with the same command; another run takes its steps without a fault."""
     (driver,) = training.hosts[0].processes("jobs/train.py")
@@ -271,6 +277,7 @@ class ServerOn(Server):
         return self.host.run(sys.executable, "-c", ask, url).returncode == 0
 
 
+@pytest.mark.cluster
 def test_one_server_gets_all_of_two_trainings_once_though_it_is_cut_off_and_started_anew(
     hosts, packed, runs, tmp_path_factory, draws
 ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unet.cluster import internals
+from unet.cluster import internals, nodes
 
 PACKAGE = Path(internals.__file__).resolve().parent.parent
 PRIVATE = re.compile(r"ray[\w.]*\._|_internal\b|\b_private\b")
@@ -55,6 +55,23 @@ def test_draining_nodes_are_a_set_of_node_ids(ray_cluster):
     check(hasattr(state, "get_draining_nodes"), "GlobalState.get_draining_nodes() is gone")
     check(isinstance(state.get_draining_nodes(), dict), "get_draining_nodes() does not give node ids with deadlines")
     assert internals.draining_nodes() == set()
+
+
+def test_work_is_kept_off_a_node_that_no_longer_answers(ray_cluster, monkeypatch):
+    """Ray takes the selector as it is meant: there is no other node here."""
+    import ray
+
+    assert nodes.away_from_silent() == {}
+    (node,) = nodes.live_nodes()
+    monkeypatch.setattr(nodes, "answers", lambda node: False)
+    selector = nodes.away_from_silent()
+    assert selector == {"ray.io/node-id": f"!in({node})"}
+    here = {"ray.io/node-id": selector["ray.io/node-id"].removeprefix("!")}
+    task = ray.remote(num_cpus=0)(lambda: "ran")
+    assert ray.get(task.options(label_selector=here).remote()) == "ran"
+    away = task.options(label_selector=selector).remote()
+    assert ray.wait([away], timeout=1)[1] == [away]
+    ray.cancel(away)
 
 
 def test_the_address_of_a_started_cluster_is_read_from_its_record(tmp_path, monkeypatch):

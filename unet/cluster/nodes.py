@@ -30,6 +30,17 @@ def live_nodes() -> dict[str, dict]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and answers(node)}
 
 
+def away_from_silent() -> dict[str, str]:
+    """Ray's label selector for work that is to keep off nodes that no longer answer; {} where all do.
+
+    Ray itself sends work to a silent node until it gives it up, after a minute, and waits for that work even longer.
+    """
+    import ray
+
+    silent = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - live_nodes().keys()
+    return {"ray.io/node-id": f"!in({','.join(sorted(silent))})"} if silent else {}
+
+
 def answers(node: dict) -> bool:
     """Whether its part of Ray still accepts connections, at the address where the other nodes reach it too."""
     try:
