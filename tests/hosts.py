@@ -187,6 +187,7 @@ class Hosts(list[Host]):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and "proxy" not in k.lower()}
         ours = {"HOME": self.own / "home", "TMPDIR": self.own / "tmp", "PYTHONPATH": ROOT}
         ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": self._token}
+        ours["RAY_worker_niceness"] = 0  # usually 15, and then they wait for all else on this machine
         ours |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         self.environment = kept | {name: str(value) for name, value in ours.items()}
         try:

@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from conftest import free_ports
 
@@ -48,21 +49,22 @@ class Server:
         return {}
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [*self.command(), "--port", str(self.port)],
-            env=os.environ | self.settings(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        first = f"{self.uri}/api/2.0/mlflow/experiments/get?experiment_id=0"
-        while True:
+        silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        self.process = self.popen([*self.command(), "--port", str(self.port)], **silent)
+        first = f"{self.uri}/api/2.0/mlflow/experiments/get?experiment_id=0"  # it makes the database
+        while not self.answers(first):
             assert self.process.poll() is None, "the server has ended"
-            try:  # the first request makes the database
-                urllib.request.urlopen(urllib.request.Request(first, headers=self.headers()), timeout=60).close()
-                return
-            except OSError:
-                time.sleep(0.1)
+            time.sleep(0.1)
+
+    def popen(self, command: list[str], **options) -> subprocess.Popen:
+        return subprocess.Popen(command, env=os.environ | self.settings(), **options)
+
+    def answers(self, url: str) -> bool:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, headers=self.headers()), timeout=60).close()
+            return True
+        except OSError:
+            return False
 
     def freeze(self) -> None:
         """It accepts, and never answers."""

@@ -41,12 +41,12 @@ OF_KERAS = TypeError(
 @pytest.mark.parametrize(
     ("failures", "kind", "words"),
     [
-        ({0: BROKEN, 1: DIED}, "lost", "worker 1 (process 4711) was killed or has crashed"),
+        ({0: BROKEN, 1: DIED}, "lost", "worker 1 on h3 (process 4711) was killed or has crashed"),
         ({0: BROKEN}, "lost", "the connection of worker 0 to the others broke"),
         ({1: MEMORY}, "lost", "ran out of memory"),
-        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 cannot be reached"),
+        ({0: BROKEN, 1: AWAY}, "lost", "worker 1 on h3 cannot be reached"),
         ({0: LINK}, "lost", "the link between driver and workers was lost"),
-        ({0: BROKEN, 1: NODE}, "lost", "worker 1 was lost with its node"),
+        ({0: BROKEN, 1: NODE}, "lost", "worker 1 on h3 was lost with its node"),
         ({0: DIED, 1: ValueError("of its own\nno such layer")}, "raised", "worker 1: ValueError: no such layer"),
         ({0: OF_KERAS}, "raised", "worker 0: TypeError: must be float32"),
         ({0: ValueError("")}, "raised", "worker 0: ValueError"),
@@ -57,7 +57,7 @@ OF_KERAS = TypeError(
     ],
 )
 def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
-    fault = fault_of(WorkerGroupError("all of it", failures))
+    fault = fault_of(WorkerGroupError("all of it", failures), {1: "h3"})
     assert fault.kind == kind and words in fault.reason
 
 
@@ -77,7 +77,7 @@ def test_the_cause_is_told_and_not_its_consequences(failures, kind, words):
     ],
 )
 def test_what_ends_a_group_without_one_of_its_workers(text, fault):
-    assert fault_of(RuntimeError(text)) == fault
+    assert fault_of(RuntimeError(text), {}) == fault
 
 
 def test_what_is_raised_where_a_node_is_lost_is_not_the_workers_error():

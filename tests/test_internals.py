@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unet.cluster import internals
+from unet.cluster import internals, nodes
 
 PACKAGE = Path(internals.__file__).resolve().parent.parent
 PRIVATE = re.compile(r"ray[\w.]*\._|_internal\b|\b_private\b")
@@ -74,6 +74,23 @@ def test_the_autoscaler_is_asked_what_it_does(ray_cluster):
         "an autoscaler's state does not tell the placement groups that no node can hold",
     )
     assert not internals.is_out_of_reach("0" * 36)
+
+
+def test_work_is_kept_off_a_node_that_no_longer_answers(ray_cluster, monkeypatch):
+    """Ray takes the selector as it is meant: there is no other node here."""
+    import ray
+
+    assert nodes.away_from_silent() == {}
+    (node,) = nodes.live_nodes()
+    monkeypatch.setattr(nodes, "answers", lambda node: False)
+    selector = nodes.away_from_silent()
+    assert selector == {"ray.io/node-id": f"!in({node})"}
+    here = {"ray.io/node-id": selector["ray.io/node-id"].removeprefix("!")}
+    task = ray.remote(num_cpus=0)(lambda: "ran")
+    assert ray.get(task.options(label_selector=here).remote()) == "ran"
+    away = task.options(label_selector=selector).remote()
+    assert ray.wait([away], timeout=1)[1] == [away]
+    ray.cancel(away)
 
 
 def test_the_address_of_a_started_cluster_is_read_from_its_record(tmp_path, monkeypatch):

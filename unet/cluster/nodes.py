@@ -1,12 +1,15 @@
 """The nodes of the connected cluster."""
 
 import socket
+from collections.abc import Iterable
 
 from unet.cluster import internals
 from unet.cluster.placement import Node
 
 ANSWER_SECONDS = 1.0
 """How long a node has to accept a connection."""
+NAMED = 4
+"""So many nodes are named in a sentence, of more the number."""
 
 
 def cluster_nodes() -> list[Node]:
@@ -27,6 +30,17 @@ def live_nodes() -> dict[str, dict]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and answers(node)}
 
 
+def away_from_silent() -> dict[str, str]:
+    """Ray's label selector for work that is to keep off nodes that no longer answer; {} where all do.
+
+    Ray itself sends work to a silent node until it gives it up, after a minute, and waits for that work even longer.
+    """
+    import ray
+
+    silent = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - live_nodes().keys()
+    return {"ray.io/node-id": f"!in({','.join(sorted(silent))})"} if silent else {}
+
+
 def answers(node: dict) -> bool:
     """Whether its part of Ray still accepts connections, at the address where the other nodes reach it too."""
     try:
@@ -34,6 +48,13 @@ def answers(node: dict) -> bool:
             return True
     except OSError:
         return False
+
+
+def named(nodes: Iterable[str]) -> str:
+    """Such as "h1, h2, h3, h4 and 96 more"."""
+    names = list(nodes)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def free_abandoned_places() -> None:

@@ -9,7 +9,7 @@ Why: docs/decisions.md#kept-chunks-or-one-stream
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -69,6 +69,7 @@ class Ingest:
         memory: bytes of object store that streaming may use.
         window: chunks of a window of the order; None: what `unet.data.order` takes for the image size.
         tasks: streaming tasks at a time.
+        label_selector: Ray's, of the nodes that tasks may run on; {}: all.
     """
 
     folder: str
@@ -82,6 +83,7 @@ class Ingest:
     kept: dict[str, list[ray.ObjectRef]] | None = None
     window: int | None = None
     tasks: int = STREAM_TASKS
+    label_selector: dict[str, str] = field(default_factory=dict)
 
     @property
     def chunks_of_window(self) -> int:
@@ -250,7 +252,10 @@ def keep(ingest: Ingest) -> Ingest:
     _in_order(dataset)
     # A chunk is a block: it has more bytes than this, or is the last of its task, which alone may be short.
     dataset.context.target_max_block_size = chunk_bytes - 1
-    blocks = dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS).materialize().to_arrow_refs()
+    where = ingest.label_selector
+    read_all = dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, label_selector=where)
+    # Not `materialize`: it asks every node for its memory, and waits a minute for one that is cut off.
+    blocks = [block for bundle in read_all.iter_internal_ref_bundles() for block in bundle.block_refs]
     numbers = [task["last"] - task["first"] for task in tasks]
     if len(blocks) != sum(numbers):
         raise RuntimeError(f"Ray Data returned {len(blocks)} blocks for {sum(numbers)} chunks.")
@@ -286,7 +291,8 @@ def _stream(ingest: Ingest, units: list[dict], world_size: int) -> ray.data.Data
                 row |= {"indices": indices.tobytes(), "images": images.tobytes(), "masks": masks.tobytes()}
                 yield pa.Table.from_pylist([row])
 
-    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=ray.data.TaskPoolStrategy(ingest.tasks))
+    strategy, where = ray.data.TaskPoolStrategy(ingest.tasks), ingest.label_selector
+    return dataset.map_batches(read, batch_size=1, num_cpus=DATA_CPUS, compute=strategy, label_selector=where)
 
 
 def _units(ingest: Ingest, world_size: int) -> Iterator[dict]:

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Iterator, Mapping
 
+from unet.cluster.nodes import named
 from unet.doctor.facts import Examination, Finding, Link, Trouble
 from unet.doctor.machines import Check
-from unet.doctor.words import counted, grouped, named
+from unet.doctor.words import counted, grouped
 
 SKEW_SECONDS = 2
 """From there on lines of logs and points of curves stand in a wrong order."""

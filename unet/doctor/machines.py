@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from packaging.specifiers import SpecifierSet
 
+from unet.cluster.nodes import named
 from unet.cluster.placement import RESERVED_CPUS
 from unet.doctor.facts import Examination, Finding, Level, Machine, RayNode, Trouble
 from unet.doctor.probe import PROCESSORS, SHARED_MEMORY
-from unet.doctor.words import compared, counted, grouped, named
+from unet.doctor.words import compared, counted, grouped
 from unet.pages.numbers import gigabytes, percent
 from unet.versions import PACKAGES
 

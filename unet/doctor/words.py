@@ -1,17 +1,9 @@
-"""How nodes are named in a sentence."""
+"""How what nodes have is put in a sentence."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-NAMED = 4
-"""So many nodes are named, of more the number."""
-
-
-def named(nodes: Iterable[str]) -> str:
-    """Such as "h1, h2, h3, h4 and 96 more"."""
-    names = list(nodes)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+from unet.cluster.nodes import named
 
 
 def grouped(values: Mapping[str, Any]) -> dict[Any, list[str]]:

@@ -1,10 +1,11 @@
 """What ended a group of workers, as a sentence, and whether starting them again can help."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from unet.cluster.nodes import named
 from unet.errors import first_line, own_words
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
@@ -26,11 +27,11 @@ class Fault:
     kind: Literal["lost", "raised", "final"] = "lost"
 
 
-def fault_of(error: BaseException) -> Fault:
-    """What a trainer of Ray Train failed with."""
+def fault_of(error: BaseException, hosts: Mapping[int, str]) -> Fault:
+    """What a trainer of Ray Train failed with; `hosts`: where each worker was, by its rank, as far as that is known."""
     failures = dict(getattr(error, "worker_failures", None) or {})
     # A peer's broken connection only says that somebody else is gone.
-    faults = [_of_worker(rank, failure) for rank, failure in sorted(failures.items())]
+    faults = [_of_worker(rank, hosts.get(rank), failure) for rank, failure in sorted(failures.items())]
     for kind in ("final", "raised", "lost"):
         if found := [fault for fault in faults if fault.kind == kind]:
             return max(found, key=lambda fault: "connection" not in fault.reason)
@@ -52,26 +53,27 @@ def with_nodes(fault: Fault, lost: Sequence[str], nodes: int) -> Fault:
     """
     if not lost or fault.kind == "final":
         return fault
-    return Fault(f"{fault.reason}; {len(lost)} of {nodes} nodes lost: {', '.join(lost)}")
+    return Fault(f"{fault.reason}; {len(lost)} of {nodes} nodes lost: {named(lost)}")
 
 
-def _of_worker(rank: int, error: BaseException) -> Fault:
-    text = str(error)
+def _of_worker(rank: int, host: str | None, error: BaseException) -> Fault:
+    text, worker = str(error), f"worker {rank} on {host}" if host else f"worker {rank}"
     if own := own_words(f"{type(error).__module__}.{type(error).__qualname__}: {text}"):
         return Fault(own, "final")
     if "OutOfMemory" in text or "memory usage threshold" in text:
-        return Fault(f"worker {rank} was killed because its node ran out of memory (a smaller --batch-size needs less)")
+        return Fault(f"{worker} was killed because its node ran out of memory (a smaller --batch-size needs less)")
     if "node" in text and ("node has died" in text or "node was terminated" in text or "node failure" in text):
-        return Fault(f"worker {rank} was lost with its node")
+        return Fault(f"{worker} was lost with its node")
     if "class_name: DriverLink" in text:
         return Fault("the link between driver and workers was lost")
     if _died(text):
         pid = re.search(r"pid[:=]\s*(\d+)", text)
-        return Fault(f"worker {rank}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
+        return Fault(f"{worker}{f' (process {pid[1]})' if pid else ''} was killed or has crashed")
     if "HealthCheck" in type(error).__name__ or "temporarily unavailable" in text:
-        return Fault(f"worker {rank} cannot be reached")
+        return Fault(f"{worker} cannot be reached")
     if type(error).__name__ == "StepFailed" and text.startswith(OF_PEERS):
-        return Fault(f"the connection of worker {rank} to the others broke")
+        return Fault(f"the connection of {worker} to the others broke")
+    # Without the host: the same error on another one is the same error.
     return Fault(f"worker {rank}: {_last_line(error)}", "raised")
 
 

@@ -80,7 +80,9 @@ class WorkerGroup:
         if keep:
             self._threads["data"] = threading.Thread(target=self._keep, args=(keep,), name="data", daemon=True)
         stream = None if keep else reading
-        self._threads["fit"] = threading.Thread(target=self._fit, args=(job, stream), name="fit", daemon=True)
+        self._threads["fit"] = threading.Thread(
+            target=self._fit, args=(job, stream, reading.label_selector), name="fit", daemon=True
+        )
         for thread in self._threads.values():
             thread.start()
 
@@ -91,17 +93,19 @@ class WorkerGroup:
             self._unread = error
             self.abort()
 
-    def _fit(self, job: Job, stream: Ingest | None) -> None:
+    def _fit(self, job: Job, stream: Ingest | None, label_selector: dict[str, str]) -> None:
         # A name of its own for every start: Ray would silently continue from its snapshot of the same name.
         scratch = Path(tempfile.gettempdir()) / f"unet-ray-{uuid.uuid4().hex[:8]}"
         try:
-            self._trainer(job, stream, scratch).fit()
+            self._trainer(job, stream, label_selector, scratch).fit()
         except BaseException as error:
             self._failure = error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _trainer(self, job: Job, stream: Ingest | None, scratch: Path) -> DataParallelTrainer:
+    def _trainer(
+        self, job: Job, stream: Ingest | None, label_selector: dict[str, str], scratch: Path
+    ) -> DataParallelTrainer:
         plan, data, without = self._plan, {}, set[Needless]()
         callbacks: list[Any] = [*self._callbacks, on_controller_start(functools.partial(_announce, self.link))]
         if stream:  # the data set is its place only: `OrderedData` gives the shards
@@ -115,13 +119,14 @@ class WorkerGroup:
             train_worker,
             train_loop_config={"job": job, "streamed": stream is not None},
             backend_config=TensorflowBackendConfig(),
-            scaling_config=ScalingConfig(
+            # Ray's types are those of the first version of Ray Train, which is not the one that runs.
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
                 num_workers=plan.num_workers,
                 use_gpu=plan.use_gpu,
                 resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
                 placement_strategy="SPREAD",  # as planned; packed, they take a small node's reserve
+                label_selector=label_selector or None,
             ),
-            # Ray's types are those of the first version of Ray Train, which is not the one that runs.
             run_config=RunConfig(  # type: ignore[call-arg]
                 name=self._name,
                 storage_path=str(scratch),

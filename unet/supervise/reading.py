@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from unet.cluster import planner
-from unet.cluster.nodes import live_nodes
+from unet.cluster.nodes import away_from_silent, live_nodes
 from unet.data.ingest import Ingest, keep
 from unet.runs.state import State
 
@@ -28,7 +28,13 @@ class Reading:
         # A run goes on in the order that it began with.
         window = state.window if state else None
         self.ingest = replace(
-            self.ingest, start=start, memory=plan.stream_bytes, tasks=plan.stream_tasks, kept=kept, window=window
+            self.ingest,
+            start=start,
+            memory=plan.stream_bytes,
+            tasks=plan.stream_tasks,
+            kept=kept,
+            window=window,
+            label_selector=away_from_silent(),
         )
         return self.ingest
 

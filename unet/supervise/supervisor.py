@@ -17,7 +17,7 @@ import ray
 from unet.cluster import planner
 from unet.cluster.demand import Needs, demanded
 from unet.cluster.internals import draining_nodes
-from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes
+from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes, named
 from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
 from unet.errors import InputError, NoGpu, RunFailed, StorageFailed
@@ -242,7 +242,8 @@ class Supervisor:
         if group.error is None or (self.reports.stopped and group.aborted_at is not None):
             return None
         lost = group.nodes.keys() - live_nodes().keys()
-        return with_nodes(fault_of(group.error), self._names(group, lost), len(group.nodes))
+        hosts = {rank: host for rank, (_, host) in group.places.items()}
+        return with_nodes(fault_of(group.error, hosts), self._names(group, lost), len(group.nodes))
 
     def _job(self, group: WorkerGroup, checkpoint: str | None) -> Job:
         manifest = self.recorder.prepared.manifest
@@ -310,7 +311,7 @@ class Supervisor:
         """
         called_back, reason, room = group.nodes.keys() & draining_nodes(), None, False
         if called_back:
-            names = ", ".join(self._names(group, called_back))
+            names = named(self._names(group, called_back))
             reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down ({names})"
         elif may_grow:
             with contextlib.suppress(InputError):
