@@ -353,7 +353,7 @@ class Watch:
     def time(self):
         return self.now
 
-    perf_counter = monotonic = time
+    perf_counter = monotonic = process_time = time
 
     def slow(self, work, seconds):
         def slower(*args, **kwargs):

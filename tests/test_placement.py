@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet.cluster import planner, room
+from unet.cluster.demand import Needs
 from unet.cluster.placement import Node, Placement, in_words
 from unet.cluster.planner import plan, plan_now, plan_prediction, plan_scoring, plan_trials
 from unet.config import TrainSettings, unflat
@@ -216,8 +217,8 @@ def test_room_that_is_handed_back_in_a_moment_is_taken(monkeypatch):
     looks = iter([[replace(node(2), free_cpus=free)] for free in (0, 0.8, 2)] * 4)
     monkeypatch.setattr(room, "cluster_nodes", lambda: next(looks))
     monkeypatch.setattr(room, "LOOK_SECONDS", 0)
-    assert room.take_room(settings(num_workers=2), 0).num_workers == 2
-    assert room.take_places(plan(settings(), [node(2)], 0, together=2), 2) == 2
+    assert room.take_room(settings(num_workers=2), 0, print).num_workers == 2
+    assert room.take_places(plan(settings(), [node(2)], 0, together=2), 2, Needs(1), print) == 2
     assert room.take(lambda found: plan_scoring(found, None, 1e9), beside=0.2, least=1).num_workers == 2
     assert room.take(lambda found: plan_prediction(found, 2), beside=0.5).num_workers == 2
 
@@ -229,6 +230,6 @@ def test_fewer_workers_score_and_sweep_beside_other_jobs_and_a_sentence_says_so(
     assert room.take(lambda found: plan_scoring(found, 2, 1e9), 0.2, 1, said.append).num_workers == 1
     assert said == ["Other jobs leave 1.5 CPUs free: 1 of 2 workers start."]
     nodes = [replace(node(2), free_cpus=0.8)]
-    assert room.take_places(plan(settings(), nodes, 0, together=2), 2) == 1
+    assert room.take_places(plan(settings(), nodes, 0, together=2), 2, Needs(1), print) == 1
     with pytest.raises(InputError, match=r"1 worker needs 0.75 CPUs and 0.2 for tasks.*leave 0.8 free.*ray job stop"):
         room.take(lambda found: plan_scoring(found, 2, 1e9), 0.2, 1)
