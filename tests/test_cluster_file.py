@@ -160,6 +160,44 @@ def test_rays_autoscaler_reads_the_groups_of_kubernetes():
     assert resources == {"headgroup": [0, 0], "cpu": [8, 0], "gpu": [4, 1]}
 
 
+def of_kuberay(required: str, **fields: dict | str) -> dict:
+    """The schema of an object that has these fields and no other."""
+    known = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in fields.items()}
+    return {"type": "object", "required": required.split(), "properties": known, "additionalProperties": False}
+
+
+# Those of KubeRay's fields that the files use, from its API types (ray-operator/apis/ray/v1, of 1.5.1 to 1.7).
+WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+GROUP = {"rayStartParams": WORDS, "template": "object"}
+WORKERS = GROUP | {"groupName": "string", "replicas": "integer", "minReplicas": "integer", "maxReplicas": "integer"}
+RAY_CLUSTER = of_kuberay(
+    "headGroupSpec",
+    rayVersion="string",
+    authOptions=of_kuberay("", mode={"enum": ["disabled", "token"]}),
+    enableInTreeAutoscaling="boolean",
+    autoscalerOptions=of_kuberay("", idleTimeoutSeconds="integer"),
+    headGroupSpec=of_kuberay("template", **GROUP),
+    workerGroupSpecs={"type": "array", "items": of_kuberay("groupName maxReplicas minReplicas template", **WORKERS)},
+)
+RAY_JOB = of_kuberay(
+    "",
+    entrypoint="string",
+    backoffLimit="integer",
+    shutdownAfterJobFinishes="boolean",
+    ttlSecondsAfterFinished="integer",
+    rayClusterSpec=RAY_CLUSTER,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "schema"), [("rayjob", "RayJob", RAY_JOB), ("raycluster", "RayCluster", RAY_CLUSTER)]
+)
+def test_kuberay_knows_every_field(name, kind, schema):
+    document = yaml.safe_load((KUBERNETES / f"{name}.yaml").read_text())
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
+    jsonschema.validate(document["spec"], schema)
+
+
 @pytest.mark.cluster
 def test_kubernetes_knows_every_field_of_the_pods_and_the_policy():
     validate = pytest.importorskip("kubernetes_validate", reason="needs the extra `cluster`").validate

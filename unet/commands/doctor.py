@@ -6,8 +6,8 @@ examples:
     ray job submit --working-dir . -- python jobs/doctor.py …
 
 Looks from every node at versions, processors, memory, disks, the storage path and its locks, MLflow, data, ports and
-clocks, in half a minute at most, also on a full cluster, and leaves nothing behind. Exit code 0: all is well, or there
-are warnings only; 1: something fails; 2: wrong flags.
+clocks: a few seconds, half a minute if a node is silent. It works on a full cluster, too, and leaves nothing behind.
+Exit code 0: all is well, or there are warnings only; 1: something fails; 2: wrong flags.
 """
 
 from unet.commands import cli
