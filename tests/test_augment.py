@@ -11,6 +11,7 @@ from unet.data.order import PADDING
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
 from unet.recipe.augment import DRAWS, NEUTRAL, TRANSFORMS, draw, flips
+from unet.recipe.schedule import Horizon
 from unet.recipe.step import Learner
 from unet.runs.checkpoint import Checkpoints
 from unet.storage import Folder
@@ -183,6 +184,23 @@ def test_strength_zero_is_without_augmentation_and_numbers_that_change_nothing_d
     assert np.array_equal(labels, pets[1]) and np.array_equal(seen, pets[0])
     with pytest.raises(ValueError, match="a step needs the draws of its samples"):
         learner(mix=0.5).train_step(*pets, 1)
+
+
+def test_the_last_part_of_a_run_sees_its_samples_as_they_are(pets):
+    varied, plain = learner(augment=1.0, mix=1.0, augment_except_last="40%"), learner()
+    losses = []
+    for step in range(1, 6):  # of five, of which two are 40 %
+        plain.model.set_weights(varied.model.get_weights())
+        expected = plain.train_step(*pets, 1).loss
+        found = varied.train_step(*pets, step, horizon=Horizon(5, 1), draws=draw(np.arange(6), 0, step)).loss
+        losses.append(found == pytest.approx(expected, rel=1e-5))
+    assert losses == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("part", ["100%", "some", "-1"])
+def test_a_last_part_that_is_none_is_refused(part):
+    with pytest.raises(InputError, match=f"--augment-except-last {part} is"):
+        learner(augment_except_last=part)
 
 
 def test_a_run_that_is_continued_ends_bit_equal_and_scores_what_is_not_varied(pets, tmp_path):

@@ -354,6 +354,27 @@ def test_kills_at_real_size(ray_cluster, storage, draws, watched):
 
 
 @pytest.mark.kills
+def test_kills_while_the_encoder_is_frozen_and_afterwards(ray_cluster, storage, draws, watched):
+    """What the encoder's optimizer counts begins when the encoder does, in whatever start that is."""
+    settings = REAL_SIZE | {"encoder": "efficientnet-lite0", "freeze": "encoder:2", "encoder_rate": 0.1, "epochs": 4}
+    train(storage, DRAWN, run_name="thawed-unbroken", **settings)
+    before = storage / "thawed-unbroken"
+    steps = history_of(before)[0]["step"]
+    kinds = draws.sample(KINDS, 3)
+    job = watched("thawed-killed", DRAWN, num_workers=2, **settings)
+    # In the last frozen epoch once more than in the first: a start that goes by its own count thaws too late.
+    falls = (
+        draws.randrange(1, steps),
+        draws.randrange(steps + 1, 2 * steps),
+        draws.randrange(2 * steps + 1, 4 * steps - 2),
+    )
+    blows = [Blow(kind, draws.randrange(2), draws.random(), step) for kind, step in zip(kinds, falls, strict=True)]
+    play(job, blows, 4 * steps)
+    assert len(job.kills) == 3 and job.kills[0].step <= 2 * steps
+    assert_ended_alike(job, before, settings["limit_train"])
+
+
+@pytest.mark.kills
 @pytest.mark.parametrize("size", ["tiny", "real"])
 def test_a_run_of_two_one_and_two_workers_agrees_with_one(size, ray_cluster, storage, packed, draws, watched):
     """Stopped by Ctrl-C and continued by other numbers of workers, anywhere in an epoch."""

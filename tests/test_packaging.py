@@ -208,7 +208,7 @@ def test_an_export_used_as_its_readme_says_agrees_with_the_training(handed, expo
 HANDED_ON = [
     {"network": "compact", "norm": "batch"},
     {"network": "compact", "norm": "group"},
-    {"network": "compact", "norm": "group", "encoder": "efficientnet-lite0"},
+    {"network": "compact", "norm": "group", "encoder": "efficientnet-lite0", "encoder_scale": 2},
     *(
         pytest.param(one, marks=pytest.mark.slow)
         for one in (
@@ -224,7 +224,7 @@ HANDED_ON = [
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-@pytest.mark.parametrize("network", HANDED_ON, ids=lambda network: "-".join(network.values()))
+@pytest.mark.parametrize("network", HANDED_ON, ids=lambda network: "-".join(map(str, network.values())))
 def test_every_network_and_norm_is_handed_on_as_it_is_scored(network, tmp_path):
     """With batch norms folded: package and forms give the classes of the network that training scores with."""
     own = {"depth": 2 if "encoder" in network else 1, "precision": "float32"} | network

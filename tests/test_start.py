@@ -82,6 +82,28 @@ def test_an_encoder_computes_what_that_of_keras_does_with_the_weights_of_its_fil
         encoder_weights(other, str(tmp_path / "own.weights.h5"), network_of(other).variables)
 
 
+def test_an_enlarged_picture_is_what_its_encoder_sees():
+    """Both networks have equal weights; beyond the first layer one sees at 32 px what the other does at 64 px."""
+    enlarging, plain = network_of("efficientnet-lite0", depth=3, encoder_scale=2), network_of("efficientnet-lite0")
+    encoder = [{name: s for name, s in n.variables.items() if is_of_encoder(name)} for n in (enlarging, plain)]
+    assert encoder[0] == encoder[1] and (enlarging.stride, plain.stride) == (16, 32)
+    one, other = build(enlarging, 32), build(plain, 64)
+    for weight in other.weights:
+        if is_of_encoder(weight.path):
+            weight.assign(random.normal(size=weight.shape) / np.sqrt(np.prod(weight.shape[:-1]) or 1))
+            if "variance" in weight.path:
+                weight.assign(tf.abs(weight) + 0.5)
+            next(w for w in one.weights if w.path == weight.path).assign(weight)
+    photos = random.uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    for block in ("block0_project_norm", "block15_project_norm"):
+        found = keras.Model(one.inputs, one.get_layer(f"encoder_{block}").output)(photos).numpy()
+        enlarged = tf.image.resize(photos, (64, 64), "bilinear")
+        expected = keras.Model(other.inputs, other.get_layer(f"encoder_{block}").output)(enlarged).numpy()
+        assert np.ptp(expected) > 0
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert one.output_shape == (None, 32, 32, 3)
+
+
 def test_lite0_knows_pets(real_pets):
     """With the classifier of its file, worked out in NumPy, it calls pets cats and dogs, by ImageNet's numbers."""
     pytest.importorskip(imagenet.LITE0_PACKAGE)
@@ -252,6 +274,8 @@ def test_settings_that_do_not_fit_are_one_sentence():
     for changes, words in (
         ({"encoder": "resnet50", "network": "unet", "norm": "none"}, "--encoder resnet50 is for the compact network"),
         ({"encoder": "resnet50", "depth": 5, "image_size": 64}, "--depth 5 is more than an --encoder of ImageNet has"),
+        ({"encoder": "resnet50", "depth": 4, "encoder_scale": 2}, "has with --encoder-scale 2: give 3 or less"),
+        ({"encoder_scale": 2}, "--encoder-scale 2 is for an --encoder"),
         ({"init_from": "a", "encoder_weights": "b.pth"}, "--init-from brings the encoder's weights"),
         ({"freeze": "decoder"}, "--freeze decoder: write encoder:2 for the first two epochs"),
         ({"encoder": "vgg"}, "encoder"),

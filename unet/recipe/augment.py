@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, field_validator
 
+from unet.recipe.schedule import Horizon, part_of_run
 from unet.settings import SettingsGroup, weighted_names
 
 TRANSFORMS = ("scale", "rotate", "shift", "colour", "blur", "cutout")
@@ -38,6 +39,15 @@ class AugmentSettings(SettingsGroup):
     mix: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of training samples that get a rectangle of another one of the batch, with its mask (CutMix). 0: none."""
 
+    augment_except_last: str = "0"
+    """How long a run ends with samples as they are, mirrored only: 200 for steps, 2e for epochs, 10% of the run."""
+
+    @field_validator("augment_except_last")
+    @classmethod
+    def _is_length(cls, value: str) -> str:
+        part_of_run("--augment-except-last", value, Horizon(1, 1))
+        return value
+
     @field_validator("augment_with")
     @classmethod
     def _has_known_transforms(cls, value: str) -> str:
@@ -48,6 +58,11 @@ class AugmentSettings(SettingsGroup):
     def is_on(self) -> bool:
         """Whether a step does anything to its samples."""
         return self.augment > 0 or self.mix > 0
+
+    def at(self, step: int, horizon: Horizon) -> tuple[float, float]:
+        """The strength, and the share of mixed samples, of a step, counted from 1, of a run that is to be so long."""
+        rest = part_of_run("--augment-except-last", self.augment_except_last, horizon)
+        return (0.0, 0.0) if step > horizon.steps - rest else (self.augment, self.mix)
 
     @property
     def weights(self) -> dict[str, float]:

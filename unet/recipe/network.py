@@ -18,8 +18,8 @@ from unet.settings import SettingsGroup
 Shapes = dict[str, tuple[int, ...]]
 """Of variables, by name."""
 INPUT = "image"
-ENCODER_DEPTH = 4
-"""How often an encoder that is known from ImageNet can halve a picture's sides after the first time."""
+ENCODER_DEPTH = 5
+"""How often an encoder that is known from ImageNet halves the sides of what it sees."""
 ENCODER_LAYERS = ("stem", "encoder_", "bottleneck")
 """What the names of layers begin with that come before the decoder: `--freeze` and `--encoder-rate` are about them."""
 
@@ -38,6 +38,9 @@ class ModelSettings(SettingsGroup):
     encoder: Literal["none", "efficientnet-lite0", "mobilenetv3-large", "efficientnetv2-b0", "resnet50"] = "none"
     """Of the compact network: an encoder that is known from ImageNet, in the place of its own. --encoder-weights says
     where its weights come from."""
+    encoder_scale: Literal[1, 2] = 1
+    """2: --encoder sees the picture enlarged to twice its size, since it knows pictures of 224 pixels: better masks of
+    small pictures, at two to three times the cost. --depth is 3 at most then."""
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
     """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to
     5.5 times as many. Those of the decoder, where --encoder gives the others."""
@@ -57,16 +60,21 @@ class ModelSettings(SettingsGroup):
         """What a run's overview calls it."""
         kind = {"unet": "U-Net", "compact": "compact U-Net"}[self.network]
         parts = [f"{self.norm} norm"] if self.norm != "none" else []
-        parts += [f"encoder {self.encoder}"] if self.encoder != "none" else []
+        scaled = f" at {self.encoder_scale} times the size" if self.encoder_scale > 1 else ""
+        parts += [f"encoder {self.encoder}{scaled}"] if self.encoder != "none" else []
         return f"{kind} with {' and '.join(parts)}" if parts else kind
 
     @model_validator(mode="after")
     def _has_its_encoder(self):
         if self.encoder != "none" and self.network != "compact":
             raise ValueError(f"--encoder {self.encoder} is for the compact network: give --network compact with it")
-        if self.encoder != "none" and self.depth > ENCODER_DEPTH:
+        if self.encoder == "none" and self.encoder_scale > 1:
+            raise ValueError(f"--encoder-scale {self.encoder_scale} is for an --encoder: name it, too")
+        most = ENCODER_DEPTH - self.encoder_scale  # the decoder begins at half the picture's size
+        if self.encoder != "none" and self.depth > most:
+            scaled = f" with --encoder-scale {self.encoder_scale}" if self.encoder_scale > 1 else ""
             raise ValueError(
-                f"--depth {self.depth} is more than an --encoder of ImageNet has: give {ENCODER_DEPTH} or less"
+                f"--depth {self.depth} is more than an --encoder of ImageNet has{scaled}: give {most} or less"
             )
         return self
 
@@ -80,7 +88,7 @@ class Layer:
         kind: one of `KINDS`, and of the builders in `unet.recipe.layers`.
         inputs: the layers whose outputs it takes.
         channels: of its output.
-        stride: how many pixels of the image a pixel of its output stands for, along a side.
+        stride: how many pixels of the image a pixel of its output stands for, along a side; 0.5 where it is enlarged.
         options: what else its builder takes, by Keras' own names.
     """
 
@@ -88,7 +96,7 @@ class Layer:
     kind: str
     inputs: tuple[str, ...]
     channels: int
-    stride: int
+    stride: float
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -186,7 +194,7 @@ class Network:
     @cached_property
     def stride(self) -> int:
         """What a side of the image must be a multiple of."""
-        return max(layer.stride for layer in self.layers)
+        return math.ceil(max(layer.stride for layer in self.layers))
 
     @cached_property
     def activations(self) -> float:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from unet.recipe import muon
 from unet.recipe.network import Shapes, is_of_encoder
-from unet.recipe.schedule import Horizon, Schedule, share_of_rate, warmup_steps
+from unet.recipe.schedule import Horizon, Schedule, part_of_run, share_of_rate
 from unet.settings import SettingsGroup
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class OptimizerSettings(SettingsGroup):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of the optimizer; with a schedule, the highest."""
     schedule: Schedule = "constant"
-    """How the rate goes over the run: constant; cosine or linear: down to almost 0 at the end; one_cycle: up for 30 %
-    of the steps, then down."""
+    """How the rate goes over the run: constant; cosine or linear: down to almost 0 at the end; trapezoid: in the last
+    fifth only; one_cycle: up for 30 % of the steps, then down."""
     warmup: str = "0"
     """Let the rate rise from 0 at the start: 200 for steps, 2e for epochs, 5% of the run. 0: no warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0
@@ -55,7 +55,7 @@ class OptimizerSettings(SettingsGroup):
     @field_validator("warmup")
     @classmethod
     def _is_length(cls, value: str) -> str:
-        warmup_steps(value, Horizon(1, 1))
+        part_of_run("--warmup", value, Horizon(1, 1))
         return value
 
     @field_validator("freeze")
@@ -78,14 +78,14 @@ class OptimizerSettings(SettingsGroup):
             raise ValueError(
                 f"--momentum {self.momentum:g} is for sgd and muon: give --momentum None with {self.optimizer}"
             )
-        if self.schedule == "one_cycle" and warmup_steps(self.warmup, Horizon(1, 1)):
+        if self.schedule == "one_cycle" and part_of_run("--warmup", self.warmup, Horizon(1, 1)):
             raise ValueError(f"--warmup {self.warmup}: --schedule one_cycle has a rise of its own: give --warmup 0")
         return self
 
     @property
     def warmup_epochs(self) -> float:
         """What a warm-up in epochs means; 0 for one of steps, or of a part of the run."""
-        return warmup_steps(self.warmup, Horizon(0, 1)) if self.warmup.strip().endswith("e") else 0.0
+        return part_of_run("--warmup", self.warmup, Horizon(0, 1)) if self.warmup.strip().endswith("e") else 0.0
 
     @property
     def sets_encoder_apart(self) -> bool:

@@ -132,7 +132,7 @@ class Recipe(SettingsGroup):
 GIVEN_TO_EACH_STEP: dict[str, set[str]] = {
     "optimizer": {"learning_rate", "schedule", "warmup"},
     "model": {"dropout"},
-    "augment": {"augment", "mix"},
+    "augment": {"augment", "mix", "augment_except_last"},
 }
 """Settings that a traced step does not hold, since they come with its arguments."""
 

@@ -177,7 +177,7 @@ class Learner:
         """
         settings, dropout = self.recipe.optimizer, self.recipe.model.dropout
         rate = settings.learning_rate if horizon is None else learning_rate(settings, step, horizon)
-        drawn = self._drawn(draws)
+        drawn = self._drawn(draws, step, horizon)
         take = self._frozen_step if horizon and settings.is_frozen(step, horizon) else self._step
         found = take(images, masks, drawn, step, float(control), rate, dropout).numpy().tolist()
         *sums, loss, norm, finite, control, scale = found
@@ -189,13 +189,14 @@ class Learner:
         inputs, labels = Augmentation(self.recipe.augment)(as_input(images), tf.constant(masks), self._drawn(draws))
         return tf.cast(tf.round(inputs * 255), tf.uint8).numpy(), labels.numpy()
 
-    def _drawn(self, draws: np.ndarray | None) -> Drawn:
+    def _drawn(self, draws: np.ndarray | None, step: int = 1, horizon: Horizon | None = None) -> Drawn:
         augment = self.recipe.augment
+        strength, mix = augment.at(step, horizon) if horizon else (augment.augment, augment.mix)
         if draws is None:
             if augment.is_on:
                 raise ValueError("This recipe augments: a step needs the draws of its samples.")
             draws = np.full((self.share, len(DRAWS)), NEUTRAL, np.float32)
-        return Drawn(tf.constant(draws), tf.constant(augment.augment), tf.constant(augment.mix))
+        return Drawn(tf.constant(draws), tf.constant(strength), tf.constant(mix))
 
     def gradients(
         self, images: np.ndarray, masks: np.ndarray, step: int, draws: np.ndarray | None = None

@@ -214,4 +214,6 @@ def _augmentation_row(run: Run) -> list[tuple[str, str]]:
     augment = run.settings.augment
     if not augment.is_on:
         return []
-    return [("augmentation", f"strength {augment.augment:g}, {augment.mix:.0%} mixed; see {run.folder}/{AUGMENTED}")]
+    last = "" if augment.augment_except_last == "0" else f", but for the last {augment.augment_except_last}"
+    words = f"strength {augment.augment:g}, {augment.mix:.0%} mixed{last}; see {run.folder}/{AUGMENTED}"
+    return [("augmentation", words)]

@@ -23,10 +23,7 @@ WHOLE = 8
 def describe(settings: ModelSettings, classes: int) -> Network:
     """The network of these settings, with an output for each class."""
     parts, widths = Parts(settings), [_width(settings.base_filters, level) for level in range(settings.depth + 1)]
-    if settings.encoder == "none":
-        skips = _encode(parts, settings, widths)
-    else:
-        skips = known.features(parts, settings.encoder, settings.depth + 1)
+    skips = _encode(parts, settings, widths) if settings.encoder == "none" else known.features(parts, settings)
     x = _decode(parts, parts.dropout("bottleneck", skips[-1]), skips[:-1], widths)
     x = parts.dropout("head", x)
     x = parts.add("head", "convolution", x, channels=4 * classes, kernel_size=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unet.recipe.network import INPUT
+from unet.recipe.network import INPUT, ModelSettings
 from unet.recipe.networks.parts import Parts
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -17,9 +17,11 @@ CAFFE_MEAN = (123.68, 116.779, 103.939)
 """Of red, green and blue in [0, 255]."""
 
 
-def features(parts: Parts, encoder: str, depth: int) -> list[str]:
-    """Add an encoder's layers; the last of each size, which halve an image's sides once, twice, … `depth` times."""
-    return ENCODERS[encoder](_Layers(parts, depth))
+def features(parts: Parts, settings: ModelSettings) -> list[str]:
+    """Add an encoder's layers; the last of each size from half the image's on, one more than `settings.depth`."""
+    layers = _Layers(parts, settings.depth + 1)
+    image = layers.add("enlarged", "upsampling", INPUT, times=0.5) if settings.encoder_scale == 2 else INPUT
+    return ENCODERS[settings.encoder](layers, image)
 
 
 class _End(Exception):
@@ -41,7 +43,7 @@ class _Layers:
     epsilon: float = 1e-3
     use_bias: bool = False
 
-    def add(self, name: str, kind: str, *inputs: str, times: int = 1, **options: Any) -> str:
+    def add(self, name: str, kind: str, *inputs: str, times: float = 1, **options: Any) -> str:
         """A layer whose output is so many times smaller than its first input."""
         stride = self.parts[inputs[0]].stride * times
         if stride > 2**self.depth:
@@ -80,7 +82,7 @@ class _Layers:
 
     def sizes(self, blocks: Iterator[str]) -> list[str]:
         """The last layer of each size, of blocks that are added until one is too small."""
-        last: dict[int, str] = {}
+        last: dict[float, str] = {}
         try:
             for name in blocks:
                 last[self.parts[name].stride] = name
@@ -89,7 +91,7 @@ class _Layers:
         return [last[2**level] for level in range(1, self.depth + 1)]
 
 
-def _efficientnet_lite0(layers: _Layers) -> list[str]:
+def _efficientnet_lite0(layers: _Layers, image: str) -> list[str]:
     """EfficientNet-Lite0 (Liu, 2020): inverted residual blocks (Sandler et al., 2018) with ReLU6."""
     # Kernel, strides, expansion, output channels, repeats.
     stages = (
@@ -103,7 +105,7 @@ def _efficientnet_lite0(layers: _Layers) -> list[str]:
     )
 
     def blocks() -> Iterator[str]:
-        x = layers.add("scaled", "rescaling", INPUT, scale=255 / 128, offset=-127 / 128)
+        x = layers.add("scaled", "rescaling", image, scale=255 / 128, offset=-127 / 128)
         x = layers.convolution("stem", x, 32, "stem_norm", "relu6", size=3, strides=2)
         yield x
         number = 0
@@ -124,7 +126,7 @@ def _efficientnet_lite0(layers: _Layers) -> list[str]:
     return layers.sizes(blocks())
 
 
-def _mobilenetv3_large(layers: _Layers) -> list[str]:
+def _mobilenetv3_large(layers: _Layers, image: str) -> list[str]:
     """MobileNetV3-Large (Howard et al., 2019)."""
     # Kernel, strides, expansion, output channels, squeeze, activation.
     stages = (
@@ -146,7 +148,7 @@ def _mobilenetv3_large(layers: _Layers) -> list[str]:
     )
 
     def blocks() -> Iterator[str]:
-        x = layers.add("scaled", "rescaling", INPUT, scale=2.0, offset=-1.0)
+        x = layers.add("scaled", "rescaling", image, scale=2.0, offset=-1.0)
         x = layers.convolution("conv", x, 16, "conv_bn", "hard_silu", size=3, strides=2)
         yield x
         for number, stage in enumerate(stages):
@@ -177,7 +179,7 @@ def _mobilenetv3_large(layers: _Layers) -> list[str]:
     return layers.sizes(blocks())
 
 
-def _efficientnetv2_b0(layers: _Layers) -> list[str]:
+def _efficientnetv2_b0(layers: _Layers, image: str) -> list[str]:
     """EfficientNetV2-B0 (Tan, Le, 2021), without its stochastic depth."""
     # Kernel, strides, expansion, output channels, repeats, whether the first convolutions are fused.
     stages = (
@@ -190,7 +192,7 @@ def _efficientnetv2_b0(layers: _Layers) -> list[str]:
     )
 
     def blocks() -> Iterator[str]:
-        x = layers.add("scaled", "rescaling", INPUT, **_normalising())
+        x = layers.add("scaled", "rescaling", image, **_normalising())
         x = layers.convolution("stem_conv", x, 32, "stem_bn", "silu", size=3, strides=2)
         yield x
         for stage, (size, strides, expansion, channels, repeats, is_fused) in enumerate(stages, 1):
@@ -225,12 +227,12 @@ def _efficientnetv2_b0(layers: _Layers) -> list[str]:
     return layers.sizes(blocks())
 
 
-def _resnet50(layers: _Layers) -> list[str]:
+def _resnet50(layers: _Layers, image: str) -> list[str]:
     """ResNet-50 (He et al., 2016), with biases before its norms, as in Keras."""
     layers = replace(layers, epsilon=1.001e-5, use_bias=True)
 
     def blocks() -> Iterator[str]:
-        x = layers.add("scaled", "rescaling", INPUT, scale=255.0, offset=tuple(-mean for mean in CAFFE_MEAN))
+        x = layers.add("scaled", "rescaling", image, scale=255.0, offset=tuple(-mean for mean in CAFFE_MEAN))
         x = layers.add("conv1_pad", "padding", x, padding=3)
         x = layers.convolution("conv1_conv", x, 64, "conv1_bn", "relu", size=7, strides=2, padding="valid")
         yield x
@@ -254,13 +256,14 @@ def _resnet50(layers: _Layers) -> list[str]:
     return layers.sizes(blocks())
 
 
-ENCODERS: dict[str, Callable[[_Layers], list[str]]] = {
+ENCODERS: dict[str, Callable[[_Layers, str], list[str]]] = {
     "efficientnet-lite0": _efficientnet_lite0,
     "mobilenetv3-large": _mobilenetv3_large,
     "efficientnetv2-b0": _efficientnetv2_b0,
     "resnet50": _resnet50,
 }
-"""By name, as `--encoder` gives it. Each halves an image's sides five times."""
+"""By name, as `--encoder` gives it: from the layers so far, and the one to begin with, whose sides each halves five
+times."""
 
 
 def _normalising() -> dict[str, Any]:
