@@ -57,8 +57,8 @@ def share_of_rate(schedule: Schedule, warmup: str, step: int, horizon: Horizon) 
 
     `step` counts from 1; beyond the horizon it is as at its last step. The warm-up rises linearly (Goyal et al., 2017)
     and reaches the full rate at its last step; then constant, or down to almost 0 at the horizon: by half a cosine
-    (Loshchilov, Hutter, 2017) or linearly, for trapezoid at the end only (Hägele et al., 2024). one_cycle (Smith, Topin, 2018) rises and falls by half cosines, without its
-    changes of the momentum.
+    (Loshchilov, Hutter, 2017), linearly, or at the end only (trapezoid: Hägele et al., 2024). one_cycle (Smith,
+    Topin, 2018) rises and falls by half cosines, without its changes of the momentum.
     """
     if schedule == "one_cycle":
         rise = RISE * horizon.steps
