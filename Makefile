@@ -10,7 +10,7 @@ AVX2   := ONEDNN_MAX_CPU_ISA=AVX2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AV
 # Versions beside those of requirements.txt with which the project runs: of Ray every older minor version, of the others
 # the oldest. Each has an environment that lies over $(VENV): what it does not hold itself it takes from there.
 RAYS     := ray-2.57 ray-2.58 ray-2.59
-OTHERS   := tensorflow-2.20 mlflow-3.17
+OTHERS   := tensorflow-2.20 mlflow-3.16
 VERSIONS ?= $(VENV)/versions
 
 # What the tests of clusters start beside Ray; they skip what is missing, with the reason.

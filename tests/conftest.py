@@ -29,6 +29,8 @@ hypothesis.settings.load_profile("unhurried")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 ROOT = Path(__file__).resolve().parent.parent
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+"""The command of this interpreter's Ray: an environment that lies over another has no `ray` of its own."""
 REAL_PETS = ROOT.parent / "shared" / "data"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import RAY, ROOT
 
 NETWORK = "10.77.0"
 TOOLS = ("unshare", "nsenter", "ip", "tc", "hostname")
@@ -103,7 +103,7 @@ class Host:
         else:
             place = (f"--address={self.hosts.joined['RAY_ADDRESS']}",)
         usual = ("--block", "--disable-usage-stats", "--object-store-memory=150000000", f"--num-cpus={cpus:g}")
-        ray = (Path(sys.executable).with_name("ray"), "start", f"--node-ip-address={self.address}", *place, *usual)
+        ray = (*RAY, "start", f"--node-ip-address={self.address}", *place, *usual)
         with (self.folder / "ray.log").open("a") as log:
             self.popen(*(("prlimit", *limits) if limits else ()), *ray, *flags, env=env, stdout=log, stderr=log)
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import TINY, free_ports, job, read_json
+from conftest import RAY, TINY, free_ports, job, read_json
 
 from unet.cluster import devices
 from unet.errors import NoGpu
@@ -88,7 +87,7 @@ def pretended(tmp_path_factory):
     log, folder = tmp_path_factory.mktemp("head") / "log", tempfile.mkdtemp(prefix="r")  # short: sockets
     port, client, agent = free_ports(3)
     command = [
-        *(Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=2"),
+        *(*RAY, "start", "--head", "--block", "--num-cpus=2", "--num-gpus=2"),
         *(f"--port={port}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
         *("--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats"),
     ]

@@ -2,12 +2,11 @@
 
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, free_ports, job, read_json, weights_of
+from conftest import RAY, TINY, free_ports, job, read_json, weights_of
 from test_run import start_job, wait_for
 
 FLAGS = TINY | {"base_filters": 4, "grad_shards": 2, "threads": 1, "epochs": 150}
@@ -51,7 +50,7 @@ def test_a_run_goes_on_through_nodes_that_come_and_go(tmp_path, packed):
             "--deadline-remaining-seconds",
             "60",
         ]
-        drain = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.address]
+        drain = [*RAY, "drain-node", "--address", cluster.address]
         subprocess.run([*drain, "--node-id", second.node_id, *reason], check=True, capture_output=True)
         wait_for(lambda: workers() == [1], 120)
         more_epochs()

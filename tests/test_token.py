@@ -12,9 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, free_ports, read_json
-
-RAY = Path(sys.executable).with_name("ray")
+from conftest import RAY, ROOT, TINY, free_ports, read_json
 
 
 def environment(home: Path, token: Path | None) -> dict[str, str]:
@@ -31,7 +29,7 @@ def cluster(tmp_path):
     folder = tempfile.mkdtemp(prefix="r")  # short: the names of sockets have a limit
     port, dashboard, client, agent = free_ports(4)
     command = [
-        *(RAY, "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"),
+        *(*RAY, "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
         *(f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true", "--disable-usage-stats"),
     ]
@@ -67,7 +65,7 @@ def answers(port: int) -> bool:
 
 def submit(address: str, home: Path, token: Path | None, *command) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *map(str, command)],
+        [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
