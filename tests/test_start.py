@@ -235,6 +235,22 @@ def test_an_encoder_keeps_the_statistics_of_its_file_and_learns_all_else():
     assert all(np.array_equal(learner.variables()[f"weights/{name}"].numpy(), array) for name, array in start.items())
 
 
+def test_frozen_stages_stay_and_all_else_of_an_encoder_learns():
+    """Stages are told by the size of what Keras' layers give, of which the first has half that of the picture."""
+    network = network_of("efficientnet-lite0", depth=2)
+    sides = {layer.name: layer.output.shape[1] for layer in build(network, 32).layers}
+    start = {name: random.uniform(0.5, 1, shape).astype(np.float32) for name, shape in network.variables.items()}
+    start = {name: array for name, array in start.items() if is_of_encoder(name)}
+    start |= {name: array - np.float32(0.75) for name, array in start.items() if name.endswith("/kernel")}
+    learner = learner_of(start, encoder="efficientnet-lite0", frozen_stages=2, weight_decay=0.1, optimizer="adamw")
+    changed = moved(learner, (1, 2))
+    kernels = {f"weights/{name}" for name in start if name.endswith("/kernel")}
+    frozen = {name for name in kernels if sides[name.split("/")[1]] >= 8}  # 16 and 8 of 32 pixels
+    assert 0 < len(frozen) < len(kernels) and kernels & changed == kernels - frozen
+    assert not [name for name in changed if "encoder_" in name and sides[name.split("/")[1]] >= 8]
+    assert not [name for name in learner.variables() if name.startswith("optimizer/encoder_stem")]
+
+
 @pytest.mark.parametrize("strides, size", [(1, 3), (2, 3), (2, 5)])
 @pytest.mark.bfloat16
 def test_gradients_of_depthwise_convolutions_in_bfloat16_are_those_of_float32(strides, size):
@@ -276,6 +292,8 @@ def test_settings_that_do_not_fit_are_one_sentence():
         ({"encoder": "resnet50", "depth": 5, "image_size": 64}, "--depth 5 is more than an --encoder of ImageNet has"),
         ({"encoder": "resnet50", "depth": 4, "encoder_scale": 2}, "has with --encoder-scale 2: give 3 or less"),
         ({"encoder_scale": 2}, "--encoder-scale 2 is for an --encoder"),
+        ({"frozen_stages": 2}, "--frozen-stages 2 is for an --encoder"),
+        ({"encoder": "resnet50", "frozen_stages": 3}, "--frozen-stages 3 are all 3 of --encoder with --depth 2"),
         ({"init_from": "a", "encoder_weights": "b.pth"}, "--init-from brings the encoder's weights"),
         ({"freeze": "decoder"}, "--freeze decoder: write encoder:2 for the first two epochs"),
         ({"encoder": "vgg"}, "encoder"),

@@ -18,7 +18,7 @@ BEGINNINGS = ("init_from", "encoder")
 """What a training may begin with, by which a job that names no recipe chooses one."""
 LENGTHS = ("epochs", MINUTES)
 """How long a run takes: where one is given, a recipe's other does not count."""
-NETWORK = frozenset(ModelSettings.model_fields) - {"dropout"}
+NETWORK = frozenset(ModelSettings.model_fields) - {"dropout", "frozen_stages"}
 """Of an earlier model, those of a training that begins with it."""
 RECIPE_SETTINGS = frozenset(name for part in PARTS.values() for name in part.model_fields) | {MINUTES}
 RECIPE_SETTINGS -= StartSettings.model_fields.keys()

@@ -112,10 +112,18 @@ def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) ->
             f"Nothing of {known.words}{theirs} fits the network of this training ({_title(recipe.model)}): leave out "
             "the flags that make it another one, such as --base-filters, or the lines of --config."
         )
-    if recipe.optimizer.freeze and (drawn := [layer for layer in anew if is_of_encoder(layer)]):
+    drawn, kept, stages = (
+        [layer for layer in anew if is_of_encoder(layer)],
+        recipe.optimizer.freeze,
+        recipe.model.frozen_stages,
+    )
+    if drawn and (kept or stages):
+        flags, instead = f"--frozen-stages {stages}", "--frozen-stages 0"
+        if kept:
+            flags, instead = f"--freeze {kept}", "--freeze None"
         raise InputError(
-            f"--freeze {recipe.optimizer.freeze} would keep layers that {known.words} lacks, such as {drawn[0]}: "
-            "give --freeze None, or leave out the flags that add them, such as --depth."
+            f"{flags} would keep layers that {known.words} lacks, such as {drawn[0]}: "
+            f"give {instead}, or leave out the flags that add them, such as --depth."
         )
     some = f", anew: {', '.join(anew[:4])}{' and others' if len(anew) > 4 else ''}" if anew else ""
     words = f"{len(fit)} of {len(wanted)} variables of {known.words}{some}{_differing(known.network, recipe.model)}"

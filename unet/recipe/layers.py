@@ -37,7 +37,9 @@ def build(network: Network, image_size: int) -> keras.Model:
     outputs = {INPUT: inputs}
     for layer in network.layers:
         before = [outputs[name] for name in layer.inputs]
-        outputs[layer.name] = BUILDERS[layer.kind](layer)(before if len(before) > 1 else before[0])
+        built = BUILDERS[layer.kind](layer)
+        built.trainable = layer.learns
+        outputs[layer.name] = built(before if len(before) > 1 else before[0])
     logits = keras.layers.Activation("linear", dtype="float32", name="logits")(outputs[network.layers[-1].name])
     return keras.Model(inputs, logits, name="unet")
 

@@ -41,6 +41,9 @@ class ModelSettings(SettingsGroup):
     encoder_scale: Literal[1, 2] = 1
     """2: --encoder sees the picture enlarged to twice its size, since it knows pictures of 224 pixels: better masks of
     small pictures, at two to three times the cost. --depth is 3 at most then."""
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0
+    """So many stages of --encoder, of which each has half the size of the one before, never learn: that saves the
+    backward pass of the largest."""
     base_filters: Annotated[int, Field(ge=1, le=1024)] = 64
     """Filters of the first block. In the unet each level below doubles them; in the compact network they grow to
     5.5 times as many. Those of the decoder, where --encoder gives the others."""
@@ -68,13 +71,20 @@ class ModelSettings(SettingsGroup):
     def _has_its_encoder(self):
         if self.encoder != "none" and self.network != "compact":
             raise ValueError(f"--encoder {self.encoder} is for the compact network: give --network compact with it")
-        if self.encoder == "none" and self.encoder_scale > 1:
-            raise ValueError(f"--encoder-scale {self.encoder_scale} is for an --encoder: name it, too")
+        for name, usual in (("encoder_scale", 1), ("frozen_stages", 0)):
+            if self.encoder == "none" and (value := getattr(self, name)) != usual:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is for an --encoder: name it, too")
         most = ENCODER_DEPTH - self.encoder_scale  # the decoder begins at half the picture's size
         if self.encoder != "none" and self.depth > most:
             scaled = f" with --encoder-scale {self.encoder_scale}" if self.encoder_scale > 1 else ""
             raise ValueError(
                 f"--depth {self.depth} is more than an --encoder of ImageNet has{scaled}: give {most} or less"
+            )
+        stages = self.depth + self.encoder_scale
+        if self.frozen_stages >= stages:
+            raise ValueError(
+                f"--frozen-stages {self.frozen_stages} are all {stages} of --encoder with --depth {self.depth}: give "
+                "fewer, or --freeze encoder"
             )
         return self
 
@@ -90,6 +100,7 @@ class Layer:
         channels: of its output.
         stride: how many pixels of the image a pixel of its output stands for, along a side; 0.5 where it is enlarged.
         options: what else its builder takes, by Keras' own names.
+        learns: whether a gradient changes its variables.
     """
 
     name: str
@@ -98,6 +109,7 @@ class Layer:
     channels: int
     stride: float
     options: Mapping[str, Any] = field(default_factory=dict)
+    learns: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,11 @@ class Network:
     @cached_property
     def trainable(self) -> Shapes:
         """Those that a gradient changes."""
-        fixed = {f"{layer.name}/{key}" for layer in self.layers for key in KINDS[layer.kind].statistics}
+        fixed = {
+            f"{layer.name}/{key}"
+            for layer in self.layers
+            for key in (KINDS[layer.kind].statistics if layer.learns else self._by_layer[layer.name])
+        }
         return {name: shape for name, shape in self.variables.items() if name not in fixed}
 
     @cached_property

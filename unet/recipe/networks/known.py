@@ -19,7 +19,7 @@ CAFFE_MEAN = (123.68, 116.779, 103.939)
 
 def features(parts: Parts, settings: ModelSettings) -> list[str]:
     """Add an encoder's layers; the last of each size from half the image's on, one more than `settings.depth`."""
-    layers = _Layers(parts, settings.depth + 1)
+    layers = _Layers(parts, settings.depth + 1, settings.encoder_scale, settings.frozen_stages)
     image = layers.add("enlarged", "upsampling", INPUT, times=0.5) if settings.encoder_scale == 2 else INPUT
     return ENCODERS[settings.encoder](layers, image)
 
@@ -34,12 +34,16 @@ class _Layers:
 
     Attributes:
         depth: how often it may halve the image's sides.
+        scale: how many times the image is enlarged for it.
+        frozen: how many of its stages never learn.
         epsilon: of its batch norms.
         use_bias: whether convolutions before a norm have a bias.
     """
 
     parts: Parts
     depth: int
+    scale: int
+    frozen: int
     epsilon: float = 1e-3
     use_bias: bool = False
 
@@ -48,7 +52,8 @@ class _Layers:
         stride = self.parts[inputs[0]].stride * times
         if stride > 2**self.depth:
             raise _End
-        return self.parts.add(f"encoder_{name}", kind, *inputs, stride=stride, **options)
+        learns = stride * self.scale > 2**self.frozen
+        return self.parts.add(f"encoder_{name}", kind, *inputs, stride=stride, learns=learns, **options)
 
     def convolution(self, name: str, before: str, channels: int, norm: str, activation: str = "", **how: Any) -> str:
         """A convolution, its norm and its activation; `how` has `size` and `strides`, 1 without."""

@@ -29,10 +29,21 @@ class Parts:
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
 
-    def add(self, name: str, kind: str, *inputs: str, channels: int = 0, stride: float = 0, **options: Any) -> str:
+    def add(
+        self,
+        name: str,
+        kind: str,
+        *inputs: str,
+        channels: int = 0,
+        stride: float = 0,
+        learns: bool = True,
+        **options: Any,
+    ) -> str:
         """A layer; channels and stride are those of its first input where they are not given."""
         first = self[inputs[0]]
-        self._layers[name] = Layer(name, kind, inputs, channels or first.channels, stride or first.stride, options)
+        self._layers[name] = Layer(
+            name, kind, inputs, channels or first.channels, stride or first.stride, options, learns
+        )
         return name
 
     def end_with(self, name: str) -> None:
