@@ -112,19 +112,16 @@ def start_of(known: Known | None, recipe: Recipe, class_names: Sequence[str]) ->
             f"Nothing of {known.words}{theirs} fits the network of this training ({_title(recipe.model)}): leave out "
             "the flags that make it another one, such as --base-filters, or the lines of --config."
         )
-    drawn, kept, stages = (
-        [layer for layer in anew if is_of_encoder(layer)],
-        recipe.optimizer.freeze,
-        recipe.model.frozen_stages,
-    )
-    if drawn and (kept or stages):
-        flags, instead = f"--frozen-stages {stages}", "--frozen-stages 0"
-        if kept:
-            flags, instead = f"--freeze {kept}", "--freeze None"
-        raise InputError(
-            f"{flags} would keep layers that {known.words} lacks, such as {drawn[0]}: "
-            f"give {instead}, or leave out the flags that add them, such as --depth."
-        )
+    drawn = [layer for layer in anew if is_of_encoder(layer)]
+    for flag, value, off in (
+        ("freeze", recipe.optimizer.freeze, None),
+        ("frozen-stages", recipe.model.frozen_stages, 0),
+    ):
+        if value and drawn:
+            raise InputError(
+                f"--{flag} {value} would keep layers that {known.words} lacks, such as {drawn[0]}: "
+                f"give --{flag} {off}, or leave out the flags that add them, such as --depth."
+            )
     some = f", anew: {', '.join(anew[:4])}{' and others' if len(anew) > 4 else ''}" if anew else ""
     words = f"{len(fit)} of {len(wanted)} variables of {known.words}{some}{_differing(known.network, recipe.model)}"
     return Start(fit, words, known.class_names, known.network, known.lessons)

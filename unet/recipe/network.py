@@ -214,9 +214,14 @@ class Network:
 
     @cached_property
     def activations(self) -> float:
-        """How many numbers its layers keep for an image until the backward pass, by pixel of that image."""
-        kept = (layer for layer in self.layers if not KINDS[layer.kind].in_place)
-        return sum(layer.channels / layer.stride**2 for layer in kept)
+        """How many numbers its layers keep for an image until the backward pass, by pixel of that image.
+
+        Those that never learn come before all others and keep nothing: one's input and output are there at a time.
+        """
+        made = [(layer, layer.channels / layer.stride**2) for layer in self.layers if not KINDS[layer.kind].in_place]
+        return sum(size for layer, size in made if layer.learns) + 2 * max(
+            (size for layer, size in made if not layer.learns), default=0.0
+        )
 
     @cached_property
     def keras_paths(self) -> dict[str, str]:
