@@ -15,7 +15,7 @@ from conftest import ROOT
 from unet import locks
 from unet.config import TrainSettings, TuneSettings, unflat
 from unet.data.preparing.output import OutputFolder
-from unet.errors import InputError, StorageFailed
+from unet.errors import InputError, StorageAway, StorageFailed
 from unet.locks import Busy, held
 from unet.prediction import results
 from unet.runs.run import Run, locked
@@ -158,6 +158,40 @@ def test_an_object_that_comes_too_late_takes_no_folder(s3, tmp_path, monkeypatch
         while not first.lost and time.monotonic() < until:
             time.sleep(BEAT)
         assert first.lost and not second.lost and len((folder / locks.LOCK).names()) == 1
+
+
+def test_a_quick_object_after_some_that_failed_takes_no_folder_either(s3, tmp_path, monkeypatch):
+    """It comes at once, but so long after the last one that another process is just taking the folder."""
+    folder, say, sent, taken = Folder(s3(f"{tmp_path.name}/x")), locks._renew, [], threading.Event()
+
+    def failing(place, own):
+        sent.append(own)
+        if own == sent[0] and len(sent) > 1 and not taken.is_set():
+            if time.monotonic() < began + LAPSE - BEAT:
+                raise StorageAway("the store is away")
+            taken.wait(LAPSE / 2)
+        say(place, own)
+
+    monkeypatch.setattr(locks, "_renew", failing)
+    monkeypatch.setattr(locks, "_has_ended", lambda holder: False)
+    began = time.monotonic()
+    with held(folder) as first, held(folder) as second:
+        taken.set()
+        until = time.monotonic() + 60
+        while not first.lost and time.monotonic() < until:
+            time.sleep(BEAT)
+        assert first.lost and not second.lost and len((folder / locks.LOCK).names()) == 1
+
+
+def test_a_driver_that_lost_its_run_does_not_take_it_back(tmp_path):
+    first, second = (Run("x", None, Folder(tmp_path)) for _ in range(2))
+    Folder(tmp_path).write_text("config.yaml", "")
+    first.take_over()
+    first.take_over()
+    second.take_over()
+    with pytest.raises(StorageFailed, match=r"^Another process has taken over the run x"):
+        first.take_over()
+    second.take_over()
 
 
 def test_of_many_at_once_never_two_have_it(folder):

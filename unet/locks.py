@@ -160,6 +160,7 @@ def _outlast(folder: Folder, others: dict[str, float], now: float | None) -> Non
 
 
 def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
+    renewed = time.monotonic()
     while not over.wait(BEAT_SECONDS):
         with contextlib.suppress(FileNotFoundError, StorageFailed), patience(0):  # the next one may come through
             began = time.monotonic()
@@ -167,11 +168,13 @@ def _beat(folder: Folder, own: str, lock: Lock, over: threading.Event) -> None:
                 lock.lost = True
                 return
             _renew(folder, own)
-            # An object that took this long may arrive after another process has removed it and taken the folder.
-            if time.monotonic() - began > LAPSE_SECONDS - BEAT_SECONDS and _entries(folder).keys() - {own}:
+            # An object that comes so long after the last that is known to have come may be there again after another
+            # process has removed it and taken the folder.
+            if time.monotonic() - renewed > LAPSE_SECONDS - BEAT_SECONDS and _entries(folder).keys() - {own}:
                 folder.fs.delete_file(folder.at(own))
                 lock.lost = True
                 return
+            renewed = began
 
 
 def _withdraw(folder: Folder, own: str) -> None:

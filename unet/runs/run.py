@@ -96,7 +96,13 @@ class Run:
             yield
 
     def take_over(self) -> None:
-        """Let no workers but those to come write there. Raises StorageFailed."""
+        """Let no workers but those to come write there.
+
+        Raises:
+            StorageFailed: it cannot be written, or another driver has the run since this one took it.
+        """
+        with contextlib.suppress(FileNotFoundError):  # with the folder, which the write says
+            self._check_ours()
         token = uuid.uuid4().hex
         self.write(FENCING_TOKEN, token.encode())
         self.fencing_token = token
