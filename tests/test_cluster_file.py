@@ -123,9 +123,19 @@ def test_what_ray_would_ask_of_aws(tmp_path, monkeypatch):
                 {"ParameterKey": "SshFrom", "ParameterValue": "203.0.113.7/32"},
             ],
         )
-        types = bootstrap_aws(accepted(read("aws")))["available_node_types"]
-        named = [{"Name": "group-name", "Values": ["unet-pets"]}]
-        (firewall,) = boto3.client("ec2", **region).describe_security_groups(Filters=named)["SecurityGroups"]
+        (stack,) = boto3.client("cloudformation", **region).describe_stacks(StackName="unet-pets")["Stacks"]
+        groups = boto3.client("ec2", **region).describe_security_groups
+        before = groups()["SecurityGroups"]
+        (output,) = stack["Outputs"]
+        (firewall,) = [group for group in before if group["GroupId"] == output["OutputValue"]]
+        config = read("aws")
+        with pytest.raises(AssertionError):  # as shipped, rather than behind a firewall of Ray's own
+            bootstrap_aws(accepted(config))
+        for node in config["available_node_types"].values():
+            assert node["node_config"]["SecurityGroupIds"] == ["SECURITY_GROUP"]
+            node["node_config"]["SecurityGroupIds"] = [firewall["GroupId"]]
+        types = bootstrap_aws(accepted(config))["available_node_types"]
+        assert groups()["SecurityGroups"] == before
         profiles = boto3.client("iam", **region).list_instance_profiles()["InstanceProfiles"]
     assert {(node["node_config"]["IamInstanceProfile"]["Name"]) for node in types.values()} == {
         profile["InstanceProfileName"] for profile in profiles
