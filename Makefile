@@ -13,8 +13,9 @@ RAYS     := ray-2.57 ray-2.58 ray-2.59
 OTHERS   := tensorflow-2.20 mlflow-3.16
 VERSIONS ?= $(VENV)/versions
 
-# What the tests of clusters start beside Ray; they skip what is missing, with the reason.
+# What the tests of clusters start beside Ray; they skip what is missing, with the reason. npm brings Azurite.
 DEBIAN := postgresql openssh-server rsync iproute2 ceph-mon ceph-mgr ceph-osd radosgw ceph-common prometheus
+AZURITE := azurite@3.35.0
 
 .PHONY: setup requirements train test test-avx2 test-slow test-cluster test-ray test-versions $(RAYS:%=test-%) $(OTHERS:%=test-%) kill-test golden gpu-check ui doctor lint types bench
 
@@ -49,10 +50,12 @@ test-slow: setup  ## The tests that take a minute or more each
 	$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup  ## Several hosts in namespaces of this machine, and servers beside a cluster: parts need root and say so
-	@$(BIN)/python -c "import cfnlint, grafana_foundation_sdk, kubernetes_validate, psycopg2, flask_wtf" 2> /dev/null || \
+	@$(BIN)/python -c "import cfnlint, grafana_foundation_sdk, kubernetes_validate, psycopg2, flask_wtf, gcp_storage_emulator" 2> /dev/null || \
 		$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cluster]"
 	@[ $$(id -u) != 0 ] || ! command -v apt-get > /dev/null || dpkg -s $(DEBIAN) > /dev/null 2>&1 || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(DEBIAN); }
+	@! command -v npm > /dev/null || [ -x $(BIN)/azurite-blob ] || \
+		npm install --global --silent --no-fund --no-audit --prefix $(VENV) $(AZURITE)
 	$(BIN)/python -m pytest -q -m cluster
 
 test-ray: $(RAYS:%=test-%)  ## What another Ray may break, with each older one that is taken: some minutes and 0.25 GB a version

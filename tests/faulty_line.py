@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>said by the line</Message></Error>'
-ANSWERS = {"500": "InternalError", "503": "SlowDown"}
+ANSWERS = {"401": "Unauthorized", "403": "Forbidden", "500": "InternalError", "503": "SlowDown"}
 BETWEEN = {"connection", "content-length", "transfer-encoding", "expect", "date", "server"}
 """Headers that concern one connection only."""
 
@@ -23,19 +23,19 @@ class Line:
         place: host and port to talk to.
         calls: method and path of each request so far.
         failed: how many of them have met a fault.
-        fault: what happens to those that `hits` chooses: "500", "503" (SlowDown), "slow" (after `seconds`), "cut"
-            (closed without an answer), "lost" (done, but the answer does not come back), "torn" (closed after half of
-            the answer), "short" (half of the answer, as if that were all), "silent" (no answer until the line is well
-            again); None: nothing.
+        fault: what happens to those that `hits` chooses: "401", "403", "500", "503" (SlowDown), "slow" (after
+            `seconds`), "cut" (closed without an answer), "lost" (done, but the answer does not come back), "torn"
+            (closed after half of the answer), "short" (half of the answer, as if that were all), "silent" (no answer
+            until the line is well again); None: nothing.
     """
 
-    def __init__(self, target: str):
+    def __init__(self, target: str, port: int = 0):
         self.target, self.calls, self.seconds = target, [], 2.0
         self.failed, self.fault = 0, None
         self.hits: Callable[[str, str], bool] = lambda method, path: True
         self._well = threading.Event()
         handler = type("Handler", (_Handler,), {"line": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.place = f"127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=[0.05], daemon=True).start()

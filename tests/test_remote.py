@@ -177,6 +177,17 @@ def test_what_waiting_does_not_cure_is_said_at_once(s3):
     assert not isinstance(error.value, StorageAway)
 
 
+@pytest.mark.parametrize("content", [None, "{}", "no JSON"])
+def test_credentials_that_google_s_client_does_not_take_are_said_at_once(content, tmp_path, monkeypatch):
+    file = tmp_path / "key.json"
+    if content:
+        file.write_text(content)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    words = "it does not take the credentials; correct GOOGLE_APPLICATION_CREDENTIALS, or give another --storage-path"
+    with pytest.raises(InputError, match=f"^Cannot write gs://pets/x: {words}"):
+        check_writable(Folder("gs://pets/x"))
+
+
 def test_a_probe_is_written_read_and_removed(line, folder):
     check_writable(folder)
     assert folder.names() == ["file", "set"] and [method for method, _ in line.calls][:3] == ["PUT", "HEAD", "GET"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet.runs.run import Run, where
-from unet.secrets import lost, without_secrets
+from unet.secrets import lost, without_credentials, without_secrets
 from unet.storage import Folder
 from unet.tracking.reach import ranking
 
@@ -57,6 +57,26 @@ def test_what_has_no_secret_stays(scheme, host, name, port):
         f"synthetic:{port}",
     ):
         assert without_secrets(uri) == uri and not lost(uri)
+
+
+@given(PARTS, PARTS, SECRETS)
+def test_an_account_of_azure_and_google_s_anonymous_are_no_secrets(account, bucket, secret):
+    """Without them the URI would name another place, or none."""
+    account = account.replace(".", "-")
+    for uri in (
+        f"abfs://{account}@{bucket}/runs",
+        f"abfss://{bucket}@{account}.dfs.core.windows.net/runs?enable_tls=true",
+        f"abfs://{account}@127.0.0.1:10000/{bucket}/runs?enable_tls=false",
+        f"gs://anonymous@{bucket}/runs?scheme=http",
+    ):
+        assert without_secrets(uri) == without_credentials(uri) == uri and not lost(uri)
+    for uri in (f"abfs://me:{secret}@pets/runs", f"gs://x{secret}@pets/runs"):
+        assert secret not in without_secrets(uri) and lost(without_secrets(uri))
+
+
+def test_a_token_of_azure_leaves_a_typed_uri_as_a_whole():
+    uri = "abfs://me@pets/runs?enable_tls=false&sv=2024-11-04&se=2030-01-01&sr=c&sp=rwdl&sig=s3cr3t%3D"
+    assert without_credentials(uri) == "abfs://me@pets/runs?enable_tls=false" and lost(without_secrets(uri))
 
 
 S3 = "s3://AKIAKEY:hunter2%2Fsesame@bucket/runs?region=x"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unet.errors import StorageAway, StorageFailed, first_line
@@ -31,6 +32,8 @@ PATIENCE_SECONDS = 300.0
 """How long a store is waited for."""
 SILENT_SECONDS, CONNECT_SECONDS = 15.0, 5.0
 """How long a store may send nothing in an answer, and take to accept a connection. The AWS SDK's are 3 and 1."""
+ONCE = timedelta(seconds=0.1)
+"""A time for attempts that only the first of Google's client falls into: its first pause is longer."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 """Seconds between attempts, at most: the first, and all after a few doublings."""
 TOLD_AFTER, TOLD_EVERY = 3.0, 30.0
@@ -38,8 +41,12 @@ TOLD_AFTER, TOLD_EVERY = 3.0, 30.0
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"
 
 KEYS = "correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+GOOGLE_KEYS = "correct GOOGLE_APPLICATION_CREDENTIALS"
+AZURE_KEY, AZURE_TOKEN = "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
+AZURE_KEYS = f"correct {AZURE_KEY} or {AZURE_TOKEN}"
+NO_BUCKET = "there is no such bucket", "create it, or correct its name"
 LASTING = (
-    ("NO_SUCH_BUCKET|NoSuchBucket", "there is no such bucket", "create it, or correct its name"),
+    ("NO_SUCH_BUCKET|NoSuchBucket|ContainerNotFound", *NO_BUCKET),
     ("INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|INVALID_CLIENT_TOKEN", "it does not know the access key", KEYS),
     ("SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch", "the secret key is wrong", KEYS),
     ("EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired", "the credentials have expired", "get new ones"),
@@ -50,8 +57,20 @@ LASTING = (
         "it does not take checksums that follow the content",
         f"unset {CHECKSUMS[0]}, or set it to when_required",
     ),
+    (
+        r"Status\(UNAUTHENTICATED|OAuth2 access token|[Cc]redentials? file",
+        "it does not take the credentials",
+        GOOGLE_KEYS,
+    ),
+    (r"Status\(PERMISSION_DENIED", "access is denied", f"allow it, or {GOOGLE_KEYS}"),
+    (r"Azure Error: \[\w*\] 40[13]", "access is denied", f"allow it, or {AZURE_KEYS}"),
+    ("AuthenticationException", "there are no credentials for it", f"set {AZURE_KEY} or {AZURE_TOKEN}"),
+    ("Base64 encoded", "the key is not one", AZURE_KEYS),
     ("curlCode: (51|58|60|77|83|90)", "its certificate is not trusted", "name its authority in SSL_CERT_FILE"),
     (r"HTTP status 4(?!08|29)\d\d|curlCode: [13],", None, "put that right"),
+    (r"retry\.reason=permanent-error", None, "put that right"),
+    # 409 is a lease, which the deletion of an object takes for seconds, 412 its loss.
+    (r"Azure Error: \[\w*\] 4(?!08|09|12|29)\d\d", None, "put that right"),
 )
 """What no waiting cures: by a pattern of Arrow's message the reason (None: the message's own) and the remedy."""
 
@@ -118,8 +137,22 @@ def connect(uri: str) -> tuple[pafs.FileSystem, str]:
     elif isinstance(fs, pafs.GcsFileSystem):
         options = _options(fs)
         if options["retry_time_limit"] is None:
-            fs = pafs.GcsFileSystem(**options | {"retry_time_limit": timedelta(seconds=SILENT_SECONDS)})
+            fs = pafs.GcsFileSystem(**options | {"retry_time_limit": ONCE})
+    elif isinstance(fs, pafs.AzureFileSystem):
+        fs = _with_key(fs, uri)
     return fs, path
+
+
+def _with_key(fs: pafs.AzureFileSystem, uri: str) -> pafs.AzureFileSystem:
+    """Azure's SDK takes no key of an account from the environment, and Arrow none from a URI."""
+    options = _options(fs)
+    if options["client_id"] or options["sas_token"] or "credential_kind=" in uri:
+        return fs
+    if key := os.environ.get(AZURE_KEY):
+        return pafs.AzureFileSystem(**options | {"account_key": key})
+    if token := os.environ.get(AZURE_TOKEN):  # which Arrow appends to addresses as it is
+        return pafs.AzureFileSystem(**options | {"sas_token": f"?{token.removeprefix('?')}"})
+    return fs
 
 
 def _options(fs: pafs.FileSystem) -> dict[str, Any]:
@@ -145,15 +178,31 @@ class Store:
     def __init__(self, uri: str, fs: pafs.FileSystem | None = None):
         self._uri, self._fs = uri, fs or connect(uri)[0]
         self._scheme = uri.partition("://")[0]
-        is_s3 = isinstance(self._fs, pafs.S3FileSystem)
-        self._server = without_secrets((is_s3 and _options(self._fs)["endpoint_override"]) or "it")
+        self._is_gcs = isinstance(self._fs, pafs.GcsFileSystem)
+        options = _options(self._fs)
+        server = options.get("endpoint_override") or options.get("blob_storage_authority") or "."
+        # What begins with a dot is no server: an account's name stands before it.
+        self._server = "it" if server.startswith(".") else without_secrets(server)
 
     def __reduce__(self):
         return Store, (self._uri,)  # the file system's own pickle forgets how often it tries
 
     def get_file_info(self, what: "str | pafs.FileSelector") -> Any:
-        path = what if isinstance(what, str) else what.base_dir
-        return self._patiently("read", path, lambda: self._fs.get_file_info(what))
+        if isinstance(what, str):
+            return self._patiently("read", what, lambda: self._fs.get_file_info(what))
+        return self._patiently("read", what.base_dir, lambda: self._list(what))
+
+    def _list(self, what: pafs.FileSelector) -> list[pafs.FileInfo]:
+        if what.recursive or not self._is_gcs:
+            return self._fs.get_file_info(what)
+        # Right below, Arrow names only the folders of GCS that have an object of their own, which nobody makes here.
+        all_below = pafs.FileSelector(what.base_dir, allow_not_found=what.allow_not_found, recursive=True)
+        found = {}
+        for info in self._fs.get_file_info(all_below):
+            name, below, _ = info.path.removeprefix(f"{what.base_dir}/").partition("/")
+            path = f"{what.base_dir}/{name}"
+            found[path] = pafs.FileInfo(path, pafs.FileType.Directory) if below else info
+        return list(found.values())
 
     def open_input_file(self, path: str) -> "_Object":
         file = self._patiently("read", path, lambda: self._fs.open_input_file(path))
@@ -168,13 +217,23 @@ class Store:
             with self._fs.open_output_stream(path) as stream:
                 stream.write(content)
 
-        self._patiently("write", path, send)
+        try:
+            self._patiently("write", path, send)
+        except FileNotFoundError as error:  # GCS does not say what is not there
+            reason, remedy = NO_BUCKET
+            raise StorageFailed(f"Cannot write {self._place(path)}: {reason}; {remedy}") from error
 
     def delete_file(self, path: str) -> None:
         self._remove(path, self._fs.delete_file)
 
     def delete_dir(self, path: str) -> None:
-        self._remove(path, self._fs.delete_dir)
+        if self._is_gcs:  # where Arrow's `delete_dir` fails once all is removed, for want of an object of the folder's
+            self._remove(path, lambda path: self._fs.delete_dir_contents(path, missing_dir_ok=True))
+        else:
+            self._remove(path, self._fs.delete_dir)
+
+    def _place(self, path: str) -> str:
+        return f"{self._scheme}://{path}"
 
     def _remove(self, path: str, remove: Callable[[str], None]) -> None:
         tried = False
@@ -184,14 +243,16 @@ class Store:
             again, tried = tried, True
             try:
                 remove(path)
-            except FileNotFoundError:
-                if not again:  # else the attempt before succeeded, and only its answer was lost
+            except FileNotFoundError as error:
+                # Else the attempt before succeeded, and only its answer was lost. Google's client sees first whether
+                # there is an object, and repeats by itself what removes it.
+                if not again and "function=DeleteObject," not in str(error):
                     raise
 
         self._patiently("remove", path, removal)
 
     def _patiently(self, how: str, path: str, call: Callable[[], Result]) -> Result:
-        place, allowed = f"{self._scheme}://{path}", _patience.get()
+        place, allowed = self._place(path), _patience.get()
         began = time.monotonic()
         told, pause = began + TOLD_AFTER - TOLD_EVERY, FIRST_PAUSE
         while True:
@@ -199,7 +260,10 @@ class Store:
                 result = call()
             except FileNotFoundError:
                 raise
-            except OSError as error:
+            except (OSError, pa.ArrowException) as error:
+                # Not all that Google's and Azure's clients raise is an OSError; nor would a fault of ours be one.
+                if not isinstance(error, OSError) and not re.match(r"google::cloud|Unknown error", str(error)):
+                    raise
                 now, (reason, remedy) = time.monotonic(), _why(error)
                 waited = now - began
                 if remedy:
@@ -265,7 +329,7 @@ class _Object(io.RawIOBase):
         super().close()
 
 
-def _why(error: OSError) -> tuple[str, str | None]:
+def _why(error: Exception) -> tuple[str, str | None]:
     """The reason in words, and the remedy where waiting is none."""
     message = without_secrets(first_line(error))
     for pattern, reason, remedy in LASTING:
@@ -277,9 +341,13 @@ def _why(error: OSError) -> tuple[str, str | None]:
 
 
 def _words(message: str) -> str:
-    """What matters of a message of Arrow about S3; another as it is."""
+    """What matters of a message of Arrow about a store; another as it is."""
     if network := re.search(r"curlCode: \d+, ([^;]+)", message):
         return network[1]
+    if of_google := re.search(r"Status\(\w+: (?:.* last message of )?(.+?)(?: error_info=|$)", message):
+        return re.sub(r".*CURL error \[\d+\]=", "", of_google[1])
+    if of_azure := re.search(r"Azure Error: \[\w*\] (?:\d+ )?(.+)", message):
+        return of_azure[1].strip(" .")
     found = re.search(r"AWS Error (?:UNKNOWN \((.+?)\)|(\w+)) during \w+ operation: (.*)", message)
     if found is None:
         return message
