@@ -166,6 +166,9 @@ def test_an_autoscaler_that_starts_is_waited_for(scaled, monkeypatch):
     of.pods = 0
     with pytest.raises(InputError, match="no CPUs yet"):
         room.take_room(settings(), 0, of.lines.append)
+    of.pods, of.lines = 1, []
+    assert room.take_room(settings(threads=8), 0, of.lines.append).num_workers == 1
+    assert not of.lines  # what is there does
 
 
 def test_an_elastic_run_asks_for_the_workers_that_it_lacks(scaled, monkeypatch):

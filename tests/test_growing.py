@@ -113,13 +113,15 @@ def test_an_elastic_run_has_an_autoscaler_bring_more(tmp_path, packed, version):
 
 
 @pytest.mark.cluster
-def test_kuberays_names_alone_are_no_autoscaler(tmp_path):
-    """Its pods have them with `enableInTreeAutoscaling: false` too, where the head's own autoscaler only looks on."""
+def test_where_kuberay_only_names_its_pods_a_job_is_refused_at_once(tmp_path, packed):
+    """`enableInTreeAutoscaling: false`: the head's own autoscaler looks on, and says that it can bring nothing."""
+    named = {"RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "headgroup", "RAY_enable_autoscaler_v2": "1"}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    flags += [f"--data={packed}", f"--storage-path={tmp_path / 'runs'}"]
     with Hosts(tmp_path, cpus=()) as hosts:
-        named = {"RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "headgroup", "RAY_enable_autoscaler_v2": "1"}
         head = hosts.add()
         head.start_ray(cpus=0, env=named | {"AUTOSCALER_UPDATE_INTERVAL_S": "1"})
         hosts.nodes()
-        wait_until(head, hosts.joined, "seen None 1")
-        time.sleep(15)  # it would have said something by now
-        wait_until(head, hosts.joined, "seen None 1")
+        refused = head.run(sys.executable, "jobs/train.py", *flags, env=hosts.joined)
+    assert refused.returncode == 2, refused.stdout
+    assert "The cluster has no CPUs yet" in refused.stdout and "may start hold a worker with 1 CPU" in refused.stdout

@@ -3,7 +3,6 @@
 Why: docs/decisions.md#what-a-job-waits-for-is-a-placement-group
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -105,11 +104,6 @@ class Demand:
         self.withdraw()
 
 
-def demanded(needs: Needs, apart: bool = False) -> contextlib.AbstractContextManager[Demand | None]:
-    """A demand for the duration of the block; None on a cluster that does not grow."""
-    return Demand(needs, apart) if internals.autoscales() else contextlib.nullcontext()
-
-
 def when_grown(take: Callable[[], Taken], needs: Needs, waiting: Callable[[str], object], whole: bool = False) -> Taken:
     """What `take` gives; where it refuses and the cluster grows on demand, once it has grown.
 
@@ -127,16 +121,14 @@ def when_grown(take: Callable[[], Taken], needs: Needs, waiting: Callable[[str],
             not for half an hour.
     """
     refusal = None
-    if not whole:
+    if not (whole and internals.autoscales()):
         try:
             return take()
         except InputError as error:
             refusal = error
+    if refusal and not _grows(waiting):
+        raise refusal
     began, since = time.monotonic(), time.strftime("%H:%M:%S")
-    if not _grows(waiting):
-        if refusal:
-            raise refusal
-        return take()
     while True:
         why_not = _wait(needs, began, lambda what: waiting(f"waiting since {since} for the autoscaler to bring {what}"))
         try:

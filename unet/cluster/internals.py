@@ -40,7 +40,8 @@ def autoscales() -> bool | None:
     """Whether something brings the cluster nodes as they are asked for: `ray up`, KubeRay. No public call says so.
 
     The older autoscaler (`RAY_UP_enable_autoscaler_v2=0`) writes down which nodes it manages. Nodes of today's have the
-    name of a group, but so have KubeRay's without one: it has to have told its state, too.
+    name of a group, but so have KubeRay's without one: it has to have told its state, too. One that only looks on tells
+    it as well where nodes have such names, and then that whatever is asked for is out of reach.
 
     Returns:
         None where nodes have such names and no autoscaler has said a word: one that starts needs some seconds for it.

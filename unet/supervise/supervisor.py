@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import ray
 
 from unet.cluster import planner
-from unet.cluster.demand import Demand, Needs, demanded, worker_memory
+from unet.cluster.demand import Demand, Needs, worker_memory
 from unet.cluster.internals import autoscales, draining_nodes
 from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes, named
 from unet.config import Device, parse_interval
@@ -173,7 +173,7 @@ class Supervisor:
         run, began, before = self.run, time.monotonic(), self.promised or self.plan.num_workers
         self.promised = None
         with contextlib.ExitStack() as stack:
-            demand, asked = None, False
+            demand = None
             while not stop_signal.is_set():
                 waited = time.monotonic() - began
                 try:
@@ -195,8 +195,8 @@ class Supervisor:
                     )
                     return
                 if waited > SETTLE_SECONDS:
-                    if not asked:
-                        demand, asked = stack.enter_context(demanded(self._needs())), True
+                    if demand is None and autoscales():
+                        demand = stack.enter_context(Demand(self._needs()))
                     coming = demand is not None and not demand.is_met()
                     self.display.waiting_for_others(f"waiting for {'the autoscaler to bring ' * coming}room: {why}")
                 stop_signal.wait(POLL_SECONDS)
