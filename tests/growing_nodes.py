@@ -60,7 +60,11 @@ class GrowingNodes(NodeProvider):
             self._addresses[name] = self._free.pop(0)
             places = [f"--address={self.provider_config['address']}", f"--node-ip-address={self._addresses[name]}"]
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *places]
-            command += [f"--num-cpus={resources['CPU']}", "--object-store-memory=100000000"]
+            command += [
+                f"--num-cpus={resources['CPU']}",
+                "--object-store-memory=100000000",
+                f"--memory={resources['memory']}",
+            ]
             self._processes[name] = subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )

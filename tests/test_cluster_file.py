@@ -14,6 +14,9 @@ import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+from unet.cluster.demand import needs_of
+from unet.config import TrainSettings, unflat
+
 FILES = {"aws": "ray_cluster.yaml", "gcp": "clusters/gcp.yaml", "local": "clusters/on_premises.yaml"}
 KUBERNETES = ROOT / "clusters" / "kubernetes"
 
@@ -85,6 +88,14 @@ def test_idle_costs_the_head_alone_and_work_has_a_limit():
             assert node["min_workers"] == 0 < node["max_workers"] <= 8
             assert node["node_config"][field][key] == value
             assert node["node_config"][account[provider]]
+
+
+def test_a_worker_finds_room_on_a_node_of_google_cloud():
+    """Ray looks up neither CPUs nor memory there, and what has no memory holds no worker."""
+    types = read("gcp")["available_node_types"]
+    for name, node in types.items():
+        assert name == "head" or node["resources"]["memory"] > needs_of(unflat(TrainSettings, {"threads": 8})).memory
+    assert types["cpu"]["resources"]["CPU"] == 16  # as many as the example's threads
 
 
 def test_every_image_has_a_python_that_the_wheels_accept():
@@ -168,6 +179,10 @@ def test_rays_autoscaler_reads_the_groups_of_kubernetes():
     assert asked == {"headgroup": (0, 0), "cpu": (0, 8), "gpu": (0, 4)}
     resources = {name: [node["resources"].get(kind, 0) for kind in ("CPU", "GPU")] for name, node in types.items()}
     assert resources == {"headgroup": [0, 0], "cpu": [8, 0], "gpu": [4, 1]}
+    assert all(types[name]["resources"]["memory"] == 16 * 2**30 for name in ("cpu", "gpu"))
+    # The worker of the example fills a pod.
+    entrypoint = yaml.safe_load((KUBERNETES / "rayjob.yaml").read_text())["spec"]["entrypoint"]
+    assert "--num-workers 1:4 --threads 8" in entrypoint
 
 
 def of_kuberay(required: str, **fields: dict | str) -> dict:

@@ -69,6 +69,14 @@ def test_nothing_is_said_of_a_cluster_on_which_all_is_well():
     assert len({one.check for one in said}) == len(said) == 16
 
 
+def test_a_cluster_that_grows_may_have_no_worker_yet():
+    idle = replace(cluster(), nodes=cluster().nodes[:1])
+    (said,) = [one for one in findings(idle) if one.check == "room"]
+    assert said.level == "warning" and "add a worker node" in said.remedy
+    (said,) = [one for one in findings(replace(idle, grows=True)) if one.check == "room"]
+    assert said.level == "skipped" and "nodes come when a job asks" in said.text and "only those" in said.text
+
+
 def versions(**other: str) -> dict:
     return {"machine": {"versions": VERSIONS | other}}
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ray_processes
 
 from unet.cluster import internals, nodes
 
@@ -73,7 +74,21 @@ def test_the_autoscaler_is_asked_what_it_does(ray_cluster):
         hasattr(state, "infeasible_gang_resource_requests"),
         "an autoscaler's state does not tell the placement groups that no node can hold",
     )
+    check(
+        isinstance(state.last_seen_cluster_resource_state_version, int),
+        "an autoscaler's state does not tell that it is one's",
+    )
     assert not internals.is_out_of_reach("0" * 36)
+
+
+def test_a_head_that_does_not_answer_is_told_from_one_that_refuses(ray_cluster):
+    (head,) = ray_processes("gcs_server")
+    head.suspend()
+    try:
+        assert internals._autoscaling_state() is None
+    finally:
+        head.resume()
+    assert internals._autoscaling_state() is not None
 
 
 def test_work_is_kept_off_a_node_that_no_longer_answers(ray_cluster, monkeypatch):

@@ -159,6 +159,14 @@ def test_an_elastic_run_counts_gpus_and_not_cpus():
     assert not on_cpus.use_gpu and "3 worker(s) need a GPU each" in on_cpus.why_cpus
 
 
+def test_an_elastic_run_adds_no_workers_whose_threads_would_share_cores():
+    one, two = cluster((8,)), cluster((8,), (8,))
+    whole = settings(num_workers="1:4", threads=8)
+    assert [plan_now(whole, nodes, 0).num_workers for nodes in (one, two)] == [1, 2]
+    assert plan_now(settings(num_workers="1:4"), one, 0).num_workers == 4
+    assert plan_now(settings(num_workers="2:4", threads=8), one, 0).num_workers == 2  # as asked
+
+
 def test_a_run_stays_on_what_it_began_on():
     """Where a node with a GPU is lost, two workers wait for it; the CPUs of the rest do not take their place."""
     with pytest.raises(InputError, match="need a GPU each, and the cluster has 1"):

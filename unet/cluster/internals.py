@@ -7,7 +7,7 @@ loaded only where its parts are asked for.
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -36,20 +36,37 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def autoscales() -> bool:
+def autoscales() -> bool | None:
     """Whether something brings the cluster nodes as they are asked for: `ray up`, KubeRay. No public call says so.
 
-    Autoscalers of today give their nodes the name of a group; the older one (`RAY_UP_enable_autoscaler_v2=0`) writes
-    down which nodes it manages, and so does one that only looks on, which knows the nodes by their ids.
+    The older autoscaler (`RAY_UP_enable_autoscaler_v2=0`) writes down which nodes it manages. Nodes of today's have the
+    name of a group, but so have KubeRay's without one: it has to have told its state, too. One that only looks on tells
+    it as well where nodes have such names, and then that whatever is asked for is out of reach.
+
+    Returns:
+        None where nodes have such names and no autoscaler has said a word: one that starts needs some seconds for it.
     """
     import ray
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
-    if any("ray.io/node-group" in (node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]):
-        return True
     report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
-    return any(not name.startswith("node_") for name in report.get("active_nodes") or {})
+    if _can_grow(report.get("active_nodes") or {}):
+        return True
+    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
+    if not _can_grow(of["ray.io/node-group"] for of in labels if "ray.io/node-group" in of):
+        return False
+    state = _autoscaling_state()
+    return True if state is not None and state.last_seen_cluster_resource_state_version else None
+
+
+def _can_grow(kinds: Iterable[str]) -> bool:
+    """Whether nodes of such types are brought by an autoscaler.
+
+    One that only looks on knows nodes by their ids (`node_…`); machines that are there already (`local.cluster.node`,
+    provider `local`) are all started at once.
+    """
+    return any(not kind.startswith(("node_", "local.")) for kind in kinds)
 
 
 def is_out_of_reach(placement_group: str) -> bool:
@@ -57,11 +74,22 @@ def is_out_of_reach(placement_group: str) -> bool:
 
     `ray status` shows as much in words.
     """
+    state = _autoscaling_state()
+    asked = state.infeasible_gang_resource_requests if state is not None else []
+    return any(placement_group in one.details for one in asked)
+
+
+def _autoscaling_state() -> Any:
+    """What today's autoscaler last told the head (`AutoscalingState` in `autoscaler.proto`); None: no answer."""
+    import ray
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # not in its stub
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-    status = GetClusterStatusReply.FromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=5))
-    return any(placement_group in one.details for one in status.autoscaling_state.infeasible_gang_resource_requests)
+    try:
+        status = internal_kv_get_gcs_client().get_cluster_status(timeout_s=5)
+    except (ray.exceptions.RpcError, ray.exceptions.GetTimeoutError):
+        return None
+    return GetClusterStatusReply.FromString(status).autoscaling_state
 
 
 def recorded_address() -> str | None:

@@ -54,6 +54,10 @@ class Placement:
         """How many of the workers fit on the node if nothing else runs there."""
         return min(self.num_workers, fitting(node, self.cpus_per_worker, self.use_gpu, self.reserved))
 
+    def shares_cores(self, nodes: list[Node]) -> bool:
+        """Whether a node has fewer cores than its workers have threads."""
+        return any(self.capacity(node) * self.threads > node.cpus for node in nodes)
+
     def room(self, nodes: list[Node], beside: float = 0) -> int:
         """How many such workers fit now beside other jobs, with `beside` CPUs left for tasks anywhere on the cluster.
 

@@ -51,7 +51,8 @@ def plan_now(
     """The plan for as many workers as there is room for now; None if there is not even room for the fewest.
 
     Elastic or not, a worker gets what it would have beside the most that the nodes could hold, so that others can
-    join it. `held` workers hold their CPUs already. `device` is that of the settings, if no other is given.
+    join it; an elastic run adds no workers whose `--threads` would share cores. `held` workers hold their CPUs
+    already. `device` is that of the settings, if no other is given.
 
     Raises:
         InputError: not even idle nodes would hold the fewest.
@@ -61,7 +62,9 @@ def plan_now(
     def largest(use_gpu: bool) -> Plan:
         for workers in reversed(counts[1:]):
             with contextlib.suppress(InputError):
-                return _plan(settings, nodes, data_bytes, together, workers, use_gpu)
+                found = _plan(settings, nodes, data_bytes, together, workers, use_gpu)
+                if use_gpu or not settings.compute.threads or not found.shares_cores(nodes):
+                    return found
         return _plan(settings, nodes, data_bytes, together, counts[0], use_gpu)
 
     most, why = on_device(device or settings.compute.device, nodes, largest)

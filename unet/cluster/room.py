@@ -21,6 +21,8 @@ Workers = TypeVar("Workers", bound=Placement)
 def take_room(settings: TrainSettings, data_bytes: int, waiting: Callable[[str], object]) -> Plan:
     """The plan of a training for now; `waiting` is told what an autoscaler is waited for.
 
+    Where that brings nodes, each worker gets its own cores for `--threads`, whatever idles there already.
+
     Raises:
         InputError: other jobs hold what it needs; with how many workers would fit.
     """
@@ -31,7 +33,7 @@ def take_room(settings: TrainSettings, data_bytes: int, waiting: Callable[[str],
                 return found
         refuse_held(plan(settings, nodes, data_bytes), nodes)
 
-    return when_grown(now, needs_of(settings), waiting)
+    return when_grown(now, needs_of(settings), waiting, whole=settings.compute.threads is not None)
 
 
 def take_places(plan: Plan, wanted: int, needs: Needs, waiting: Callable[[str], object]) -> int:

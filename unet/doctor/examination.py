@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from unet import versions
+from unet.cluster import internals
 from unet.cluster.session import finds_cluster, ray_session, silenced
 from unet.config.doctor import DoctorSettings
 from unet.config.fields import is_source_name
@@ -49,11 +50,12 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
     at = part.storage_path, f".doctor-{uuid.uuid4().hex[:8]}"
     nodes: Mapping[str, RayNode | None]
     lost: dict[str, str] = {}
+    grows = False
     with contextlib.ExitStack() as stack:
         cluster = _connect(settings.command.debug, stack, waiting)
         if cluster is True:
             nodes = of_ray = ray_nodes()
-            lost = lost_nodes()
+            lost, grows = lost_nodes(), bool(internals.autoscales())
             waiting(f"asking {len(nodes)} nodes")
             asks = stack.enter_context(on_nodes(of_ray, *at))
         else:
@@ -64,6 +66,7 @@ def examine(settings: DoctorSettings, waiting: Callable[[str], object] = lambda 
         **found,
         driver=probe.examine(),
         cluster=cluster,
+        grows=grows,
         lost=lost,
         requirements=versions.requirements(),
         storage=without_secrets(part.storage_path).partition("?")[0],

@@ -118,6 +118,7 @@ class Examination:
     Attributes:
         driver: of the process of this job, which is none of a node's.
         cluster: whether there is one: True, False, or why it cannot be used.
+        grows: whether an autoscaler brings nodes as jobs ask for them.
         lost: nodes that ended without having been told to, and why.
         requirements: versions that the project takes, by package, as `>=2.21,<2.22`.
         storage, tracking, data: where they are, as they may be shown; None is what was not given.
@@ -130,6 +131,7 @@ class Examination:
     nodes: tuple[Node, ...]
     driver: Machine = Machine()
     cluster: bool | Trouble = True
+    grows: bool = False
     lost: Mapping[str, str] = field(default_factory=dict)
     requirements: Mapping[str, str] = field(default_factory=dict)
     storage: str = "/storage"

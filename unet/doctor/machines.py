@@ -58,6 +58,10 @@ def room(found: Examination) -> Iterator[Finding]:
         return
     cpus, free, gpus = (sum(getattr(node, name) for node in known) for name in ("cpus", "free_cpus", "gpus"))
     has = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    if not cpus and found.grows:
+        text = "no worker is there: nodes come when a job asks for them. Examined were only those that are there"
+        yield Finding("room", "skipped", text, "examine again while a job runs")
+        return
     if not cpus:
         yield Finding("room", "warning", "Ray counts no CPU on any node", "add a worker node: ray start --address=…")
     if cpus and free < min(1, cpus) - RESERVED_CPUS:

@@ -81,7 +81,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
     def now() -> Placement:
         return take(planned, beside=DATA_CPUS, least=1, say=lambda text: display.say(text, "yellow"))
 
-    needs = Needs(part.num_workers or 1, gpu=part.device == "gpu", beside=DATA_CPUS)
+    needs = Needs(part.num_workers or 1, gpu=part.device == "gpu", memory=scorer_bytes(models), beside=DATA_CPUS)
     workers = when_grown(now, needs, display.waiting_for_others)
     if workers.why_cpus:
         display.say(f"On {in_words(workers.use_gpu, workers.why_cpus)}.")

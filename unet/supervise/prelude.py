@@ -60,9 +60,13 @@ def gather(
             the settings are for.
     """
     part = settings.data
+
+    def planned(data_bytes: int) -> Plan:
+        needs, waiting = needs_of(settings), display.waiting_for_others
+        return when_grown(lambda: plan(cluster_nodes(), data_bytes), needs, waiting)
+
     try:
-        # Before the data are prepared for what cannot run.
-        when_grown(lambda: plan(cluster_nodes(), 0), needs_of(settings), display.waiting_for_others)
+        planned(0)  # before the data are prepared for what cannot run
         prepared = resolve(part.data, part.image_size, part.resize, Folder(settings.run.storage_path), display.working)
     finally:
         display.close()
@@ -76,4 +80,4 @@ def gather(
     settings = with_weights_of(prepared, counts["train"], settings)
     data_bytes = sum(prepared.bytes_in_memory(split, counts[split]) for split in ("train", "val"))
     recipe = settings.recipe(len(manifest.classes))
-    return Material(prepared, settings, counts, data_bytes, recipe, plan(cluster_nodes(), data_bytes))
+    return Material(prepared, settings, counts, data_bytes, recipe, planned(data_bytes))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import ray
 
 from unet.cluster import planner
-from unet.cluster.demand import Needs, demanded
-from unet.cluster.internals import draining_nodes
+from unet.cluster.demand import Demand, Needs, worker_memory
+from unet.cluster.internals import autoscales, draining_nodes
 from unet.cluster.nodes import cluster_nodes, free_abandoned_places, live_nodes, named
 from unet.config import Device, parse_interval
 from unet.data.ingest import Ingest
@@ -76,6 +76,7 @@ class Supervisor:
 
     def __post_init__(self):
         self.reports = Reports(self.recorder)
+        self._more: Demand | None = None
         self.run, self.display, self.settings = self.recorder.run, self.recorder.display, self.recorder.run.settings
         self._start = ray.put(self.start.weights) if self.start else None
         training = self.settings.training
@@ -172,7 +173,7 @@ class Supervisor:
         run, began, before = self.run, time.monotonic(), self.promised or self.plan.num_workers
         self.promised = None
         with contextlib.ExitStack() as stack:
-            demand, asked = None, False
+            demand = None
             while not stop_signal.is_set():
                 waited = time.monotonic() - began
                 try:
@@ -194,15 +195,21 @@ class Supervisor:
                     )
                     return
                 if waited > SETTLE_SECONDS:
-                    if not asked:
-                        demand, asked = stack.enter_context(demanded(self._needs())), True
+                    if demand is None and autoscales():
+                        demand = stack.enter_context(Demand(self._needs()))
                     coming = demand is not None and not demand.is_met()
                     self.display.waiting_for_others(f"waiting for {'the autoscaler to bring ' * coming}room: {why}")
                 stop_signal.wait(POLL_SECONDS)
 
     def _needs(self) -> Needs:
         """What an autoscaler is asked for: nodes like those that are lost, not the least that would do."""
-        return Needs(self.settings.compute.least_workers, math.ceil(self.plan.cpus_per_worker), self.plan.use_gpu)
+        least = self.settings.compute.least_workers
+        return self._like_these(least, of=least)
+
+    def _like_these(self, workers: int, of: int) -> Needs:
+        """Workers as those of the plan, of so many in all."""
+        cpus, use_gpu = math.ceil(self.plan.cpus_per_worker), self.plan.use_gpu
+        return Needs(workers, cpus, use_gpu, worker_memory(self.settings, of, use_gpu))
 
     def _plan_now(self, held: int = 0) -> planner.Plan | None:
         """The plan for now, on what the run began on: GPUs that are lost are waited for, not replaced by CPUs."""
@@ -216,7 +223,7 @@ class Supervisor:
         `reason` is why an earlier group is replaced.
         """
         run, name = self.run, self.latest and self.latest[0]
-        self.reports.left, self.leaving = False, None
+        self.reports.left, self.leaving, self._more = False, None, None
         group = WorkerGroup(run.name, self.plan, self.callbacks, self.settings.command.debug)
         try:
             reading = self.reading.begin(self.latest and self.latest[1], self.plan)
@@ -235,6 +242,8 @@ class Supervisor:
         finally:
             if ray.is_initialized():
                 group.close()
+                if self._more:
+                    self._more.withdraw()
                 if not self.recorder.as_trial:  # a sweep's job has other groups too
                     free_abandoned_places()
         if hung:
@@ -315,17 +324,25 @@ class Supervisor:
             reason = f"{len(called_back)} of {len(group.nodes)} nodes are being shut down ({names})"
         elif may_grow:
             with contextlib.suppress(InputError):
-                held = self.plan.num_workers
-                found = self._plan_now(held)
-                room = found is not None and found.num_workers > held
+                found = self._plan_now(held=self.plan.num_workers + self._ask_for_more())
+                room = found is not None and found.num_workers > self.plan.num_workers
                 if found and room and roomy:
                     self.promised = found.num_workers
                     reason = f"there is room for {found.num_workers} workers"
+            if self._more and not room:
+                self._more.is_met()  # all has come and is of no use: others may have it
         if reason:
             self.leaving = reason
             self.display.say(f"{reason[0].upper()}{reason[1:]}: saving, then continuing with new workers.", "yellow")
             group.request("leave")
         return room
+
+    def _ask_for_more(self) -> int:
+        """Ask an autoscaler for the workers that an elastic run lacks; how many places for them are held by now."""
+        has = self.plan.num_workers
+        if self._more is None and (lacking := self.settings.worker_counts[-1] - has) and autoscales():
+            self._more = Demand(self._like_these(lacking, of=has + 1), apart=True)
+        return self._more.held() if self._more else 0
 
     def _names(self, group: WorkerGroup, nodes: set[str]) -> list[str]:
         return [self.recorder.system.called(host) for host in sorted({group.nodes[node] for node in nodes})]
