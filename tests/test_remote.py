@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import threading
+from types import SimpleNamespace
 
+import pyarrow.fs as pafs
 import pytest
 from conftest import command
 from faulty_line import Line
@@ -238,3 +240,38 @@ def test_jobs_refuse_a_store_before_ray_starts(name, s3, monkeypatch, capsys):
         assert command(name, f"--storage-path={uri}", *(flag.format(uri) for flag in JOBS[name])) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: Cannot ") and words in error and "word@" not in error
+
+
+@pytest.fixture
+def asked_of_aws(monkeypatch):
+    """What AWS answers to the question for a bucket's region, one after another, before it says it."""
+    answers: list[str] = []
+
+    class Opened:
+        @staticmethod
+        def from_uri(uri):
+            if answers:
+                raise OSError(answers.pop(0))
+            return pafs.S3FileSystem(region="us-west-2"), uri.partition("://")[2]
+
+    names = {name: getattr(pafs, name) for name in dir(pafs)} | {"FileSystem": Opened}
+    monkeypatch.setattr(remote, "pafs", SimpleNamespace(**names))
+    return answers
+
+
+def test_the_region_of_a_bucket_is_waited_for(asked_of_aws, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    asked_of_aws += [
+        "When resolving region for bucket 'pets': AWS Error NETWORK_CONNECTION: curlCode: 6, Could not"
+    ] * 2
+    folder = Folder("s3://pets/runs")
+    assert not asked_of_aws and folder.path == "pets/runs"
+    asked_of_aws += ["AWS Error NETWORK_CONNECTION: curlCode: 28, Timeout was reached"] * 9
+    with pytest.raises(StorageAway, match=r"^Cannot find s3://pets/runs: .*can be reached$"), patience(0):
+        Folder("s3://pets/runs")
+
+
+def test_a_bucket_that_aws_does_not_know_is_said_at_once(asked_of_aws):
+    asked_of_aws += ["Bucket 'pets' not found"]
+    with pytest.raises(StorageFailed, match=r"^Cannot find s3://pets/runs: there is no such bucket; create it"):
+        Folder("s3://pets/runs")

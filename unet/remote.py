@@ -46,7 +46,7 @@ AZURE_KEY, AZURE_TOKEN = "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
 AZURE_KEYS = f"correct {AZURE_KEY} or {AZURE_TOKEN}"
 NO_BUCKET = "there is no such bucket", "create it, or correct its name"
 LASTING = (
-    ("NO_SUCH_BUCKET|NoSuchBucket|ContainerNotFound", *NO_BUCKET),
+    ("NO_SUCH_BUCKET|NoSuchBucket|Bucket '.*' not found|ContainerNotFound", *NO_BUCKET),
     ("INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|INVALID_CLIENT_TOKEN", "it does not know the access key", KEYS),
     ("SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch", "the secret key is wrong", KEYS),
     ("EXPIRED_TOKEN|ExpiredToken|TokenRefreshRequired", "the credentials have expired", "get new ones"),
@@ -123,8 +123,14 @@ def connect(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         pyarrow.ArrowInvalid: it is not the URI of a storage.
         OSError: the storage cannot be found.
+        StorageFailed: there is no such bucket, or (`StorageAway`) AWS did not say where it is.
     """
-    fs, path = pafs.FileSystem.from_uri(uri)
+    if uri.startswith("s3://"):  # without a region in it Arrow asks AWS where the bucket is
+        fs, path = _patiently(
+            "find", without_secrets(uri.partition("?")[0]), "it", lambda: pafs.FileSystem.from_uri(uri)
+        )
+    else:
+        fs, path = pafs.FileSystem.from_uri(uri)
     if isinstance(fs, pafs.S3FileSystem):
         options = _options(fs)
         _leave_checksums_out(options["endpoint_override"])
@@ -165,6 +171,47 @@ def _leave_checksums_out(endpoint: str) -> None:
     if endpoint and not re.search(r"\.amazonaws\.com(\.cn)?(:\d+)?/?$", endpoint):
         for name in CHECKSUMS:
             os.environ.setdefault(name, "when_required")
+
+
+def _patiently(how: str, place: str, server: str, call: Callable[[], Result]) -> Result:
+    """What a call gives, again and again until the store answers, or what no waiting cures, or for too long.
+
+    Raises:
+        StorageFailed, StorageAway, FileNotFoundError: as `Store` does.
+    """
+    allowed = _patience.get()
+    began = time.monotonic()
+    told, pause = began + TOLD_AFTER - TOLD_EVERY, FIRST_PAUSE
+    while True:
+        try:
+            result = call()
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            # Not all that Google's and Azure's clients raise is an OSError; nor would a fault of ours be one.
+            if not isinstance(error, OSError) and not re.match(r"google::cloud|Unknown error", str(error)):
+                raise
+            now, (reason, remedy) = time.monotonic(), _why(error)
+            waited = now - began
+            if remedy:
+                raise StorageFailed(f"Cannot {how} {place}: {reason}; {remedy}") from error
+            if waited >= allowed.seconds:
+                raise StorageAway(
+                    f"Cannot {how} {place}: {reason}"
+                    + (f", for {waited:.0f} s" if waited > 1 else "")
+                    + f"; make sure that {server} can be reached"
+                ) from error
+            if now - told >= TOLD_EVERY:
+                told = now
+                allowed.tell(f"waiting for {place}, since {waited:.0f} s: {reason}")
+            time.sleep(min(random.uniform(pause / 2, pause), allowed.seconds - waited))
+            pause = min(2 * pause, LONGEST_PAUSE)
+            with contextlib.suppress(StorageAway), patience(0, check=_unchecked):
+                allowed.check()
+        else:
+            if told > began:
+                allowed.tell(f"{place} answers again, after {time.monotonic() - began:.0f} s")
+            return result
 
 
 class Store:
@@ -252,39 +299,7 @@ class Store:
         self._patiently("remove", path, removal)
 
     def _patiently(self, how: str, path: str, call: Callable[[], Result]) -> Result:
-        place, allowed = self._place(path), _patience.get()
-        began = time.monotonic()
-        told, pause = began + TOLD_AFTER - TOLD_EVERY, FIRST_PAUSE
-        while True:
-            try:
-                result = call()
-            except FileNotFoundError:
-                raise
-            except (OSError, pa.ArrowException) as error:
-                # Not all that Google's and Azure's clients raise is an OSError; nor would a fault of ours be one.
-                if not isinstance(error, OSError) and not re.match(r"google::cloud|Unknown error", str(error)):
-                    raise
-                now, (reason, remedy) = time.monotonic(), _why(error)
-                waited = now - began
-                if remedy:
-                    raise StorageFailed(f"Cannot {how} {place}: {reason}; {remedy}") from error
-                if waited >= allowed.seconds:
-                    raise StorageAway(
-                        f"Cannot {how} {place}: {reason}"
-                        + (f", for {waited:.0f} s" if waited > 1 else "")
-                        + f"; make sure that {self._server} can be reached"
-                    ) from error
-                if now - told >= TOLD_EVERY:
-                    told = now
-                    allowed.tell(f"waiting for {place}, since {waited:.0f} s: {reason}")
-                time.sleep(min(random.uniform(pause / 2, pause), allowed.seconds - waited))
-                pause = min(2 * pause, LONGEST_PAUSE)
-                with contextlib.suppress(StorageAway), patience(0, check=_unchecked):
-                    allowed.check()
-            else:
-                if told > began:
-                    allowed.tell(f"{place} answers again, after {time.monotonic() - began:.0f} s")
-                return result
+        return _patiently(how, self._place(path), self._server, call)
 
 
 class _Object(io.RawIOBase):
