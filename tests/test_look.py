@@ -69,6 +69,13 @@ def test_the_passport_and_the_lists_count_right(page):
     assert re.search("the whole set.*few.*pet_3.*twin", page.words("warnings"))
 
 
+def test_a_class_of_the_papers_colour_can_be_seen(html):
+    """White on white and, where pages are dark, black on black: each has an edge of another colour."""
+    for rule in (r"\.swatch \{[^}]*inset 0 0 0 1px var\(--edge\)", r"\.stacks \.stack \{[^}]*solid var\(--edge\)"):
+        assert re.search(rule, html), rule
+    assert html.count('stroke="var(--edge)"') == 3  # what each class takes of a picture
+
+
 def test_class_shares_are_those_of_the_pixels_and_add_up(html, page, rows):
     for split in SPLITS:
         masks = np.stack([row["mask"] for row in rows if row["split"] == split])

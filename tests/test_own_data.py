@@ -15,6 +15,8 @@ from tests.conftest import read_json, train
 from unet.data.preparing.pieces import Recipe
 from unet.data.preparing.prepare import prepare
 from unet.data.sources.description import describe
+from unet.data.sources.find import check_source
+from unet.data.sources.own import own
 from unet.errors import InputError
 from unet.storage import Folder
 
@@ -109,8 +111,6 @@ def test_values_names_formats_and_folders(ray_cluster, tmp_path):
     ],
 )
 def test_description_that_does_not_fit_is_one_sentence(tmp_path, description, words):
-    from unet.data.sources.find import check_source
-
     folder = write(tmp_path / "roads", ["a", "b"], ROADS)
     (folder / "dataset.yaml").unlink() if description is None else (folder / "dataset.yaml").write_text(
         description if isinstance(description, str) else yaml.safe_dump(description)
@@ -118,6 +118,28 @@ def test_description_that_does_not_fit_is_one_sentence(tmp_path, description, wo
     with pytest.raises(InputError) as error:
         check_source(str(folder))
     assert words in str(error.value) and "dataset.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["JPEGImages/a.jpg", "SegmentationClass/a.png"], "rename JPEGImages/ to images/ and SegmentationClass/ to "),
+        (["SegmentationClass/a.png", "labelmap.txt"], "rename the folder with its photos to images/ and Segmentation"),
+        (["SegmentationClass/a.npy", "SegmentationClassPNG/a.png"], "SegmentationClassPNG/ to masks/"),
+        (["images/a.jpg", "labels/a.png"], "holds images/, but no masks/."),
+        (["masks/a.png", "a.jpg"], "holds masks/, but no images/."),
+        (["train/a.jpg", "annotations/instances.json"], "holds outlines in JSON or XML, which are not read"),
+        (["a.jpg", "a.xml"], "holds outlines in JSON or XML, which are not read"),
+        (["a.jpg", "a.png"], "holds neither prepared data nor pictures in a known layout"),
+    ],
+)
+def test_what_labelling_tools_write_is_told_what_it_lacks(tmp_path, files, words):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(InputError) as error:
+        check_source(str(tmp_path))
+    assert words in str(error.value) and "a folder with images/, masks/ and dataset.yaml" in str(error.value)
 
 
 def test_names_that_yaml_takes_for_other_things(tmp_path):
@@ -134,6 +156,32 @@ def test_colours_of_painted_masks_are_those_of_pictures(tmp_path):
     )
     labels = describe(tmp_path).labels("")
     assert [c.colour for c in labels.classes] == [(128, 64, 128), (9, 8, 7)]
+
+
+def test_classes_have_the_colours_of_their_masks_palette(tmp_path):
+    """As masks of Pascal VOC and of many labelling tools have one; not where it only repeats the numbers."""
+    colourful, greys = [0, 0, 0, 128, 0, 0, 0, 128, 0], [value for index in range(3) for value in [index] * 3]
+    hues = ((242, 61, 61), (45, 178, 45), (145, 145, 242))
+    palettes = {"voc": (colourful, ((0, 0, 0), (128, 0, 0), (0, 128, 0))), "grey": (greys, hues)}
+    palettes |= {"short": (colourful[:6], hues), "twice": ([*colourful[:6], 0, 0, 0], hues)}
+    for name, (palette, expected) in palettes.items():
+        folder = write(tmp_path / name, ["a"], {"classes": {"ground": 0, "plane": 1, "bird": 2}}, formats=("png",))
+        mask = Image.fromarray(np.asarray(Image.open(folder / "masks" / "a.png")) % (len(palette) // 3))
+        mask.putpalette(palette)
+        mask.save(folder / "masks" / "a.png")
+        assert tuple(c.colour for c in own(folder, 0.1).labels.classes) == expected, name
+    (tmp_path / "voc" / "dataset.yaml").write_text("classes: {a: 0, b: 1, c: 2}\ncolours: {b: [9, 8, 7]}")
+    assert [c.colour for c in own(tmp_path / "voc", 0.1).labels.classes] == [(0, 0, 0), (9, 8, 7), (0, 128, 0)]
+    (tmp_path / "voc" / "masks" / "a.png").write_bytes(b"damaged")
+    assert own(tmp_path / "voc", 0.1).labels.classes[0].colour == hues[0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20, 21])
+def test_colours_that_nobody_gave_are_far_apart(tmp_path, count):
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": {f"c{i}": i for i in range(count)}}))
+    colours = np.array([c.colour for c in describe(tmp_path).labels("").classes])
+    between = np.abs(colours[:, None] - colours[None]).sum(-1)[~np.eye(count, dtype=bool)]
+    assert between.min() > 60
 
 
 def two_colours(path: Path, place: int) -> None:

@@ -1,6 +1,7 @@
 """Own photos' splits: lists as other programs write them, and folders, are read rightly or refused in a sentence."""
 
 import unicodedata
+from collections import Counter
 
 import pytest
 
@@ -99,6 +100,20 @@ def test_folders_called_after_splits_are_the_splits(tmp_path):
     }
     with pytest.raises(InputError, match=r"the photos are in the folders train/, val/: give trainval/ and test/, "):
         own(write(tmp_path / "two", ["train/a", "val/a"], ROADS), 0.5)
+
+
+def test_a_few_photos_have_one_of_val_where_nobody_says_which(tmp_path):
+    """By their hashes these seven would have none, and a training refuses data without."""
+    names = ["horse", "page", "cell", "microaneurysms", "coins", "camera", "retina"]
+    folder = write(tmp_path / "few", names, ROADS, formats=("jpg",))
+    assert Counter(sample.split for sample in own(folder, 0.1).samples) == {"train": 5, "val": 1, "test": 1}
+    # What has no mask cannot be it, and what lists say stays.
+    (one,) = [sample.name for sample in own(folder, 0.1).samples if sample.split == "val"]
+    (folder / "masks" / f"{one}.png").unlink()
+    assert Counter(sample.split for sample in own(folder, 0.1).samples) == {"train": 4, "val": 1, "test": 1}
+    (folder / "trainval.txt").write_text("\n".join({*names} - {one, "horse"}))
+    (folder / "test.txt").write_text("horse")
+    assert Counter(sample.split for sample in own(folder, 1e-9).samples) == {"train": 5, "test": 1}
 
 
 def test_names_of_masks_may_be_longer(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, state_of
+from pages import pets, write_prepared
 from PIL import Image
 
 import unet
@@ -24,7 +25,7 @@ from unet.data.synthetic import draw_pet
 from unet.errors import InputError, RunFailed
 from unet.models.inference import Network as Inference
 from unet.models.trained import TrainedModel
-from unet.packaging.compare import agreement
+from unet.packaging.compare import agreement, squares
 from unet.packaging.export import export, target_of
 from unet.packaging.forms import FORMS, exportable
 from unet.packaging.model import package
@@ -286,6 +287,18 @@ def test_smaller_forms_answer_nearly_alike(handed, tmp_path):
     assert half["equal_classes"] >= 0.995 and 0.97 <= quarter["equal_classes"] < 1
     assert (tmp_path / "export" / "model_int8.tflite").stat().st_size == quarter["bytes"]
     assert 'Interpreter("model_int8.tflite")' in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("val", "source"), [(0, "train"), (30, "val and train"), (120, "val")])
+def test_forms_are_compared_on_photos_of_train_where_val_has_few(handed, tmp_path, val, source, monkeypatch):
+    """The ranges of eight bits come from them, and a handful of own photos may have no val at all."""
+    rows = [row | {"split": "val" if i < val else "train"} for i, row in enumerate(pets(val + 100))]
+    data = write_prepared(tmp_path / "data", rows)
+    monkeypatch.setattr("unet.packaging.compare.open_data", lambda run, digest: data)
+    photos, said = squares(None, handed.trained, print)
+    assert photos.shape == (max(val, 100), 32, 32, 3) and said == f"{source} of {tmp_path / 'data'}"
+    in_val = {row["image"].tobytes() for row in rows[:val]}
+    assert in_val <= {photo.tobytes() for photo in photos}
 
 
 def test_forms_of_an_older_export_do_not_stay(handed, exported, tmp_path):

@@ -184,6 +184,15 @@ def test_samples_are_drawn_with_their_masks_names_and_a_title(drawn):
     assert np.allclose(tops[:4], tops[0]) and tops[4] < tops[0] and lefts[4] == lefts[0] < lefts[1]
 
 
+def test_a_white_class_can_be_seen_in_a_legend(drawn):
+    """Aerial photos have one; the paper is white as well."""
+    masks = np.zeros((1, 8, 8), np.uint8)
+    figures.samples(np.zeros((1, 8, 8, 3), np.uint8), masks, ["a"], [Item("road", (255, 255, 255))], "", "samples.png")
+    (patch,) = drawn[0].legends[0].get_patches()
+    *edge, opacity = patch.get_edgecolor()
+    assert patch.get_linewidth() > 0 and opacity == 1 and np.mean(edge) < 0.75
+
+
 @pytest.mark.parametrize("classes", [PETS, MANY])
 def test_the_line_of_an_epoch_has_room_for_few_classes(classes):
     console = Console(record=True, width=200, file=io.StringIO())

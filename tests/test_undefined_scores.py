@@ -76,6 +76,12 @@ def unscored(unlabelled, storage) -> tuple[dict, str]:
     return driver.train(open_run(settings), display), words_of(display)
 
 
+def test_scores_of_a_few_photos_are_said_to_mean_little():
+    words = driver._few({"train": 5, "val": 1, "test": 0})
+    assert words.startswith("Few photos are scored (val 1, test 0): ") and "val and test 10 or more" in words
+    assert driver._few({"train": 80, "val": 10, "test": 10}) is None
+
+
 def test_a_run_that_nothing_scores_means_its_last_checkpoint_and_says_so(unscored, storage):
     found, words = unscored
     history = [json.loads(line) for line in (storage / "unscored" / "metrics.jsonl").read_text().splitlines()]

@@ -143,7 +143,8 @@ def _distinct_count(values: np.ndarray) -> int:
 
 def _read_by(codes: Codes, reading: Reading) -> np.ndarray:
     if reading not in codes.readings:
-        raise Unusable("colour_mask", f"its mask has no {WORDS[reading]}: its mode is {codes.pixels.mode}")
+        remedy = ": save it with its palette, or as grey numbers" if reading == "index" else ""
+        raise Unusable("colour_mask", f"its mask has no {WORDS[reading]}, which `masks: {reading}` asks for{remedy}")
     return codes.readings[reading]
 
 

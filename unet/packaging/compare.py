@@ -13,6 +13,7 @@ from unet.config import Resize
 from unet.data.decode import BILINEAR, photo
 from unet.data.pictures import Unusable
 from unet.data.resize import to_square
+from unet.data.shards import Prepared
 from unet.data.sources import SUFFIXES
 from unet.data.synthetic import draw_pet
 from unet.errors import InputError
@@ -23,6 +24,8 @@ from unet.tracking.send import open_data
 
 PHOTOS, DRAWN = 200, 20
 """How many are compared: of the user's photos at most, or of drawn pets."""
+ENOUGH = 100
+"""Where val has fewer photos, some of train come along: the ranges of eight bits are measured on them."""
 ROUNDS, TIMED = 5, 8
 """Rounds of timing, and the images that every form takes in each."""
 
@@ -43,7 +46,8 @@ class Agreement:
 def squares(folder: Path | None, trained: TrainedModel, say: Callable[[str], None]) -> tuple[np.ndarray, str]:
     """Photos at the network's size as in training, uint8 (N, S, S, 3), and where they are from.
 
-    Without a folder they are those that the model was validated on, or drawn pets where these are gone.
+    Without a folder they are those that the model was validated on, with some of train where these are few, or drawn
+    pets where its data are gone.
 
     Raises:
         InputError: the folder has no photo that can be read, or the data are damaged.
@@ -52,22 +56,30 @@ def squares(folder: Path | None, trained: TrainedModel, say: Callable[[str], Non
     if folder:
         return _of_folder(folder, size, resize, say), str(folder)
     if trained.run and (data := open_data(trained.run, trained.data_digest)):
-        photos = [image for _, image, _ in data.pick("val", _spread(data.count("val")))]
-        return np.stack(photos), f"val of {without_secrets(data.folder.uri)}"
+        return _of_data(data)
     # At odd sizes, so that a drawing is resized as a photo is.
     drawn = (draw_pet(i, size + 2 * i + 1)[0] for i in range(DRAWN))
     pets = [to_square(Image.fromarray(pet), size, resize, BILINEAR, fill=0) for pet in drawn]
     return np.stack(pets), "drawn pets"
 
 
-def _spread(count: int) -> list[int]:
-    """At most `PHOTOS` of so many places, from the first to the last."""
-    return np.linspace(0, count - 1, min(PHOTOS, count)).astype(int).tolist()
+def _of_data(data: Prepared) -> tuple[np.ndarray, str]:
+    found = {"val": _spread(data.count("val"), PHOTOS)}
+    if len(found["val"]) < ENOUGH:
+        found["train"] = _spread(data.count("train"), ENOUGH - len(found["val"]))
+    photos = [image for split, places in found.items() for _, image, _ in data.pick(split, places)]
+    splits = " and ".join(split for split, places in found.items() if places)
+    return np.stack(photos), f"{splits} of {without_secrets(data.folder.uri)}"
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, from the first to the last."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
 def _of_folder(folder: Path, size: int, resize: Resize, say: Callable[[str], None]) -> np.ndarray:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    chosen = [files[i] for i in _spread(len(files))]
+    chosen = [files[i] for i in _spread(len(files), PHOTOS)]
     found = []
     for file in chosen:
         try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
 DPI = 130
-INK, QUIET, FAINT = "#2b2d33", "#6b7078", "#e4e6ea"
+INK, QUIET, FAINT, EDGE = "#2b2d33", "#6b7078", "#e4e6ea", "#9aa0a9"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": INK}
 
 
@@ -235,7 +235,8 @@ def _patches(classes: Sequence[ClassInfo], truth: np.ndarray, *others: np.ndarra
     from matplotlib.patches import Patch
 
     named = classes if len(classes) <= MANY else _most_frequent(classes, truth, *others)
-    patches = [Patch(facecolor=unit(item.colour), label=item.name) for item in named]
+    # With an edge, since a class may be white, as the page is.
+    patches = [Patch(facecolor=unit(item.colour), edgecolor=EDGE, linewidth=0.6, label=item.name) for item in named]
     if (truth == IGNORE).any():
         dark, light = map(unit, STRIPES)
         patches.append(Patch(facecolor=dark, edgecolor=light, hatch="/////", linewidth=0, label="ignored"))

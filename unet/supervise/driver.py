@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 
 from unet.cluster import planner, precision
 from unet.cluster.placement import in_words
@@ -10,6 +11,7 @@ from unet.data.preparing.findings import checks_row
 from unet.data.shards import Prepared
 from unet.data.streaming import STREAM_TASKS
 from unet.errors import InputError, RunFailed, StorageFailed
+from unet.evaluation.intervals import LEAST_IMAGES
 from unet.models.start import Known, Start, check_same, known_of, start_of
 from unet.recipe.optimizer import in_few_words
 from unet.runs.run import Run
@@ -129,9 +131,22 @@ def _train(
             "nothing, and the run's name means its last checkpoint.",
             "yellow",
         )
+    elif not (as_trial or latest) and (few := _few(counts)):
+        display.say(few, "yellow")
     again = None if as_trial else _again(run, prepared, display)
     recorder = RunRecorder(run, prepared, parameters, display, as_trial, started, reproduction=again)
     return Supervisor(recorder, counts, plan, callbacks, together, latest, start).run_to_end(stop_signal)
+
+
+def _few(counts: Mapping[str, int]) -> str | None:
+    """What to expect of scores over so few samples, in a sentence; None where there are enough."""
+    few = [f"{split} {counts[split]}" for split in ("val", "test") if counts[split] < LEAST_IMAGES]
+    if not few:
+        return None
+    return (
+        f"Few photos are scored ({', '.join(few)}): the scores say little, and the best epoch is chosen by those of "
+        f"val. Add photos, or lists that give val and test {LEAST_IMAGES} or more each."
+    )
 
 
 def _again(run: Run, prepared: Prepared, display: Display) -> Reproduction | None:

@@ -4,7 +4,7 @@ classes:            # name: its value in the masks, or several; ids follow this 
   road: 1           # or a colour, such as '#804080', where masks are painted
   car: [2, 3]
 ignore: 255         # value or values that belong to no class
-colours:            # optional, RGB, for pictures
+colours:            # optional, RGB, for pictures; else those of painted masks or of their palette
   road: [128, 64, 128]
 test_fraction: 0.1  # share that becomes test, by hash of name, if no lists say which
 masks: grey         # only if the program asks: what of a mask's pixel is its value
@@ -15,6 +15,7 @@ mask_suffix: _mask  # what the names of masks have more than those of photos
 import colorsys
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_. -]{0,58}[A-Za-z0-9_.-])?")
 """What every store takes as a part of a metric's name."""
 
 Channel = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[int, int, int]
 
 
 class Description(BaseModel):
@@ -84,19 +86,30 @@ class Description(BaseModel):
             raise ValueError("mask values are numbers or colours, not both")
         return self
 
-    def labels(self, described_in: str) -> Labels:
-        """The labels; `described_in` is where this was read."""
-        infos = [ClassInfo(name, self._colour(i, name)) for i, name in enumerate(self.classes)]
+    def labels(self, described_in: str, palette: Mapping[int, Colour] | None = None) -> Labels:
+        """The labels; `described_in` is where this was read, `palette` what colour the masks show a value in."""
+        shown = self._shown(palette or {})
+        infos = [ClassInfo(name, shown.get(name) or self._colour(i, name)) for i, name in enumerate(self.classes)]
         values = {value: i for i, given in enumerate(self.classes.values()) for value in given}
         values |= dict.fromkeys(self.ignore, IGNORE)
         return Labels(tuple(infos), values, self.masks, self.exif_orientation, described_in)
 
-    def _colour(self, index: int, name: str) -> tuple[int, int, int]:
-        """As given, else as in the masks, else a distinct one: hues in turn, at two brightnesses."""
-        value = self.classes[name][0]
+    def _shown(self, palette: Mapping[int, Colour]) -> dict[str, Colour]:
+        """The classes' colours in a palette, if it tells them all apart; one of greys only repeats the values."""
+        found = {name: palette.get(values[0]) for name, values in self.classes.items() if name not in self.colours}
+        shown = {name: colour for name, colour in found.items() if colour}
+        apart = len({*shown.values(), *self.colours.values()}) == len(self.classes)
+        is_grey = all(len(set(colour)) == 1 for colour in shown.values())
+        return shown if apart and not is_grey and self.masks in (None, "index") else {}
+
+    def _colour(self, index: int, name: str) -> Colour:
+        """As given, else as painted in the masks, else a distinct one: hues in turn, at two brightnesses."""
+        value, count = self.classes[name][0], len(self.classes)
         if name in self.colours or value >= COLOUR:
             return self.colours.get(name) or (value >> 16 & 255, value >> 8 & 255, value & 255)
-        red, green, blue = colorsys.hsv_to_rgb(index / len(self.classes), 0.75, 0.95 - 0.25 * (index % 2))
+        # The hue of the last is next to that of the first, and of an odd number both would be bright.
+        saturation = 0.4 if count % 2 and index == count - 1 else 0.75
+        red, green, blue = colorsys.hsv_to_rgb(index / count, saturation, 0.95 - 0.25 * (index % 2))
         return round(255 * red), round(255 * green), round(255 * blue)
 
 

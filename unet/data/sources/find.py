@@ -11,12 +11,17 @@ from unet.data.sources.archives import ARCHIVES, FOLDERS, archives, extract, is_
 from unet.data.sources.description import DESCRIPTION, describe
 from unet.data.sources.drawn import count_of, drawn, is_drawn
 from unet.data.sources.own import FILES, is_own_folder, own
+from unet.data.sources.own import FOLDERS as OWN
 from unet.errors import InputError
 from unet.storage import Folder
 
 TFDS = "oxford_iiit_pet"
-RULES = "r2"
+RULES = "r3"
 """How your own masks and lists are read; what was prepared by other rules is prepared again."""
+PHOTOS_OF_VOC, MASKS_OF_VOC = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
+"""The folders of Pascal VOC; where LabelMe has written both of masks, the second holds arrays."""
+OUTLINES = (".json", ".xml")
+"""How files of labelling tools end that hold polygons in the place of masks."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -54,9 +59,27 @@ def check_source(source: str, prepared_too: bool = True) -> None:
         raise InputError(f"{source} is not a folder with data in it. {known}")
     kind = kind_of(folder)
     if kind is None:
-        raise InputError(f"{source} holds neither prepared data nor pictures in a known layout. {known}")
+        held = _held(folder) or "holds neither prepared data nor pictures in a known layout."
+        raise InputError(f"{source} {held} {known}")
     if kind == "folder":
         describe(folder)
+
+
+def _held(folder: Path) -> str | None:
+    """What a folder holds in the place of photos and masks, and what to do; None where nobody knows."""
+    there = {path.name for path in folder.iterdir() if path.is_dir()}
+    if masks := next((name for name in MASKS_OF_VOC if name in there), None):
+        photos = f"{PHOTOS_OF_VOC}/" if PHOTOS_OF_VOC in there else "the folder with its photos"
+        return (
+            f"is laid out as Pascal VOC: rename {photos} to images/ and {masks}/ to masks/, and write {DESCRIPTION} "
+            "beside them."
+        )
+    parts = [part for part in OWN if part in there]
+    if len(parts) == 1:
+        return f"holds {parts[0]}/, but no {next(part for part in OWN if part not in parts)}/."
+    if any(path.suffix in OUTLINES for pattern in ("*", "*/*") for path in folder.glob(pattern)):
+        return "holds outlines in JSON or XML, which are not read: have the labelling tool write masks, a PNG a photo."
+    return None
 
 
 def version_of(source: str) -> str:

@@ -8,6 +8,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+from unet.data.pictures import open_picture
 from unet.data.sources import (
     SUFFIXES,
     Problem,
@@ -62,7 +63,18 @@ def own(folder: Path, val_fraction: float) -> Source:
         first = source.left_out[0]
         raise InputError(f"No sample of {folder} can be used. {first.name}: {first.detail}.")
     source.samples = canonical(source.samples)
+    source.labels = description.labels(str(folder / DESCRIPTION), _palette(source.samples[0].mask))
     return source
+
+
+def _palette(mask: str) -> dict[int, tuple[int, int, int]]:
+    """The colours of a mask's palette, by their indices; none where it has none, or cannot be read."""
+    try:
+        image = open_picture(mask).image
+    except Exception:  # whatever its damaged bytes lead Pillow to: the preparation finds it again, and says so
+        return {}
+    channels = (image.getpalette("RGB") or []) if image.mode == "P" else []
+    return dict(enumerate(zip(channels[::3], channels[1::3], channels[2::3], strict=True)))
 
 
 def _no_pair(folder: Path, photos: dict[str, list[Path]], masks: dict[str, list[Path]]) -> str:
@@ -106,4 +118,8 @@ def _splits(
     if by_folders := splits_by_folders(photos.keys(), val_fraction):
         return by_folders, 1
     drawn = {name: "test" if hash_fraction(f"test/{name}") < test_fraction else "trainval" for name in photos}
-    return {name: split_of(name, official, val_fraction) for name, official in drawn.items()}, 0
+    splits = {name: split_of(name, official, val_fraction) for name, official in drawn.items()}
+    pairs = sorted((name for name in photos.keys() & masks.keys() if splits[name] != "test"), key=hash_fraction)
+    if len(pairs) > 1 and splits[pairs[0]] == "train":  # of a few photos the hash may leave val none
+        splits[pairs[0]] = "val"
+    return splits, 0
