@@ -373,6 +373,9 @@ def test_own_classes_of_one_padded_image_without_anything_else(tmp_path, count):
         assert f"kind 0 kind 17 {wrong:,} " in page.words("confusion")
     else:
         assert f"kind 0 taken for kind {17 if count > 2 else 1}: {wrong:,} pixels" in html
+    # Names break at no letter, and over many narrow columns they stand upright.
+    assert ".matrix .name { overflow-wrap: normal; }" in html
+    assert ".matrix.many thead .name { writing-mode: vertical-rl;" in html
     assert "All, the best first" in page.words("gallery") and "kind 1 –" not in page.words("doubt")
     assert html.count("top:25.00%;left:0.00%;height:50.00%;width:100.00%") == 4
     photo, truth, prediction = page.images["gallery", row["name"]]

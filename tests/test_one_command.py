@@ -10,6 +10,7 @@ from conftest import command, read_json
 from unet.commands.cli import parse
 from unet.config import TrainSettings, TuneSettings, flat
 from unet.errors import InputError
+from unet.packaging.export import Disagreement
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_what_cannot_be_made_loses_no_run(finished, storage, capsys):
     assert f"later: python jobs/export.py --formats saved_model tflite onnx {where}\n" in shown
     assert "has no export yet: " in shown and "holds something else" in shown
     assert (finished / "summary.json").read_bytes() == before and "Run copy is finished" in shown
+
+
+def test_a_form_that_disagrees_is_not_asked_for_again(finished, storage, capsys, monkeypatch):
+    def refuse(*_):
+        raise Disagreement("model_int8.tflite is another", ("tflite", "onnx"))
+
+    monkeypatch.setattr("unet.commands.export.write", refuse)
+    assert (
+        command("train", "--resume=copy", f"--storage-path={storage}", "--export", "tflite", "onnx", "tflite_int8") == 1
+    )
+    assert f"later: python jobs/export.py --formats tflite onnx --model copy --storage-path {storage}\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_sweep_makes_neither(tmp_path):

@@ -22,11 +22,11 @@ from unet.classes import ClassInfo
 from unet.config import ExportSettings, TrainSettings, unflat
 from unet.data.resize import ignore_padding, letterbox_box
 from unet.data.synthetic import draw_pet
-from unet.errors import InputError, RunFailed
+from unet.errors import InputError
 from unet.models.inference import Network as Inference
 from unet.models.trained import TrainedModel
 from unet.packaging.compare import agreement, squares
-from unet.packaging.export import export, target_of
+from unet.packaging.export import Disagreement, export, target_of
 from unet.packaging.forms import FORMS, exportable
 from unet.packaging.model import package
 from unet.prediction.resizing import as_network_input
@@ -318,8 +318,9 @@ def test_a_form_that_answers_otherwise_is_not_handed_on(handed, tmp_path, monkey
         return lambda image: run(image[..., ::-1].copy())
 
     monkeypatch.setitem(FORMS, "tflite", replace(right, open=opened))
-    with pytest.raises(RunFailed, match=r"model.tflite gives the network's class to .* nothing was written"):
-        handed.export(("tflite",), tmp_path / "export")
+    with pytest.raises(Disagreement, match=r"model.tflite gives the network's class to .* nothing was written") as told:
+        handed.export(("tflite", "onnx"), tmp_path / "export")
+    assert told.value.agreeing == ("onnx",)
     assert not (tmp_path / "export").exists()
 
 

@@ -85,6 +85,7 @@ def test_numbers_as_they_are_shown():
     assert numbers.signed(-0.251) == "−0.25"
     assert [numbers.duration(seconds) for seconds in (59.9, 3723)] == ["0:59", "1:02:03"]
     assert numbers.gigabytes(1.25e9) == "1.2 GB"
+    assert [numbers.images(count) for count in (0, 1, 3669)] == ["0 images", "1 image", "3,669 images"]
 
 
 def test_best_epoch_is_the_earliest_highest_mean():

@@ -17,7 +17,7 @@ from unet import environment, streams
 from unet.classes import Classes
 from unet.metric_names import BEST_EPOCH, SCORE, SPEED, TRAIN_LOSS, VAL_LOSS, of_class
 from unet.pages.figures import lowest
-from unet.pages.numbers import duration, percent, score, speed
+from unet.pages.numbers import duration, images, percent, score, speed
 from unet.progress import Live
 from unet.secrets import without_secrets
 
@@ -61,7 +61,7 @@ class Display:
 
     def scoring(self, done: int, total: int, images_per_second: float | None) -> None:
         pace = f" · {speed(images_per_second)}" if images_per_second else ""
-        self._progress(f"scoring  {done:,}/{total:,} images{pace}", last=done == total)
+        self._progress(f"scoring  {done:,}/{images(total)}{pace}", last=done == total)
 
     def problems(self, manifest) -> None:
         """What was left out of prepared data, repaired, or looks wrong: a line for each kind, with the first names."""
@@ -149,7 +149,7 @@ def score_table(title: str, scores: Mapping) -> Table:
     from rich.table import Column, Table
 
     loss = f" · loss {score(scores['loss'])}" if "loss" in scores else ""
-    caption = f"accuracy {score(scores['accuracy'])}{loss}\n{scores['images']:,} images"
+    caption = f"accuracy {score(scores['accuracy'])}{loss}\n{images(scores['images'])}"
     columns = "class", Column("IoU", justify="right"), Column("Dice", justify="right")
     if len(shown := lowest(scores["iou"])) < len(scores["iou"]):
         caption += f"\nlowest {len(shown)} of {len(scores['iou'])} classes"

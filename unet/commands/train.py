@@ -52,6 +52,7 @@ def run(settings: TrainSettings) -> int:
 def _made_of(run: "Run", display: "Display") -> dict[str, str]:
     """What --report and --export make of a finished run, and where it is. What fails is not in it, but said."""
     from unet.evaluation.output import PAGE
+    from unet.packaging.export import Disagreement
     from unet.runs.run import called, where
 
     settings, found = run.settings, {}
@@ -70,6 +71,8 @@ def _made_of(run: "Run", display: "Display") -> dict[str, str]:
             found[what] = make()
         except Exception as error:  # whatever it is: the run is finished, and the rest is made
             known = isinstance(error, InputError | RunFailed)
+            if isinstance(error, Disagreement) and error.agreeing:  # the same forms would fail again
+                flags = f"--formats {' '.join(error.agreeing)}"
             reason = str(error).rstrip(".") if known else f"{type(error).__name__}: {first_line(error)}"
             display.say(
                 f"The run {run.name} is finished, but it has no {what} yet: {reason}. Make it later: "

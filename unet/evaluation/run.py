@@ -21,6 +21,7 @@ from unet.evaluation.records import with_scores
 from unet.evaluation.scorer import batch_size, score_split, scorer_bytes
 from unet.evaluation.summary import compare, summary
 from unet.models.trained import TrainedModel
+from unet.pages.numbers import images
 from unet.storage import Folder
 from unet.terminal import Display
 
@@ -96,7 +97,7 @@ def evaluate(settings: EvaluateSettings, display: Display) -> list[Evaluation]:
         tables = score_split(models, prepared, part.split, workers, part.band, batch_size(models), report)
     speed = f" at {rates[0]:.1f} images/s" if rates else ""
     each = "a GPU" if workers.use_gpu else "one thread"
-    display.say(f"Scored {len(tables[0]):,} images{speed} (workers: {workers.num_workers}, {each} each).")
+    display.say(f"Scored {images(len(tables[0]))}{speed} (workers: {workers.num_workers}, {each} each).")
     names = prepared.manifest.classes
     comparison = compare(labels, tables, names, part.bootstrap) if len(models) > 1 else None
     found = []

@@ -10,7 +10,7 @@ from rich.text import Text
 from unet.classes import MANY
 from unet.evaluation.intervals import LEAST_IMAGES
 from unet.pages.figures import lowest
-from unet.pages.numbers import ABSENT, score
+from unet.pages.numbers import ABSENT, images, score
 
 WORST = 8
 """Number of breeds shown: those with the lowest mean IoU."""
@@ -60,7 +60,7 @@ def _by_class(title: str, metrics: Mapping) -> Table:
     table = framed(title, "class", "IoU", "95 %", "Dice", "95 %")
     table.caption = (
         f"accuracy {score(metrics['accuracy'])} {_span(spans['accuracy'])} · loss {score(metrics['loss'])}\n"
-        f"{metrics['images']:,} images" + ("; 95 % intervals over images" if spans["accuracy"] else "")
+        f"{images(metrics['images'])}" + ("; 95 % intervals over images" if spans["accuracy"] else "")
     )
     for name in (shown := lowest(metrics["iou"])):
         iou, dice, span = metrics["iou"][name], metrics["dice"][name], spans["dice"][name]

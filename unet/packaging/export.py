@@ -20,11 +20,20 @@ from unet.errors import InputError, RunFailed
 from unet.models.trained import TrainedModel
 from unet.packaging import compare
 from unet.packaging.forms import FORMS, INPUT, OUTPUT, Run, exportable
+from unet.pages.numbers import images
 from unet.storage import Folder
 from unet.terminal import Display
 
 PASSPORT, USAGE = "export.json", "README.md"
 LIBRARIES = {name: ("tensorflow",) for name in FORMS} | {"onnx": ("tf2onnx", "onnx", "onnxruntime")}
+
+
+class Disagreement(RunFailed):
+    """A form answers otherwise than the network; `agreeing` are the formats that do not."""
+
+    def __init__(self, words: str, agreeing: tuple[str, ...]):
+        super().__init__(words)
+        self.agreeing = agreeing
 
 
 def target_of(settings: ExportSettings, trained: TrainedModel) -> Folder:
@@ -57,7 +66,8 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
     """
     part, size, earlier = settings.export, trained.image_size, _forms_in(target)
     threads = part.threads or len(os.sched_getaffinity(0))
-    images, source = compare.squares(part.images, trained, display.say)
+    photos, source = compare.squares(part.images, trained, display.say)
+    count = images(len(photos))
     display.waiting("loading TensorFlow")
     with tempfile.TemporaryDirectory() as scratch, silenced(settings.command.debug):
         from unet.cluster.devices import start_tensorflow
@@ -67,22 +77,22 @@ def export(settings: ExportSettings, trained: TrainedModel, target: Folder, disp
         network = Network(trained)
         runs: dict[str, Run] = {"network": lambda image: network.probabilities(_pixels(image))}
         model = exportable(network)
-        expected = [network.probabilities(image[None]) for image in images]
+        expected = [network.probabilities(image[None]) for image in photos]
         found: dict[str, compare.Agreement] = {}
         for name in part.formats:
             display.waiting(f"writing {FORMS[name].file}")
-            FORMS[name].write(model, Path(scratch) / FORMS[name].file, images)
+            FORMS[name].write(model, Path(scratch) / FORMS[name].file, photos)
             runs[name] = FORMS[name].open(Path(scratch) / FORMS[name].file, threads)
-            display.waiting(f"comparing {FORMS[name].file} on {len(images)} images")
-            found[name] = compare.agreement(runs[name], images, expected)
-        _refuse_others(found, len(images), target)
-        times = compare.latencies(runs, images, lambda done, total: display.working("timing", done, total))
+            display.waiting(f"comparing {FORMS[name].file} on {count}")
+            found[name] = compare.agreement(runs[name], photos, expected)
+        _refuse_others(found, len(photos), target)
+        times = compare.latencies(runs, photos, lambda done, total: display.working("timing", done, total))
         files = {name: _files(Path(scratch) / FORMS[name].file) for name in part.formats}
     passport = {
         "model": {"asked_for": trained.name, **trained.about},
         "input": {"name": INPUT, "shape": [None, size, size, 3], "dtype": "float32", "range": [0, 1], "colour": "RGB"},
         "output": {"name": OUTPUT, "shape": [None, size, size, len(trained.classes)], "dtype": "float32"},
-        "compared_on": {"images": len(images), "source": source},
+        "compared_on": {"images": len(photos), "source": source},
         "threads": threads,
         "network_ms": round(times["network"], 3),
         "formats": {name: _passport(name, files[name], found[name], times[name]) for name in part.formats},
@@ -101,13 +111,15 @@ def _pixels(image: np.ndarray) -> np.ndarray:
     return np.rint(image * 255).astype(np.uint8)
 
 
-def _refuse_others(found: dict[str, compare.Agreement], images: int, target: Folder) -> None:
+def _refuse_others(found: dict[str, compare.Agreement], count: int, target: Folder) -> None:
+    agreeing = tuple(name for name, seen in found.items() if seen.equal_classes >= FORMS[name].equal)
     for name, seen in found.items():
-        if seen.equal_classes < FORMS[name].equal:
-            raise RunFailed(
+        if name not in agreeing:
+            raise Disagreement(
                 f"{FORMS[name].file} gives the network's class to only {seen.equal_classes:.2%} of the pixels of "
-                f"{images} images (at least {FORMS[name].equal:.1%} is required; probabilities differ by up to "
-                f"{seen.max_difference:.2g}): nothing was written to {target}. Leave this form out with --formats."
+                f"{images(count)} (at least {FORMS[name].equal:.1%} is required; probabilities differ by up to "
+                f"{seen.max_difference:.2g}): nothing was written to {target}. Leave this form out with --formats.",
+                agreeing,
             )
 
 
@@ -164,7 +176,7 @@ def table(passport: dict) -> Table:
     """The terminal's table of an export: size, agreement and speed of each form."""
     right = [Column(title, justify="right") for title in ("MB", "ms an image", "equal classes", "largest difference")]
     on = passport["compared_on"]
-    table = Table("form", *right, title=f"{on['images']} images, {passport['threads']} thread(s)", box=SIMPLE_HEAD)
+    table = Table("form", *right, title=f"{images(on['images'])}, {passport['threads']} thread(s)", box=SIMPLE_HEAD)
     table.add_row("network", "", f"{passport['network_ms']:.2f}", "", "")
     for seen in passport["formats"].values():
         size, time = f"{seen['bytes'] / 1e6:.2f}", f"{seen['ms']:.2f}"

@@ -39,6 +39,11 @@ def cell_text(pixels: int, row_total: int) -> tuple[str, str]:
     return (percent(pixels / row_total), brief(pixels)) if row_total else (ABSENT, "")
 
 
+def images(count: int) -> str:
+    """Return "1 image" or "3,669 images"."""
+    return f"{count:,} image{'s' * (count != 1)}"
+
+
 def speed(images_per_second: float) -> str:
     return f"{images_per_second:.1f} images/s"
 
