@@ -31,7 +31,7 @@ def test_a_report_and_exports_come_with_a_run(finished, trained, storage, capsys
     assert read_json(scored / "metrics.json")["images"] == trained[1]["test"]["images"]
     assert (scored / "report.html").stat().st_size > 10_000
     # Compared on the run's own photos, not on others'.
-    assert list(made["formats"]) == ["tflite"] and made["compared_on"]["source"].startswith("val of ")
+    assert list(made["formats"]) == ["tflite"] and made["compared_on"]["source"].startswith("val and train of ")
     shown = capsys.readouterr().out
     last = shown[shown.rindex("Run copy is finished") :]
     assert f"  report    {scored}/report.html" in last and f"  export    {finished}/export" in last

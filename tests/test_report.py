@@ -170,6 +170,14 @@ def test_gallery_sets_more_than_four_samples_two_abreast(tmp_path, count, classe
     assert (width > 1500) == (count > 4)
 
 
+def test_no_line_of_a_caption_begins_or_ends_with_the_sign_between_classes(drawn):
+    masks = np.random.default_rng(0).integers(0, len(MANY), (1, 24, 32)).astype(np.uint8)
+    figures.gallery(np.zeros((1, 24, 32, 3), np.uint8), masks, masks, ["cat"], MANY, "gallery.png")
+    notes = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
+    lines = [line for note in notes for line in note.splitlines()]
+    assert len(lines) > 4 and all(line == line.strip(" ·") for line in lines)
+
+
 def test_samples_are_drawn_with_their_masks_names_and_a_title(drawn):
     masks = np.array([np.full((8, 8), value, np.uint8) for value in (0, 1, 2, 1, 255)])
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 8, 8, 3), np.uint8)

@@ -158,7 +158,7 @@ def gallery(
     if count == 0:
         raise ValueError("There are no samples to show: pass at least one image.")
     texts = [iou_caption(*pair, classes) for pair in zip(truth, predicted, strict=True)]
-    captions = ["\n".join(line.rstrip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
+    captions = ["\n".join(line.strip(" ·") for line in textwrap.wrap(text, 46)) for text in texts]
     legend = _patches(classes, truth, predicted)
     # Lengths are in inches, so that pictures of one sample and of twenty have the same proportions.
     abreast = 2 if count > 4 else 1
