@@ -143,6 +143,8 @@ def test_no_setting_has_the_name_of_another():
 OTHER = {
     "network": "compact",
     "encoder": "mobilenetv3-large",
+    "encoder_scale": 2,
+    "frozen_stages": 1,
     "base_filters": 8,
     "depth": 1,
     "blocks": 2,
@@ -171,11 +173,13 @@ OTHER = {
     "class_weights": "1,0.5,2",
     "augment": 0.5,
     "augment_with": "rotate+0.5*colour",
+    "augment_except_last": "10%",
     "mix": 0.25,
     "encoder_weights": "own.weights.h5",
 }
 """Another value of each setting of a recipe, but for `init_from`, which leaves no room for `encoder_weights`."""
-WITH = {"encoder": {"network": "compact"}, "encoder_weights": {"network": "compact", "encoder": "resnet50"}}
+KNOWN = {"network": "compact", "encoder": "resnet50", "depth": 2}
+WITH = {"encoder": {"network": "compact"}} | dict.fromkeys(("encoder_weights", "encoder_scale", "frozen_stages"), KNOWN)
 """What some of them ask for."""
 
 
@@ -198,6 +202,7 @@ def test_a_trace_is_shared_only_where_all_settings_but_those_of_each_step_are_eq
         "warmup",
         "dropout",
         "augment",
+        "augment_except_last",
         "mix",
     }  # a restarted learner is compared with a new one in test_learner
     assert all(key(**{name: 0.0}) != key() for name in ("dropout", "augment", "mix")) and key(image_size=64) != key()
