@@ -202,12 +202,12 @@ class Watched:
         found = []
 
         def is_there() -> bool:
-            found[:] = [] if kind == "driver" else self.processes(kind)
+            found[:] = [] if kind == "driver" else self._of_this_start(kind)
             return kind == "driver" or bool(found)
 
         if not self.wait(is_there):
             return None
-        workers = {process.pid for process in self.processes("worker")}
+        workers = {process.pid for process in self._of_this_start("worker")}
         alive = [line for line in self.lines if line["pid"] in workers]
         ranks = {line["pid"]: line["rank"] for line in alive}
         victim = self.driver if kind == "driver" else found[0]
@@ -222,6 +222,12 @@ class Watched:
         steps = [line["step"] for line in self.applied if line["start"] == start and line["time"] <= now]
         self.kills.append(Kill(kind, now, ranks.get(victim.pid), start, max(steps, default=None), files))
         return self.kills[-1]
+
+    def _of_this_start(self, kind: str) -> list[psutil.Process]:
+        """Those that the driver has that runs now: workers whose whole Ray was killed with theirs may live on for a
+        minute, and write nothing. On a cluster that is there processes are older than a driver."""
+        began = psutil.Process(self.driver.pid).create_time() if self.address == "local" and not self.ended else 0
+        return [process for process in self.processes(kind) if process.create_time() >= began]
 
     def interrupt(self) -> None:
         """Ctrl-C."""
