@@ -28,6 +28,8 @@ class GrowingNodes(NodeProvider):
         self._processes: dict[str, subprocess.Popen] = {}
 
     def non_terminated_nodes(self, tag_filters):
+        for name in [name for name, process in self._processes.items() if process.poll() is not None]:
+            self.terminate_node(name)  # its Ray did not start, as of two at once it may not: another is asked for
         return [name for name, tags in self._tags.items() if all(tags.get(k) == v for k, v in tag_filters.items())]
 
     def is_running(self, node_id):
